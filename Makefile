@@ -1,0 +1,79 @@
+# The only entry points. Each target makes the virtual environment it needs, once, from python3 and pip alone.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_20 ?= .venv-2.0
+ARGS ?=
+
+# node comes with pyright's package; one that happens to be installed may be too old for it
+export PYRIGHT_PYTHON_GLOBAL_NODE = 0
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# the theme announces another product at every build
+export NO_MKDOCS_2_WARNING = 1
+
+# $(1) a name, $(2) the SQLAlchemy to install beside the wheel
+define smoke
+$(PYTHON) -m venv .smoke/$(1)
+.smoke/$(1)/bin/python -m pip install --quiet .smoke/*.whl '$(2)'
+mkdir .smoke/$(1)/empty
+cd .smoke/$(1)/empty && ../bin/python -I $(CURDIR)/tests/smoke.py
+endef
+comma := ,
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-2.0 check format bench docs smoke clean
+
+help: ## show this list
+	@grep -hE '^[a-z][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo 'ARGS="…" is passed on: make test ARGS="-k search"'
+	@echo 'another Python: make test PYTHON=python3.13 VENV=.venv-3.13'
+
+demo: $(VENV)/test.stamp ## see it work, start to end
+	$(VENV)/bin/python examples/demo.py $(ARGS)
+
+test: $(VENV)/test.stamp ## run the tests on the newest SQLAlchemy
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-2.0: $(VENV_20)/test.stamp ## run the tests on SQLAlchemy 2.0
+	$(VENV_20)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/test.stamp $(VENV)/check.stamp ## format, lint, types, import rules
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/check.stamp ## put the code in the house's format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/test.stamp $(VENV)/bench.stamp ## measure, side by side with plain SQLAlchemy
+	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+docs: $(VENV)/docs.stamp ## build the documentation into site/
+	$(VENV)/bin/mkdocs build --strict $(ARGS)
+
+smoke: $(VENV)/check.stamp ## build the wheel and try it, installed, on each SQLAlchemy line
+	rm -rf .smoke
+	$(VENV)/bin/python -m build --wheel --outdir .smoke .
+	$(call smoke,2.0,sqlalchemy>=2.0.40$(comma)<2.1)
+	$(call smoke,2.1,sqlalchemy>=2.1; python_version >= "3.11")
+
+clean: ## remove all that these targets made
+	rm -rf $(VENV) $(VENV_20) dist site .smoke .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find sqla_byok tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python $(VENV_20)/bin/python:
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
+	$@ -m pip install --quiet --upgrade "pip>=25.1"
+
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --editable . --group $*
+	@touch $@
+
+$(VENV_20)/%.stamp: pyproject.toml | $(VENV_20)/bin/python
+	$(VENV_20)/bin/python -m pip install --quiet --editable . --group $* "sqlalchemy>=2.0.40,<2.1"
+	@touch $@

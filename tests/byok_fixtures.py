@@ -1,0 +1,46 @@
+"""Fixtures for what almost every test needs: a Byok over a keystore of its own, and two tenants."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sqla_byok import Byok, LocalKms
+
+TENANTS = ("t1", "t2")
+
+
+@pytest.fixture
+def customer_key(tmp_path: Path) -> Path:
+    """The file of a LocalKms key."""
+    path = tmp_path / "customer.key"
+    LocalKms.create(path)
+    return path
+
+
+@pytest.fixture
+def byok(tmp_path: Path, customer_key: Path, engine: Engine) -> Iterator[Byok]:
+    """A Byok attached to ``engine``, with the tenants t1 and t2; its keystore is an SQLite file."""
+    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
+    byok.create_keystore()
+    byok.attach(engine)
+    for tenant in TENANTS:
+        byok.onboard(tenant, LocalKms(customer_key))
+    yield byok
+    byok.close()
+
+
+@pytest.fixture
+async def abyok(tmp_path: Path, customer_key: Path, async_engine: AsyncEngine) -> AsyncIterator[Byok]:
+    """The same, attached to ``async_engine``."""
+    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
+    await byok.acreate_keystore()
+    byok.attach(async_engine)
+    for tenant in TENANTS:
+        await byok.aonboard(tenant, LocalKms(customer_key))
+    yield byok
+    await byok.aclose()
