@@ -1,0 +1,219 @@
+"""Sealing and opening column values: the hot path.
+
+Everything that can be known before the value is bound here, once per column and dialect, so that a value costs one
+look-up of the running statement's keys, one nonce and one AES-GCM call (NIST SP 800-38D)::
+
+    value = H ‖ nonce (12) ‖ ciphertext ‖ tag (16)          H = 0xB1 ‖ algorithm ‖ key id (16)
+    AAD   = H ‖ LP(tenant) ‖ LP(column id) ‖ LP(codec) ‖ LP(row)
+
+The first half of the AAD belongs to the tenant's key (:class:`ValueKey`), the second to the column.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from os import urandom
+from typing import Any, NoReturn, Protocol
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from sqla_byok.crypto.codecs import Codec, UnfitError
+from sqla_byok.crypto.formats import (
+    HEADER_SIZE,
+    NONCE_SIZE,
+    PADDED,
+    PLAIN,
+    VALUE_MAGIC,
+    Secret,
+    column_aad,
+    data_key_id,
+    pad,
+    tenant_aad,
+    unpad,
+    value_header,
+    value_key,
+)
+from sqla_byok.crypto.hashes import Scope, hasher
+from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
+
+__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_with", "seal_with"]
+
+Seal = Callable[[bytes, bytes, bytes], bytes]
+Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
+
+_BODY = HEADER_SIZE + NONCE_SIZE
+
+# Slicing by constants: one allocation less for each.
+_HEADER_PART = slice(0, HEADER_SIZE)
+_NONCE_PART = slice(HEADER_SIZE, _BODY)
+_SEALED_PART = slice(_BODY, None)
+
+
+class ValueKey(Secret):
+    """One generation of a tenant's data key, ready for use.
+
+    :param data_key: 32 bytes.
+    :param tenant: the tenant it belongs to.
+    """
+
+    __slots__ = ("aad", "encrypt", "header", "id", "openers", "padded_aad", "padded_header")
+
+    def __init__(self, data_key: bytes, tenant: str) -> None:
+        cipher = AESGCM(value_key(data_key, tenant))
+        self.id = data_key_id(data_key, tenant)
+        self.encrypt: Seal = cipher.encrypt
+        self.header = value_header(PLAIN, self.id)
+        self.aad = tenant_aad(self.header, tenant)
+        self.padded_header = value_header(PADDED, self.id)
+        self.padded_aad = tenant_aad(self.padded_header, tenant)
+        self.openers: dict[bytes, Opener] = {
+            self.header: (cipher.decrypt, self.aad),
+            self.padded_header: (cipher.decrypt, self.padded_aad),
+        }
+
+
+class Ring(Protocol):
+    """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts."""
+
+    tenant: str
+    write: ValueKey
+    openers: dict[bytes, Opener]
+    salts: dict[tuple[str, Scope], bytes]
+
+
+def seal_with(
+    current: Callable[[], Ring | None],
+    nobody: Callable[[], NoReturn],
+    column: str,
+    codec: Codec,
+    limit: int | None = None,
+    pad_to: int | None = None,
+) -> Callable[[Any], bytes | None]:
+    """Build the function that turns a Python value into a stored value.
+
+    :param current: gives the keyring of the running statement.
+    :param nobody: raises the error for a statement without one.
+    :param column: the column id, bound into each value.
+    :param limit: the longest text in characters that needs no further check.
+    :param pad_to: pad the plaintext to a multiple of so many bytes.
+    :returns: ``None`` for ``None``, else 46 bytes more than the (padded) plaintext. The function raises
+        :class:`~sqla_byok.errors.EncodeError` for a value that does not fit.
+    """
+    tail = column_aad(column, codec.name)
+    encode = codec.encode
+    longest = (sys.maxsize if limit is None else limit) if codec.name == "str" else -1
+
+    def seal(value: Any) -> bytes | None:
+        if value is None:
+            return None
+        ring = current()
+        if ring is None:
+            nobody()
+        plaintext, unfit = b"", None
+        try:
+            plaintext = value.encode() if type(value) is str and len(value) <= longest else encode(value)
+        except UnfitError as error:
+            unfit = str(error)
+        except UnicodeEncodeError:
+            unfit = "is not encodable text (lone surrogates)"
+        if unfit is not None:
+            raise EncodeError(f"{column}: {unfit}", column=column, tenant=ring.tenant)
+        key = ring.write
+        nonce = urandom(12)
+        if pad_to is None:
+            return key.header + nonce + key.encrypt(nonce, plaintext, key.aad + tail)
+        return key.padded_header + nonce + key.encrypt(nonce, pad(plaintext, pad_to), key.padded_aad + tail)
+
+    return seal
+
+
+def open_with(
+    current: Callable[[], Ring | None],
+    refuse: Callable[[Ring | None, bytes], NoReturn],
+    column: str,
+    codec: Codec,
+) -> Callable[[Any], Any]:
+    """Build the function that turns a stored value back into the Python value.
+
+    :param current: gives the keyring of the result being read.
+    :param refuse: raises the error for a value whose key is not in that keyring.
+    :returns: ``None`` for ``None``. The function raises :class:`~sqla_byok.errors.TamperedError` for a value that
+        does not authenticate in this column, and never returns such a value.
+    """
+    tail = column_aad(column, codec.name)
+    decode: Callable[[bytes], Any] = bytes.decode if codec.name == "str" else codec.decode
+
+    def open_(blob: Any) -> Any:
+        if blob is None:
+            return None
+        try:
+            decrypt, aad = current().openers[blob[_HEADER_PART]]  # type: ignore[union-attr]
+            plaintext = decrypt(blob[_NONCE_PART], blob[_SEALED_PART], aad + tail)
+            return decode(plaintext) if blob[1] == PLAIN else decode(unpad(plaintext))
+        except Exception:  # noqa: BLE001 - whatever it is, its text and its chain could carry the plaintext
+            ring = current()
+        # Out here, nothing is chained to what is raised.
+        blob = bytes(blob)
+        if ring is None or blob[:HEADER_SIZE] not in ring.openers:
+            refuse(ring, blob)
+        raise TamperedError(
+            f"{column}: a stored value does not authenticate; it was altered, or it was written for another column",
+            column=column,
+            tenant=ring.tenant,
+        )
+
+    return open_
+
+
+def hash_with(
+    current: Callable[[], Ring | None],
+    nobody: Callable[[], NoReturn],
+    column: str,
+    codec: Codec,
+    algorithm: str,
+    scope: Scope,
+    normalize: Callable[[Any], Any] | None = None,
+) -> Callable[[Any], bytes | None]:
+    """Build the function that turns a Python value into its search hash (32 bytes).
+
+    :param normalize: applied to the value before it is hashed; ``None`` from it means "no hash".
+    :returns: a function that raises :class:`~sqla_byok.errors.EncodeError` for a value that does not fit.
+    """
+    digest, key = hasher(algorithm), (algorithm, scope)
+    if codec.text is None:
+        raise TypeError(f"codec {codec.name} has no search text")
+    text_of = codec.text
+
+    def hash_(value: Any) -> bytes | None:
+        if value is None:
+            return None
+        ring = current()
+        if ring is None:
+            nobody()
+        text, unfit = b"", None
+        try:
+            if normalize is not None:
+                value = normalize(value)
+                if value is None:
+                    return None
+            text = text_of(value)
+        except UnfitError as error:
+            unfit = str(error)
+        except Exception as error:  # noqa: BLE001 - a user's function; its text could carry the value
+            unfit = f"its normalizer raised {type(error).__name__}"
+        if unfit is not None:
+            raise EncodeError(f"{column}: {unfit}", column=column, tenant=ring.tenant)
+        return digest(text, ring.salts[key])
+
+    return hash_
+
+
+def explain_foreign(blob: bytes, column: str, tenant: str | None) -> None:
+    """Raise :class:`~sqla_byok.errors.NotEncryptedError` where a stored value has not the shape of ours."""
+    if len(blob) < _BODY or blob[0] != VALUE_MAGIC:
+        raise NotEncryptedError(
+            f"{column}: the stored value was not written by sqla_byok; it may be plaintext from before a migration",
+            column=column,
+            tenant=tenant,
+        )
