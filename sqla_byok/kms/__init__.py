@@ -1,0 +1,36 @@
+"""Customer keys: one module a provider, behind the protocols of :mod:`sqla_byok.kms.base`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqla_byok.errors import ConfigurationError
+from sqla_byok.kms.aws import AwsKms
+from sqla_byok.kms.base import Kms, KmsClient, Wrapped
+from sqla_byok.kms.local import LocalKms
+
+__all__ = ["AwsKms", "Kms", "KmsClient", "LocalKms", "Wrapped", "describe", "providers"]
+
+providers: dict[str, type[Kms]] = {AwsKms.provider: AwsKms, LocalKms.provider: LocalKms}
+"""The built-in providers by the name that the keystore stores."""
+
+
+def describe(provider: str, config: Mapping[str, str], known: Mapping[str, type[Kms]] = providers) -> Kms:
+    """The customer key that a keystore row describes. Does no I/O.
+
+    :param provider: the provider's name, such as ``"aws"``.
+    :param config: what :meth:`Kms.config` returned when the tenant was onboarded.
+    :param known: the providers by name; the built-in ones unless given.
+    :return: a value equal to the one that was onboarded.
+    :raises ConfigurationError: the provider is unknown, or the configuration is not one of its own.
+
+    Example::
+
+        describe("local", {"path": "/etc/byok/dev.key"}) == LocalKms("/etc/byok/dev.key")
+    """
+    if provider not in known:
+        raise ConfigurationError(
+            f"Unknown KMS provider {provider!r}; known are {', '.join(sorted(known))}. "
+            "Register a provider of your own before its tenants are used."
+        )
+    return known[provider].from_config(config)
