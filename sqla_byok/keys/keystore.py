@@ -1,0 +1,352 @@
+"""The keystore: the SQL tables that hold tenants, their wrapped tenant keys and their sealed generations.
+
+The tables are hostile ground: whoever can write to them must not be able to read values, redirect keys or roll
+states back unnoticed. A tenant row is authenticated under the vendor's ``keystore_key`` before any of its fields is
+used in an outbound call (:meth:`Keystore.load`); the generations are authenticated under the tenant key.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    DateTime,
+    ForeignKeyConstraint,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    insert,
+    select,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import IntegrityError
+
+from sqla_byok.crypto.formats import ID_SIZE, Secret, check_tenant, row_tag
+from sqla_byok.errors import (
+    ConfigurationError,
+    KeystoreError,
+    KeystoreTamperedError,
+    KeystoreUnavailableError,
+    TenantExistsError,
+)
+from sqla_byok.keys.database import Database
+from sqla_byok.keys.keyring import SealedRecord
+
+__all__ = ["Keystore", "TenantRow", "Wrapping", "keystore_metadata"]
+
+WRITE_FORMAT = 1
+
+_CREATE_TRIES = 3
+
+keystore_metadata = MetaData()
+"""The keystore's tables. Add it to ``target_metadata`` in Alembic's ``env.py``, or call ``Byok.create_keystore()``."""
+
+
+def _name() -> String:
+    # Compared byte by byte: a case-insensitive collation must not take one tenant for another.
+    return String(255).with_variant(
+        mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+    )
+
+
+_format = Table(
+    "byok_format",
+    keystore_metadata,
+    Column("write_format", Integer, primary_key=True, autoincrement=False),
+)
+
+_tenant = Table(
+    "byok_tenant",
+    keystore_metadata,
+    Column("tenant", _name(), primary_key=True),
+    Column("revoke_within_ms", BigInteger, nullable=False),
+    Column("outage_grace_ms", BigInteger, nullable=False),
+    Column("tenant_key_id", LargeBinary(16), nullable=False),
+    Column("tenant_key_generation", Integer, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("manifest_tag", LargeBinary(32), nullable=False),
+    Column("onboarded_at", DateTime(timezone=True), nullable=False),
+)
+
+_wrapping = Table(
+    "byok_wrapping",
+    keystore_metadata,
+    Column("tenant", _name(), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("provider", String(40), nullable=False),
+    Column("config", Text, nullable=False),
+    Column("wrapped", LargeBinary, nullable=False),
+    Column("kms_key_version", String(255), nullable=False),
+    Column("row_tag", LargeBinary(32), nullable=True),
+    ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
+)
+
+_generation = Table(
+    "byok_generation",
+    keystore_metadata,
+    Column("tenant", _name(), primary_key=True),
+    Column("kind", String(20), primary_key=True),
+    Column("generation", Integer, primary_key=True, autoincrement=False),
+    Column("id", LargeBinary(16), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("state", String(20), nullable=False),
+    ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
+)
+
+
+_READ = [
+    column
+    for table in (_tenant, _wrapping, _generation)
+    for column in table.c
+    if column is not _tenant.c.onboarded_at
+]
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """One wrapping of a tenant key: which customer key, under which provider, and the wrapped bytes."""
+
+    provider: str
+    config: str
+    wrapped: bytes
+    kms_key_version: str
+    row_tag: bytes | None = None
+
+
+@dataclass(frozen=True)
+class TenantRow:
+    """All that the keystore holds of one tenant."""
+
+    tenant: str
+    revoke_within_ms: int
+    outage_grace_ms: int
+    tenant_key_id: bytes
+    tenant_key_generation: int
+    epoch: int
+    manifest_tag: bytes
+    wrappings: Sequence[Wrapping]
+    generations: Sequence[SealedRecord]
+
+    def tag(self, key: bytes, wrapping: Wrapping) -> bytes:
+        """The tag that authenticates this tenant's row with one of its wrappings."""
+        return row_tag(
+            key,
+            tenant=self.tenant,
+            provider=wrapping.provider,
+            config=wrapping.config.encode(),
+            wrapped=wrapping.wrapped,
+            kms_key_version=wrapping.kms_key_version,
+            revoke_within_ms=self.revoke_within_ms,
+            outage_grace_ms=self.outage_grace_ms,
+            tk_id=self.tenant_key_id,
+            tk_generation=self.tenant_key_generation,
+            epoch=self.epoch,
+            manifest_tag=self.manifest_tag,
+        )
+
+
+def _wrapping_of(row: Mapping[Any, Any]) -> Wrapping:
+    names = ("provider", "config", "wrapped", "kms_key_version", "row_tag")
+    return Wrapping(*(row[_wrapping.c[name]] for name in names))
+
+
+def _record_of(row: Mapping[Any, Any]) -> SealedRecord:
+    return SealedRecord(
+        *(row[_generation.c[name]] for name in ("kind", "generation", "id", "state", "sealed"))
+    )
+
+
+class Keystore(Secret):
+    """Reads and writes the keystore's tables.
+
+    :param database: where they are.
+    :param key: the 32 bytes that authenticate tenant rows, held by the vendor outside the database; without it only
+        providers that make no outbound call may be used.
+    """
+
+    def __init__(self, database: Database, key: bytes | None) -> None:
+        self.database = database
+        self._key = key
+
+    def create(self) -> None:
+        """Create the tables that are missing, and pin the write format."""
+
+        def work(connection: Connection) -> None:
+            keystore_metadata.create_all(connection)
+            if connection.scalar(select(_format.c.write_format)) is None:
+                connection.execute(insert(_format).values(write_format=WRITE_FORMAT))
+
+        for _ in range(_CREATE_TRIES - 1):
+            try:
+                return self.database.write(work)
+            except (IntegrityError, KeystoreUnavailableError):
+                continue  # another process may be creating them right now
+        return self.database.write(work)
+
+    def insert(self, row: TenantRow) -> None:
+        """Insert a new tenant; never overwrites.
+
+        :raises TenantExistsError: if the tenant is there already.
+        """
+
+        def work(connection: Connection) -> None:
+            self._check_format(connection)
+            connection.execute(
+                insert(_tenant).values(
+                    tenant=row.tenant,
+                    revoke_within_ms=row.revoke_within_ms,
+                    outage_grace_ms=row.outage_grace_ms,
+                    tenant_key_id=row.tenant_key_id,
+                    tenant_key_generation=row.tenant_key_generation,
+                    epoch=row.epoch,
+                    manifest_tag=row.manifest_tag,
+                    onboarded_at=datetime.now(timezone.utc),
+                )
+            )
+            for position, wrapping in enumerate(row.wrappings):
+                self.require_key(wrapping.provider)
+                connection.execute(
+                    insert(_wrapping).values(
+                        tenant=row.tenant,
+                        position=position,
+                        provider=wrapping.provider,
+                        config=wrapping.config,
+                        wrapped=wrapping.wrapped,
+                        kms_key_version=wrapping.kms_key_version,
+                        row_tag=None if self._key is None else row.tag(self._key, wrapping),
+                    )
+                )
+            for record in row.generations:
+                connection.execute(
+                    insert(_generation).values(
+                        tenant=row.tenant,
+                        kind=record.kind,
+                        generation=record.generation,
+                        id=record.id,
+                        sealed=record.sealed,
+                        state=record.state,
+                    )
+                )
+
+        exists = False
+        try:
+            self.database.write(work)
+        except IntegrityError:
+            exists = True
+        if exists:
+            raise TenantExistsError(f"tenant {row.tenant!r} is already in the keystore", tenant=row.tenant)
+
+    def load(self, tenant: str) -> TenantRow | None:
+        """Read one tenant, in one statement, and authenticate its row.
+
+        :returns: ``None`` if the tenant is not there.
+        :raises KeystoreTamperedError: if the row or one of its wrappings does not authenticate.
+        """
+        check_tenant(tenant)
+        try:
+            row = self._read(tenant)
+            fits = row is None or self._authenticates(row)
+        except (ArithmeticError, AttributeError, TypeError, ValueError):
+            fits = False  # SQLite stores anything in any column
+        if not fits:
+            raise KeystoreTamperedError(
+                f"the keystore row of tenant {tenant!r} does not authenticate: it was altered, or written under "
+                "another keystore key. Give Byok the right keystore_key, or restore the row from a backup; nothing of "
+                "it was used",
+                tenant=tenant,
+            )
+        return row
+
+    def epoch(self, tenant: str) -> int | None:
+        """The tenant's epoch, or ``None`` if the tenant is not there."""
+        name = check_tenant(tenant)
+        rows = self.database.read(
+            lambda connection: connection.execute(
+                select(_tenant.c.tenant, _tenant.c.epoch).where(_tenant.c.tenant == tenant)
+            ).all()
+        )
+        return next((epoch for found, epoch in rows if found.encode() == name), None)
+
+    def tenants(self) -> list[str]:
+        """The names of all tenants, sorted."""
+        return sorted(
+            self.database.read(lambda connection: connection.scalars(select(_tenant.c.tenant)).all())
+        )
+
+    def require_key(self, provider: str) -> None:
+        """Refuse a provider that makes outbound calls where tenant rows are not authenticated."""
+        if self._key is None and provider != "local":
+            raise ConfigurationError(
+                f"a tenant with the KMS provider {provider!r} needs Byok(keystore_key=…): without it, whoever can "
+                "write to the keystore could redirect the tenant's key"
+            )
+
+    def _read(self, tenant: str) -> TenantRow | None:
+        # Outer joins: a tenant whose wrappings or generations were taken away is damaged, not unknown.
+        rows = self.database.read(
+            lambda connection: connection.execute(
+                select(*_READ)
+                .outerjoin_from(_tenant, _wrapping, _wrapping.c.tenant == _tenant.c.tenant)
+                .outerjoin(_generation, _generation.c.tenant == _tenant.c.tenant)
+                .where(_tenant.c.tenant == tenant)
+                .order_by(_wrapping.c.position, _generation.c.kind, _generation.c.generation)
+            ).all()
+        )
+        mine = [row._mapping for row in rows if row._mapping[_tenant.c.tenant].encode() == tenant.encode()]
+        if not mine:
+            return None
+        first = mine[0]
+        wrappings = {r[_wrapping.c.position]: _wrapping_of(r) for r in mine}
+        generations = {(r[_generation.c.kind], r[_generation.c.generation]): _record_of(r) for r in mine}
+        return TenantRow(
+            tenant=tenant,
+            revoke_within_ms=first[_tenant.c.revoke_within_ms],
+            outage_grace_ms=first[_tenant.c.outage_grace_ms],
+            tenant_key_id=first[_tenant.c.tenant_key_id],
+            tenant_key_generation=first[_tenant.c.tenant_key_generation],
+            epoch=first[_tenant.c.epoch],
+            manifest_tag=first[_tenant.c.manifest_tag],
+            wrappings=[found for position, found in wrappings.items() if position is not None],
+            generations=[found for (kind, _), found in generations.items() if kind is not None],
+        )
+
+    def _authenticates(self, row: TenantRow) -> bool:
+        """Whether the row may be used. Each wrapping has a tag of its own."""
+        sizes: tuple[object, ...] = (
+            row.revoke_within_ms,
+            row.outage_grace_ms,
+            row.tenant_key_generation,
+            row.epoch,
+        )
+        if (
+            not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in sizes)
+            or len(row.tenant_key_id) != ID_SIZE
+        ):
+            return False
+        for wrapping in row.wrappings:
+            self.require_key(wrapping.provider)
+            if self._key is None:
+                continue
+            if wrapping.row_tag is None or not hmac.compare_digest(
+                row.tag(self._key, wrapping), wrapping.row_tag
+            ):
+                return False
+        return True
+
+    @staticmethod
+    def _check_format(connection: Connection) -> None:
+        found = connection.scalar(select(_format.c.write_format))
+        if found != WRITE_FORMAT:
+            raise KeystoreError(
+                f"the keystore is pinned to write format {found}, this release writes format {WRITE_FORMAT}"
+            )
