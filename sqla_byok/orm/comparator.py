@@ -1,0 +1,295 @@
+"""How equality on an encrypted column becomes a look-up on its hash column.
+
+``Patient.mrn == "A-1"`` keeps the encrypted column as its operand, so that the ORM can adapt, alias, bind and
+evaluate it like any other comparison. Only when the statement is compiled does :class:`HashComparison` look for the
+hash column, in whatever FROM the operand stands by then. Looking it up when ``==`` is written gave wrong rows with
+``Query.union_all().filter()``, concrete inheritance and relationships on encrypted columns.
+
+What can be told from a Python value or an operator alone is refused when it is written; what depends on the other
+operand is refused when it is compiled, since SQLAlchemy itself compares columns with ``==`` to find them in lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from sqlalchemy import Select, Table
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    ClauseElement,
+    ClauseList,
+    ColumnElement,
+    Grouping,
+    Label,
+    Null,
+)
+from sqlalchemy.sql.operators import OperatorType
+from sqlalchemy.sql.selectable import ScalarSelect
+from sqlalchemy.types import TypeDecorator
+
+from sqla_byok.errors import UnsupportedQueryError
+from sqla_byok.orm.schema import hash_key
+from sqla_byok.orm.types import Encrypted, SearchHash
+
+__all__ = ["EncryptedComparator", "HashComparator", "HashComparison", "hash_column_of"]
+
+_LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
+_NULL_TESTS = {
+    operators.eq: operators.is_,
+    operators.ne: operators.is_not,
+    operators.is_: operators.is_,
+    operators.is_not: operators.is_not,
+}
+_OF_HASHES = {
+    *_LOOK_UPS,
+    *_NULL_TESTS,
+    operators.asc_op,
+    operators.desc_op,
+    operators.nulls_first_op,
+    operators.nulls_last_op,
+    operators.distinct_op,
+}
+_WRAPPERS = (Label, Grouping)
+_INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a searchable encrypted column"
+_NOT_SEARCHABLE = "it is not searchable; declare it with Encrypted(…, searchable=True) and fill its hashes"
+
+
+class EncryptedComparator(TypeDecorator.Comparator[Any]):
+    """The operators of an encrypted column."""
+
+    __slots__ = ()
+
+    def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
+        operand: Any = other[0] if other else None
+        if hasattr(operand, "__clause_element__"):
+            operand = operand.__clause_element__()
+        if op in _NULL_TESTS and (operand is None or isinstance(operand, Null)):
+            return super().operate(_NULL_TESTS[op], None)
+        if op not in _LOOK_UPS:
+            _refuse(self.expr, f"{_spelled(op)} would run on ciphertext; {_INSTEAD}")
+        type_: Encrypted[Any] = self.expr.type  # type: ignore[assignment]
+        if not type_.searchable and not isinstance(operand, ClauseElement):
+            _refuse(self.expr, _NOT_SEARCHABLE)
+        comparison: Any = None
+        with suppress(ArgumentError):  # its text shows the value, so it must not travel on, chained neither
+            comparison = super().operate(op, operand, **kwargs)
+        if comparison is None:
+            _refuse(
+                self.expr, f"{_spelled(op)} takes {'a value' if op in _NULL_TESTS else 'a list of values'}"
+            )
+        if type_.normalize is not None:
+            # With it the ORM would evaluate the un-normalized text in Python and leave the session stale.
+            comparison.left = comparison.left._deannotate(values=("parentmapper",), clone=True)
+        return _over_hashes(comparison)
+
+    def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:
+        _refuse(self.expr, f"{_spelled(op)} would run on ciphertext; {_INSTEAD}")
+
+
+class HashComparator(TypeDecorator.Comparator[Any]):
+    """The operators of a hash column, and of a value that stands on the left of an encrypted one.
+
+    SQLAlchemy turns ``"x" + Patient.mrn`` into an operation of the bound value, so the column's own comparator never
+    hears of it.
+    """
+
+    __slots__ = ()
+
+    def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
+        if op not in _OF_HASHES:
+            _refuse(self.expr, f"{_spelled(op)} means nothing on a search hash; {_INSTEAD}")
+        plain: Any = super().operate(op, *other, **kwargs)
+        return _over_hashes(plain) if op in _LOOK_UPS and _is_encrypted_column(plain.right) else plain
+
+
+# types.py cannot import this module, since this one needs its classes.
+Encrypted.comparator_factory = EncryptedComparator  # type: ignore[assignment,method-assign]
+SearchHash.comparator_factory = HashComparator  # type: ignore[assignment,method-assign]
+
+
+class HashComparison(BinaryExpression[Any]):
+    """``encrypted column (==, !=, IN, NOT IN) value or encrypted column``, rendered over the hash columns."""
+
+    inherit_cache = True
+
+    def encrypted(self) -> Iterator[Any]:
+        """The operands that are encrypted columns."""
+        for side in (self.left, self.right):
+            bare = _bare(side)
+            for operand in bare.clauses if isinstance(bare, ClauseList) else (bare,):
+                if _is_encrypted_column(operand):
+                    yield _bare(operand)
+
+    def get_children(self, **kwargs: Any) -> Iterator[ClauseElement]:
+        """Show the hash columns too, so that a wrapping subquery carries them along."""
+        yield from super().get_children(**kwargs)
+        for column in self.encrypted():
+            found = hash_column_of(column)
+            if found is not None:
+                yield found
+
+    def _negate(self) -> ColumnElement[Any]:
+        return _over_hashes(super()._negate())  # type: ignore[no-untyped-call]
+
+    def rendered(self) -> BinaryExpression[Any]:
+        """The comparison of hashes that the database sees.
+
+        :raises UnsupportedQueryError: if an operand has no hash that could be compared with the others'.
+        """
+        column = next(self.encrypted(), None)
+        if column is None:
+            _refuse(self.left, "only an encrypted column itself can be looked up, not an expression over it")
+        _check_searchable(column)
+        left, right = _hashed(self.left, column), _hashed(self.right, column)
+        return BinaryExpression(
+            left, right, self.operator, type_=self.type, negate=self.negate, modifiers=self.modifiers
+        )
+
+
+@compiles(HashComparison)
+def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -> Any:
+    return compiler.visit_binary(element.rendered(), **kwargs)
+
+
+def _over_hashes(comparison: Any) -> HashComparison:
+    """Make a comparison that SQLAlchemy has just built one over the hashes.
+
+    In place: to build it a second time would nearly double what each ``==`` in a program costs.
+    """
+    comparison.__class__ = HashComparison
+    taken: HashComparison = comparison
+    return taken
+
+
+def _hashed(operand: Any, column: Any) -> Any:
+    """What stands for an operand in a comparison with the column's hashes."""
+    bare = _bare(operand)
+    if isinstance(bare, BindParameter):
+        return _retyped(bare, column.type.hash_type)
+    if isinstance(bare, Null):
+        return bare
+    if isinstance(bare, ClauseList):
+        values = bare._clone()
+        values.clauses = [_hashed(value, column) for value in bare.clauses]
+        return values
+    source = _selected(bare) if isinstance(bare, ScalarSelect) else bare
+    if not _is_encrypted_column(source):
+        _refuse(column, "it cannot be compared with a SQL expression that has no search hash")
+    _check_searchable(source)
+    if source.type.search_key != column.type.search_key:
+        _refuse(
+            column,
+            f"{_named(source)} hashes with another salt or in another way; give both columns one salt_scope, hash "
+            "and normalize",
+        )
+    found = hash_column_of(source)
+    if found is None:
+        _refuse(
+            source,
+            f"{getattr(source.table, 'description', None) or 'its FROM'} has no hash column for each of its rows; "
+            f"select {hash_key(source.key)} there too, and instead of subqueryload() use selectinload()",
+        )
+    return _select_of_hash(bare, source, found) if isinstance(bare, ScalarSelect) else found
+
+
+def _retyped(bind: Any, hash_type: SearchHash) -> Any:
+    """Bind values through the hash type, whatever type they were given; keep their names."""
+    if bind.type is hash_type:
+        return bind
+    retyped = bind._clone(maintain_key=True)
+    retyped.type = hash_type
+    return retyped
+
+
+def hash_column_of(element: ClauseElement) -> ColumnElement[Any] | None:
+    """The hash column that belongs to an encrypted column, in the same FROM; None where that FROM has it not.
+
+    In a subquery or CTE it is the hash column that comes from the same table columns through the same tables: two
+    aliases of one table, or a label that borrows another column's name, are told apart. In a UNION each part has to
+    have it, with hashes that can be compared.
+    """
+    column = _bare(element)
+    table = getattr(column, "table", None)
+    if table is None:
+        return None
+    if isinstance(table, Table):
+        return _sibling(column)
+    siblings = set()
+    for base in column.base_columns:
+        sibling = _sibling(base)
+        if sibling is None or base.type.search_key != column.type.search_key:
+            return None
+        siblings.add(sibling)
+    tables = _tables(column)
+    candidates = (candidate for candidate in table.c if isinstance(candidate.type, SearchHash))
+    return next((one for one in candidates if one.base_columns == siblings and _tables(one) == tables), None)
+
+
+def _sibling(column: Any) -> ColumnElement[Any] | None:
+    table = getattr(column, "table", None)
+    found = table.c.get(hash_key(column.key)) if isinstance(table, Table) else None
+    return found if found is not None and isinstance(found.type, SearchHash) else None
+
+
+def _tables(column: Any) -> set[Any]:
+    """All tables, aliases and subqueries through which a column comes."""
+    return {proxied.table for proxied in column.proxy_set if not isinstance(proxied, Label)}
+
+
+def _bare(element: Any) -> Any:
+    while isinstance(element, _WRAPPERS):
+        element = element.element
+    return element
+
+
+def _is_encrypted_column(element: Any) -> bool:
+    bare = _bare(element)
+    return isinstance(getattr(bare, "type", None), Encrypted) and getattr(bare, "table", None) is not None
+
+
+def _selected(select: Any) -> Any:
+    """The one column of a scalar subquery, without labels; None where it is not that simple."""
+    inner = _bare(select.element)
+    # GROUP BY and DISTINCT ON (an extension before the columns, from 2.1 on) may name the ciphertext.
+    if not isinstance(inner, Select) or inner._distinct_on or inner._group_by_clauses:
+        return None
+    if getattr(inner, "_pre_columns_clause", None) is not None:
+        return None
+    columns = list(inner.selected_columns)
+    return _bare(columns[0]) if len(columns) == 1 else None
+
+
+def _select_of_hash(select: Any, source: Any, found: Any) -> Any:
+    """The same scalar subquery of the hash column."""
+    # The ORM finds the entity in a column's annotations, and by it the joins and criteria of an inheriting class.
+    entity = {key: value for key, value in source._annotations.items() if key != "proxy_key"}
+    return _bare(select.element).with_only_columns(found._annotate(entity)).scalar_subquery()
+
+
+def _check_searchable(element: Any) -> None:
+    if not _bare(element).type.searchable:
+        _refuse(element, _NOT_SEARCHABLE)
+
+
+def _refuse(element: Any, reason: str) -> NoReturn:
+    raise UnsupportedQueryError(f"{_named(element)}: {reason}", column=_column_id(element))
+
+
+def _column_id(element: Any) -> str | None:
+    type_ = getattr(_bare(element), "type", None)
+    return type_.source.column_id if isinstance(type_, SearchHash) else getattr(type_, "column_id", None)
+
+
+def _named(element: Any) -> str:
+    """The column's id where it has one; never a value."""
+    return str(_column_id(element) or getattr(_bare(element), "key", None) or "the expression")
+
+
+def _spelled(op: OperatorType) -> str:
+    return str(getattr(op, "__name__", op))

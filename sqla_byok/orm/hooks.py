@@ -1,0 +1,204 @@
+"""The statement hooks: the listeners on an engine through which every statement passes.
+
+In the order of a statement's life: :func:`before_execute` finds the tenant, opens it where it is cold, and completes
+INSERT and UPDATE; :func:`before_cursor_execute` makes sure that nothing else took its place meanwhile;
+:func:`after_execute` ties the result to the keyring, so that rows fetched later, in another block, thread or task,
+are still read under the tenant of their statement.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import StatementError
+from sqlalchemy.util.concurrency import await_only, in_greenlet
+
+from sqla_byok.errors import ConfigurationError, KeystoreUnavailableError, TenantMismatchError
+from sqla_byok.keys.keyring import Clock, Keyring
+from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.orm import upstream
+from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
+from sqla_byok.orm.slots import slot_of
+from sqla_byok.orm.types import Encrypted, SearchHash
+
+__all__ = ["TENANT_OPTION", "attach"]
+
+TENANT_OPTION = "byok_tenant"
+"""The execution option that says whose data a session, connection or engine works on."""
+
+
+def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str | None]) -> None:
+    """Put the statement hooks on an engine. Its statements' parameters are hidden from logs and exceptions.
+
+    :param keyrings: where the tenants' keys are.
+    :param current_tenant: tells whose turn it is in this thread or task, where no execution option says it.
+    :raises ConfigurationError: if the engine is attached to other keyrings already.
+    """
+    # A view made by execution_options() shares its engine's dialect: hooks on the view alone would leave the engine
+    # itself with a dialect that is attached, and statements that nobody prepared.
+    engine = getattr(engine, "_proxied", engine)
+    slot = slot_of(engine.dialect)
+    if slot.keyrings is keyrings:
+        return
+    if slot.keyrings is not None:
+        raise ConfigurationError(
+            "this engine is attached to another Byok already; give each Byok engines of its own"
+        )
+    slot.keyrings = keyrings
+    binding, reading, clock = slot.binding, slot.reading, keyrings.clock
+    # What a statement run by another one's column default or event has to put back. One level is enough: where more
+    # tenants are nested, before_cursor_execute refuses.
+    enclosing: ContextVar[Keyring | None] = ContextVar("byok_enclosing", default=None)
+
+    def before_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> tuple[Any, Any, Any]:
+        tenant, ring = options.get(TENANT_OPTION), None
+        if tenant is None:
+            tenant = current_tenant()
+        if tenant is not None:
+            ring = keyrings.warm(tenant)
+            if ring is None:
+                ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
+        is_dml = getattr(clause, "is_dml", None)
+        if is_dml is None:
+            refuse_compiled(clause)
+        elif is_dml and not clause.is_delete:
+            statement = upstream.resolved(clause)
+            filled = fill(statement, multi or ([params] if params else []))
+            if filled is not None:
+                _may_write(ring, clock)
+                clause, rows = filled
+                multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
+        enclosing.set(binding.get())
+        binding.set(ring)
+        return clause, multi, params
+
+    def before_cursor_execute(
+        conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> tuple[str, Any]:
+        compiled = context.compiled
+        if compiled is None:
+            return statement, parameters
+        encrypts, decrypts = upstream.known(compiled, _concerns)
+        ring = binding.get()
+        if encrypts:
+            tenant = context.execution_options.get(TENANT_OPTION)
+            if tenant is None:
+                tenant = current_tenant()
+            _check_unchanged(ring, tenant)
+        if decrypts and context.is_crud:
+            reading.set(ring)  # RETURNING together with server defaults is read before after_execute
+        return statement, parameters
+
+    def after_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any, result: Any) -> None:
+        ring = binding.get()
+        binding.set(enclosing.get())
+        context = getattr(result, "context", None)  # a default's result is a plain value
+        if context is None or context.compiled is None or result._soft_closed:
+            return
+        _, decrypts = upstream.known(context.compiled, _concerns)
+        if decrypts:
+            result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, clock)
+
+    event.listen(engine, "before_execute", before_execute, retval=True)
+    event.listen(engine, "before_cursor_execute", before_cursor_execute, retval=True)
+    event.listen(engine, "after_execute", after_execute)
+    event.listen(engine, "handle_error", _hide_parameters)
+    engine.hide_parameters = True
+    logger: Any = engine.logger
+    # With echo=True there is a wrapper of SQLAlchemy's own around it.
+    getattr(logger, "logger", logger).addFilter(_hide_rows)
+
+
+def _concerns(compiled: Any) -> tuple[bool, bool]:
+    """Whether a statement has values to encrypt or hash, and columns to decrypt. Asked once per compiled statement."""
+    refuse_embedded(getattr(compiled, "ctes", None) or ())
+    binds = getattr(compiled, "binds", {}).values()
+    encrypts = any(isinstance(bind.type, Encrypted | SearchHash) for bind in binds)
+    return encrypts, any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
+
+
+def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
+    if tenant != (None if ring is None else ring.tenant):
+        raise TenantMismatchError(
+            "the tenant changed while this statement was prepared: a column default, a type or an event ran a "
+            "statement of its own that failed, or changed the tenant",
+            tenant=tenant,
+            owner=None if ring is None else ring.tenant,
+        )
+
+
+def _may_write(ring: Keyring | None, clock: Clock) -> None:
+    if ring is not None and clock.boot() >= ring.write_until:
+        raise KeystoreUnavailableError(
+            f"the keystore has not answered for a while; tenant {ring.tenant!r} can be read but not written until it "
+            "does, since its data key may have changed",
+            tenant=ring.tenant,
+        )
+
+
+class _TenantFetch:
+    """Stands before a result's cursor strategy: whoever fetches, rows are read under the statement's tenant."""
+
+    __slots__ = ("_clock", "_inner", "_reading", "_ring")
+
+    def __init__(
+        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], clock: Clock
+    ) -> None:
+        self._inner, self._ring, self._reading, self._clock = inner, ring, reading, clock
+
+    def _enter(self) -> None:
+        ring, clock = self._ring, self._clock
+        if ring is not None and (clock.boot() >= ring.deadline or clock.wall() >= ring.wall_deadline):
+            ring.end()
+        self._reading.set(ring)
+
+    @property
+    def alternate_cursor_description(self) -> Any:
+        return self._inner.alternate_cursor_description
+
+    def fetchone(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter()
+        return self._inner.fetchone(*args, **kwargs)
+
+    def fetchmany(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter()
+        return self._inner.fetchmany(*args, **kwargs)
+
+    def fetchall(self, *args: Any, **kwargs: Any) -> Any:
+        self._enter()
+        return self._inner.fetchall(*args, **kwargs)
+
+    def yield_per(self, result: Any, cursor: Any, num: int) -> None:
+        self._inner.yield_per(result, cursor, num)
+        if result.cursor_strategy is not self:
+            result.cursor_strategy = _TenantFetch(
+                result.cursor_strategy, self._ring, self._reading, self._clock
+            )
+
+    def soft_close(self, *args: Any) -> None:
+        self._inner.soft_close(*args)
+
+    def hard_close(self, *args: Any) -> None:
+        self._inner.hard_close(*args)
+
+    def handle_exception(self, *args: Any) -> Any:
+        return self._inner.handle_exception(*args)
+
+
+def _hide_parameters(context: ExceptionContext) -> None:
+    error = context.sqlalchemy_exception
+    if isinstance(error, StatementError):
+        error.hide_parameters = True
+        error.params = None
+
+
+def _hide_rows(record: logging.LogRecord) -> bool:
+    # SQLAlchemy logs each row after decryption, at DEBUG.
+    if isinstance(record.msg, str) and record.msg.endswith("Row %r"):
+        record.msg, record.args = "Row [hidden: the engine reads encrypted columns]", ()
+    return True

@@ -1,0 +1,350 @@
+"""What is added to a table by declaring an encrypted column: the sibling hash column, and where constraints go.
+
+All of it hangs on SQLAlchemy's schema events of our own type. A column of type :class:`Encrypted` hears of its table
+and then gets its column id, gives up ``unique`` and ``index``, and appends its sibling right behind itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    ColumnDefault,
+    Index,
+    LargeBinary,
+    Table,
+    UniqueConstraint,
+    event,
+)
+from sqlalchemy.exc import NoReferenceError
+from sqlalchemy.orm import Mapper, deferred
+from sqlalchemy.schema import ColumnCollectionConstraint, MetaData
+from sqlalchemy.sql.elements import ColumnClause, TextClause, quoted_name
+from sqlalchemy.sql.visitors import iterate
+from sqlalchemy.types import BINARY, VARBINARY
+
+from sqla_byok.errors import DeclarationError
+from sqla_byok.orm.types import Encrypted, SearchHash
+
+__all__ = ["SOURCE", "hash_key"]
+
+SOURCE = "byok_source"
+"""The key in a hash column's ``info`` that names the column it follows."""
+
+# In the info of a source whose sibling was made; copies of the column carry it along.
+_HAS_HASH = "byok_has_hash"
+_MOVED = "byok_moved"
+_IDS = "byok_column_ids"
+_WHY = "the database sees only ciphertext, which is different each time"
+
+
+def hash_key(key: str) -> str:
+    """The key of the sibling of a column with this key."""
+    return f"{key}_hash"
+
+
+# -- the column ------------------------------------------------------------------------------------------------------
+
+
+@event.listens_for(Encrypted, "after_parent_attach")
+def _type_attached(type_: Encrypted[Any], column: Any) -> None:
+    if not isinstance(column, Column):
+        return
+    if column.type is not type_:
+        raise DeclarationError(
+            f"the column {column.name!r} has Encrypted inside {type(column.type).__name__} or as a variant of it; "
+            "Encrypted must be the column's own type, with any other type inside it"
+        )
+    event.listen(column, "before_parent_attach", _before_table)
+    event.listen(column, "after_parent_attach", _after_table)
+
+
+def _before_table(column: Column[Any], table: Any) -> None:
+    if not isinstance(table, Table) or not isinstance(column.type, Encrypted):
+        return
+    column.type = column.type.bound_to(_column_id(column, table))
+    _refuse_impossible(column)
+    # What was asked of the column is asked of its sibling; see _after_table.
+    column.info = {**column.info, _MOVED: (column.unique, column.index)}
+    column.unique = column.index = None
+
+
+def _after_table(column: Column[Any], table: Any) -> None:
+    if not isinstance(table, Table) or not isinstance(column.type, Encrypted):
+        return
+    for check in _checks(table):
+        _refuse_check(check, table)
+    unique, index = column.info.pop(_MOVED, (None, None))
+    if not column.type.searchable:
+        return
+    if _HAS_HASH in column.info:
+        # A copy (to_metadata): its sibling is copied too, behind it. Where it is not, it is made at the end.
+        event.listen(table, "after_parent_attach", lambda *_: _complete(column, table))
+        return
+    column.info[_HAS_HASH] = True
+    _add_sibling(column, table, unique, index)
+
+
+def _complete(column: Column[Any], table: Table) -> None:
+    if hash_key(column.key) not in table.c:
+        _add_sibling(column, table, None, None)
+
+
+def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: bool | None) -> None:
+    type_: Encrypted[Any] = column.type  # type: ignore[assignment]
+    sibling = table.c.get(hash_key(column.key))
+    if sibling is not None:
+        _adopt(sibling, column, table, unique, index)
+    else:
+        sibling = Column(
+            quoted_name(hash_key(column.name), getattr(column.name, "quote", None)),
+            type_.hash_type,
+            key=hash_key(column.key),
+            nullable=True,
+            unique=unique or None,
+            index=True if index or not unique else None,
+            info={SOURCE: column.key},
+        )
+        table.append_column(sibling)
+    sibling.default = sibling.onupdate = None
+    for default in (column.default, column.onupdate):
+        if default is not None:
+            follow = ColumnDefault(_follow(column.key), for_update=default.for_update)
+            follow._set_parent_with_dispatch(sibling)
+
+
+def _adopt(
+    existing: Column[Any], column: Column[Any], table: Table, unique: bool | None, index: bool | None
+) -> None:
+    """Take a column that is there already: reflected as plain bytes, or from before ``extend_existing``."""
+    type_: Encrypted[Any] = column.type  # type: ignore[assignment]
+    if not isinstance(existing.type, SearchHash | LargeBinary | BINARY | VARBINARY):
+        raise DeclarationError(
+            f"{type_.column_id}: the table has a column {existing.name!r} of another type; its name is needed for "
+            "the search hashes",
+            column=type_.column_id,
+        )
+    existing.type = type_.hash_type
+    existing.info[SOURCE] = column.key
+    over = [c for c in {*table.constraints, *table.indexes} if list(getattr(c, "columns", ())) == [existing]]
+    is_unique = any(isinstance(c, UniqueConstraint) or getattr(c, "unique", False) for c in over)
+    if unique and not is_unique:
+        table.append_constraint(UniqueConstraint(existing))
+    elif not over:
+        Index(None, existing)
+
+
+@event.listens_for(SearchHash, "after_parent_attach")
+def _hash_type_attached(type_: SearchHash, column: Any) -> None:
+    if isinstance(column, Column):
+        event.listen(column, "after_parent_attach", _hash_column_attached)
+
+
+def _hash_column_attached(column: Column[Any], table: Any) -> None:
+    # In a copied table the source has a column id of its own.
+    source = table.c.get(column.info.get(SOURCE, "")) if isinstance(table, Table) else None
+    if source is not None and isinstance(source.type, Encrypted):
+        column.type = source.type.hash_type
+
+
+def _follow(key: str) -> Callable[[Any], Any]:
+    """A default that takes whatever value the source column is given, its own default included."""
+
+    def follow(context: Any) -> Any:
+        return context.get_current_parameters()[key]
+
+    return follow
+
+
+def _column_id(column: Column[Any], table: Table) -> str:
+    type_: Encrypted[Any] = column.type  # type: ignore[assignment]
+    declared = type_.declared_id
+    if declared is None and any("." in part for part in (table.schema or "", table.name, column.name)):
+        raise DeclarationError(
+            f"the encrypted column {column.name!r} of {table.fullname!r} has a dot in its name; give it a column_id"
+        )
+    column_id = declared or f"{table.fullname}.{column.name}"
+    ids: dict[str, set[tuple[str, str]]] = table.metadata.info.setdefault(_IDS, {})
+    places, mine = ids.setdefault(column_id, set()), (table.fullname, column.key)
+    for place in places - {mine}:
+        other = _encrypted_at(place, column_id, table.metadata)
+        # Concrete inheritance shares an explicit id between tables; nothing else may.
+        if other is None or (place[0] != table.fullname and declared and other.declared_id):
+            continue
+        raise DeclarationError(
+            f"two encrypted columns have the id {column_id!r}: {'.'.join(place)} and {'.'.join(mine)}; their values "
+            "could be swapped unnoticed. Give one of them another column_id",
+            column=column_id,
+        )
+    places.add(mine)
+    return column_id
+
+
+def _encrypted_at(place: tuple[str, str], column_id: str, metadata: MetaData) -> Encrypted[Any] | None:
+    """The type of an encrypted column that was declared with this id; None where it is gone."""
+    table = metadata.tables.get(place[0])
+    column = None if table is None else table.c.get(place[1])
+    type_ = None if column is None else column.type
+    return type_ if isinstance(type_, Encrypted) and type_.column_id == column_id else None
+
+
+def _refuse_impossible(column: Column[Any]) -> None:
+    type_: Encrypted[Any] = column.type  # type: ignore[assignment]
+    reasons = {
+        "a primary key": column.primary_key,
+        "a foreign key": bool(column.foreign_keys),
+        "a computed or identity column": column.computed is not None or column.identity is not None,
+        "server_default": column.server_default is not None,
+        "server_onupdate": column.server_onupdate is not None,
+        "a default that is a SQL expression": _is_sql_default(column.default),
+        "an onupdate that is a SQL expression": _is_sql_default(column.onupdate),
+        "unique=True without searchable=True": bool(column.unique) and not type_.searchable,
+        "index=True without searchable=True": bool(column.index) and not type_.searchable,
+    }
+    for reason, given in reasons.items():
+        if given:
+            raise DeclarationError(
+                f"{type_.column_id}: an encrypted column cannot be declared with {reason}: {_WHY}",
+                column=type_.column_id,
+            )
+
+
+def _is_sql_default(default: Any) -> bool:
+    return default is not None and (default.is_clause_element or default.is_sequence)
+
+
+# -- constraints and indexes -----------------------------------------------------------------------------------------
+
+
+@event.listens_for(ColumnCollectionConstraint, "before_parent_attach")
+@event.listens_for(Index, "before_parent_attach")
+def _move_columns(constraint: Any, table: Any) -> None:
+    """Point a unique constraint or index that names an encrypted column at its hash column; refuse any other."""
+    if not isinstance(table, Table):
+        return
+    pending: list[Any] = constraint._pending_colargs
+    for position, given in enumerate(pending):
+        column = table.c.get(given) if isinstance(given, str) else given
+        if column is None or not isinstance(column.type, Encrypted):
+            continue
+        if not isinstance(constraint, UniqueConstraint | Index) or not column.type.searchable:
+            _refuse_constraint(constraint, column)
+        if hash_key(column.key) not in table.c:
+            # A constraint over column objects is attached with the last of them, and may come before our listener.
+            _after_table(column, table)
+        sibling = table.c[hash_key(column.key)]
+        if isinstance(constraint, Index):
+            if constraint.expressions[position] is not given:
+                _refuse_constraint(constraint, column)
+            constraint.expressions[position] = sibling  # type: ignore[index]
+        pending[position] = sibling
+
+
+@event.listens_for(Index, "after_parent_attach")
+def _index_attached(index: Index, table: Any) -> None:
+    """Refuse an index over an expression that names an encrypted column."""
+    for expression in index.expressions:
+        for column in _named_in(expression, table):
+            _refuse_constraint(index, column)
+
+
+@event.listens_for(CheckConstraint, "after_parent_attach")
+def _check_attached(check: CheckConstraint, parent: Any) -> None:
+    # A CHECK may come before the columns that it names: see _after_table.
+    if isinstance(parent, Table):
+        _refuse_check(check, parent)
+    else:
+        event.listen(parent, "after_parent_attach", lambda _, table: _refuse_check(check, table))
+
+
+def _checks(table: Table) -> list[CheckConstraint]:
+    """Those of the table and those of its columns."""
+    of_columns = [constraint for column in table.c for constraint in column.constraints]
+    return [c for c in (*table.constraints, *of_columns) if isinstance(c, CheckConstraint)]
+
+
+def _refuse_check(check: CheckConstraint, table: Any) -> None:
+    if isinstance(table, Table):
+        for column in _named_in(check.sqltext, table):
+            _refuse_constraint(check, column)
+
+
+def _named_in(expression: Any, table: Table) -> list[Column[Any]]:
+    """The encrypted columns that a SQL expression names, as objects or in its text."""
+    elements = list(iterate(expression))
+    text = " ".join(
+        element.text if isinstance(element, TextClause) else element.name
+        for element in elements
+        if isinstance(element, TextClause | ColumnClause)
+    )
+    words = re.sub(r"'[^']*'", "''", text).lower()
+    return [
+        column
+        for column in table.c
+        if isinstance(column.type, Encrypted)
+        and re.search(rf"(?<!\w){re.escape(column.name.lower())}(?!\w)", words)
+    ]
+
+
+@event.listens_for(Table, "after_parent_attach")
+def _refuse_references(table: Table, metadata: MetaData) -> None:
+    """Refuse a foreign key to an encrypted column, whichever of the two tables is declared first."""
+    keys = set(table.foreign_keys)
+    if any(isinstance(column.type, Encrypted) for column in table.c):
+        keys.update(key for other in metadata.tables.values() for key in other.foreign_keys)
+    for key in keys:
+        try:
+            target = key.column
+        except NoReferenceError:
+            continue  # its table is yet to come
+        if isinstance(target.type, Encrypted):
+            _refuse_constraint(key, target)
+
+
+def _refuse_constraint(constraint: Any, column: Column[Any]) -> None:
+    type_: Encrypted[Any] = column.type  # type: ignore[assignment]
+    raise DeclarationError(
+        f"{type_.column_id}: {type(constraint).__name__} cannot hold on an encrypted column: {_WHY}. Unique "
+        "constraints and plain indexes work with searchable=True",
+        column=type_.column_id,
+    )
+
+
+# -- the mapping -----------------------------------------------------------------------------------------------------
+
+
+@event.listens_for(Mapper, "instrument_class")
+def _defer_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
+    """Map each hash column deferred, named after its source's attribute: it is not fetched with the entity."""
+    properties, excluded = mapper._init_properties, mapper.exclude_properties or ()
+    inherited = mapper.inherits._columntoproperty if mapper.inherits is not None else ()
+    for column in mapper.local_table.c:
+        if not isinstance(column.type, SearchHash) or column in inherited:
+            continue
+        source = _source_of(column, mapper.local_table)
+        if source is None:
+            continue
+        if source.key in excluded or source in excluded:
+            # Declarative does this to the columns of another subclass in single-table inheritance.
+            mapper.exclude_properties = {*excluded, column.key}
+            continue
+        attribute = next(
+            (
+                name
+                for name, given in properties.items()
+                if any(mapped is source for mapped in getattr(given, "columns", [given]))
+            ),
+            f"{mapper.column_prefix or ''}{source.key}",
+        )
+        properties.setdefault(hash_key(attribute), deferred(column))
+
+
+def _source_of(column: Any, selectable: Any) -> Any:
+    """The encrypted column in the same table, join or subquery that a hash column follows; None where it is not."""
+    bases = [base for base in column.base_columns if isinstance(base, Column)]
+    sources = {base.table.c.get(base.info.get(SOURCE, "")) for base in bases}
+    return next((c for c in selectable.c if not c.base_columns.isdisjoint(sources)), None)

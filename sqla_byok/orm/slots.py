@@ -1,0 +1,87 @@
+"""Whose keys a statement uses, per dialect.
+
+A processor sees a value and a dialect, nothing else, and SQLAlchemy keeps it for the dialect's life. So each engine's
+dialect has a slot: the statement hooks put the running statement's keyring there, the processors take it out. Two
+engines, and two instances of :class:`~sqla_byok.Byok`, never share one; an engine that was not attached has an empty
+slot, and its processors raise.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import NoReturn, cast
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Dialect
+
+from sqla_byok.crypto.formats import HEADER_SIZE
+from sqla_byok.crypto.values import Ring, explain_foreign
+from sqla_byok.errors import NotAttachedError, NoTenantError, TenantMismatchError, UnknownDataKeyError
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.keyrings import Keyrings
+
+__all__ = ["Slot", "slot_of"]
+
+
+class Slot:
+    """The keyrings of what one dialect is doing now, in this thread or task.
+
+    :ivar binding: the keyring for the parameters of the statement being prepared.
+    :ivar reading: the keyring for the rows being fetched.
+    :ivar keyrings: all open tenants; ``None`` until the engine is attached.
+    """
+
+    __slots__ = ("__weakref__", "binding", "keyrings", "reading")
+
+    def __init__(self) -> None:
+        self.binding: ContextVar[Keyring | None] = ContextVar("byok_binding", default=None)
+        self.reading: ContextVar[Keyring | None] = ContextVar("byok_reading", default=None)
+        self.keyrings: Keyrings | None = None
+
+    def nobody(self, column: str) -> NoReturn:
+        """Raise the error for a value that has to be encrypted, hashed or decrypted with no keyring there."""
+        if self.keyrings is None:
+            raise NotAttachedError(
+                f"{column}: this engine was not given to Byok.attach(), so the value can be neither encrypted nor "
+                "decrypted; attach the engine first",
+                column=column,
+            )
+        raise NoTenantError(
+            f"{column}: no tenant is set for this statement; run it in byok.session(tenant, engine), within "
+            "'with byok.tenant(tenant)', or with the execution option byok_tenant",
+            column=column,
+        )
+
+    def refuse(self, column: str, ring: Ring | None, blob: bytes) -> NoReturn:
+        """Raise the error for a stored value whose key is not in the keyring of the result being read."""
+        explain_foreign(blob, column, None if ring is None else ring.tenant)
+        if ring is None:
+            self.nobody(column)
+        keyring = cast("Keyring", ring)  # the hooks put nothing else there
+        if keyring.cleared:
+            keyring.expired()
+        owner = self.keyrings.owner_of(blob[:HEADER_SIZE]) if self.keyrings is not None else None
+        if owner is not None:
+            raise TenantMismatchError(
+                f"{column}: a row of tenant {owner!r} was read for tenant {ring.tenant!r}; filter the query by tenant",
+                tenant=ring.tenant,
+                column=column,
+                owner=owner,
+            )
+        raise UnknownDataKeyError(
+            f"{column}: a stored value was sealed under a data key that tenant {ring.tenant!r} does not have; it is "
+            "another tenant's row, or its generation was retired",
+            tenant=ring.tenant,
+            column=column,
+        )
+
+
+_slots: WeakKeyDictionary[Dialect, Slot] = WeakKeyDictionary()
+
+
+def slot_of(dialect: Dialect) -> Slot:
+    """The dialect's slot, made when first asked for."""
+    slot = _slots.get(dialect)
+    if slot is None:
+        slot = _slots.setdefault(dialect, Slot())
+    return slot

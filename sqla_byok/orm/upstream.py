@@ -1,0 +1,145 @@
+"""The private SQLAlchemy names that filling and following a statement needs, in one place.
+
+SQLAlchemy has no public way to change the values of an INSERT or UPDATE that somebody else built. Both supported
+lines, 2.0 and 2.1, are tested against what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any, TypeVar
+
+from sqlalchemy import Table
+from sqlalchemy.util import immutabledict
+
+__all__ = [
+    "conflict_elements",
+    "conflict_values",
+    "conflicts",
+    "known",
+    "multi_values",
+    "plain_table",
+    "resolved",
+    "result_types",
+    "select_names",
+    "target",
+    "values",
+    "with_conflicts",
+    "with_multi_values",
+    "with_target",
+    "with_values",
+]
+
+T = TypeVar("T")
+Item = tuple[Any, Any]
+
+
+def resolved(clause: Any) -> Any:
+    """The statement inside a lambda statement."""
+    return clause._resolved if getattr(clause, "_is_lambda_element", False) else clause
+
+
+def target(clause: Any) -> tuple[Any, bool]:
+    """What the statement writes to, and whether the ORM sends it to one table of several (joined inheritance).
+
+    The ORM then gives each table's statement all the values, and drops those of other tables when it compiles it.
+    """
+    emitted = clause._annotations.get("_emit_insert_table" if clause.is_insert else "_emit_update_table")
+    return (clause.table, False) if emitted is None else (emitted, True)
+
+
+def plain_table(table: Table) -> Table:
+    """The table itself, where the ORM annotated it."""
+    return table._deannotate()
+
+
+def select_names(clause: Any) -> Sequence[str]:
+    """The target columns of an INSERT FROM SELECT; empty for any other."""
+    return clause._select_names or () if clause.is_insert and clause.select is not None else ()
+
+
+def values(clause: Any) -> list[Item]:
+    """What ``.values()`` or ``.ordered_values()`` were given."""
+    ordered = getattr(clause, "_ordered_values", None)  # 2.0
+    return list(ordered or (clause._values or {}).items())
+
+
+def with_values(clause: Any, items: Iterable[Item]) -> Any:
+    """A copy of the statement with these values."""
+    new = clause._generate()
+    if getattr(clause, "_ordered_values", None):
+        new._ordered_values = list(items)
+    else:
+        new._values = immutabledict(items)
+    return new
+
+
+def multi_values(clause: Any) -> Sequence[Sequence[Any]]:
+    """What ``insert().values([…])`` was given, once for each time."""
+    return clause._multi_values if clause.is_insert else ()
+
+
+def with_multi_values(clause: Any, groups: Iterable[Sequence[Any]]) -> Any:
+    """A copy of the statement with these rows."""
+    new = clause._generate()
+    new._multi_values = tuple(groups)
+    return new
+
+
+def conflicts(clause: Any) -> Sequence[Any]:
+    """The ON CONFLICT or ON DUPLICATE KEY clauses; 2.1 takes several on SQLite."""
+    found = getattr(clause, "_post_values_clause", None) if clause.is_insert else None
+    return () if found is None else getattr(found, "clauses", (found,))
+
+
+def with_conflicts(clause: Any, new_conflicts: Iterable[Any]) -> Any:
+    """A copy of the statement with these in place of its own, as many."""
+    new = clause._generate()
+    found = new._post_values_clause
+    if hasattr(found, "clauses"):
+        new._post_values_clause = copy(found)
+        new._post_values_clause.clauses = tuple(new_conflicts)
+    else:
+        (new._post_values_clause,) = new_conflicts
+    return new
+
+
+def conflict_elements(conflict: Any) -> Sequence[Any]:
+    """The columns whose conflict it answers, where it names any."""
+    return getattr(conflict, "inferred_target_elements", None) or ()
+
+
+def conflict_values(conflict: Any) -> list[Item]:
+    """What it sets; nothing for DO NOTHING."""
+    found = getattr(conflict, _values_name(conflict), ())
+    return list(found.items() if isinstance(found, Mapping) else found)
+
+
+def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -> Any:
+    """A copy of the clause that answers these columns' conflict and sets these values."""
+    new = copy(conflict)
+    if elements:
+        new.inferred_target_elements = list(elements)
+    if items:
+        name = _values_name(conflict)
+        # a list on 2.0, a dict on 2.1 and on MySQL
+        setattr(new, name, dict(items) if isinstance(getattr(conflict, name), Mapping) else list(items))
+    return new
+
+
+def _values_name(conflict: Any) -> str:
+    return "update_values_to_set" if hasattr(conflict, "update_values_to_set") else "update"
+
+
+def result_types(compiled: Any) -> Iterator[Any]:
+    """The types of the columns that a compiled statement returns."""
+    return (column.type for column in getattr(compiled, "_result_columns", None) or ())
+
+
+def known(compiled: Any, ask: Callable[[Any], T]) -> T:
+    """What ``ask`` says of a compiled statement, asked once and kept with it."""
+    found: T | None = compiled.__dict__.get("_sqla_byok")
+    if found is None:
+        found = compiled._sqla_byok = ask(compiled)
+    return found

@@ -1,0 +1,536 @@
+"""Constraints and indexes that name an encrypted column: those that move to its hash, those that are refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Column,
+    Computed,
+    Engine,
+    FetchedValue,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Sequence,
+    String,
+    Table,
+    TypeDecorator,
+    UniqueConstraint,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, ExcludeConstraint
+from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, declared_attr, mapped_column
+from sqlalchemy.schema import CreateIndex
+
+from sqla_byok import Byok, Encrypted
+from sqla_byok.errors import DeclarationError, UnsupportedQueryError
+
+
+def searchable(**options: Any) -> Encrypted[str]:
+    return Encrypted(String(20), searchable=True, **options)
+
+
+def patient(*columns: Any, metadata: MetaData | None = None, **options: Any) -> Table:
+    return Table(
+        "patient",
+        metadata or MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("org", String(20)),
+        *columns,
+        **options,
+    )
+
+
+def over(table: Any) -> tuple[list[list[str]], list[tuple[list[str], bool]]]:
+    """The columns of each unique constraint, and of each index with whether it is unique."""
+    unique = [[c.name for c in k.columns] for k in table.constraints if isinstance(k, UniqueConstraint)]
+    indexes = [([c.name for c in index.columns], bool(index.unique)) for index in table.indexes]
+    return sorted(unique), sorted(indexes)
+
+
+PLAIN = (["mrn_hash"], False)
+
+# -- what moves ------------------------------------------------------------------------------------------------------
+
+
+def by_object_before() -> Table:
+    column = Column("mrn", searchable())
+    constraint = UniqueConstraint(column)
+    table = patient(column)
+    assert constraint.table is table
+    return table
+
+
+def by_object_of_two_columns() -> Table:
+    org, mrn = Column("ward", String(20)), Column("mrn", searchable())
+    return patient(mrn, org, UniqueConstraint(mrn, org))
+
+
+def by_object_before_its_type() -> Table:
+    column: Column[Any] = Column("mrn")
+    UniqueConstraint(column)
+    column._set_type(searchable())  # as Declarative does with a type that comes from the annotation
+    return patient(column)
+
+
+def by_object_after() -> Table:
+    table = patient(Column("mrn", searchable()))
+    UniqueConstraint(table.c.org, table.c.mrn)
+    return table
+
+
+def appended() -> Table:
+    table = patient(Column("mrn", searchable()))
+    table.append_constraint(UniqueConstraint("mrn", "org"))
+    return table
+
+
+def index_after() -> Table:
+    table = patient(Column("mrn", searchable()))
+    index = Index("by_mrn", table.c.mrn, table.c.org)
+    assert str(CreateIndex(index)) == "CREATE INDEX by_mrn ON patient (mrn_hash, org)"
+    return table
+
+
+def index_beside_an_expression() -> Table:
+    table = patient(Column("mrn", searchable()))
+    index = Index("by_mrn", func.lower(table.c.org), table.c.mrn, unique=True)
+    assert str(CreateIndex(index)) == "CREATE UNIQUE INDEX by_mrn ON patient (lower(org), mrn_hash)"
+    return table
+
+
+@pytest.mark.parametrize(
+    ("declare", "unique", "indexes"),
+    [
+        (lambda: patient(Column("mrn", searchable())), [], [PLAIN]),
+        (lambda: patient(Column("mrn", searchable(), index=True)), [], [PLAIN]),
+        (lambda: patient(Column("mrn", searchable(), unique=True)), [["mrn_hash"]], []),
+        (lambda: patient(Column("mrn", searchable(), unique=True, index=True)), [], [(["mrn_hash"], True)]),
+        (
+            lambda: patient(Column("mrn", searchable()), UniqueConstraint("org", "mrn")),
+            [["org", "mrn_hash"]],
+            [PLAIN],
+        ),
+        (
+            lambda: patient(Column("mrn", searchable(), key="m"), UniqueConstraint("m")),
+            [["mrn_hash"]],
+            [PLAIN],
+        ),
+        (lambda: patient(Column("mrn", searchable()), Index("i", "mrn")), [], [PLAIN, PLAIN]),
+        (
+            lambda: patient(Column("mrn", searchable()), UniqueConstraint("org", "mrn_hash")),
+            [["org", "mrn_hash"]],
+            [PLAIN],
+        ),
+        (by_object_before, [["mrn_hash"]], [PLAIN]),
+        (by_object_of_two_columns, [["mrn_hash", "ward"]], [PLAIN]),
+        (by_object_before_its_type, [["mrn_hash"]], [PLAIN]),
+        (by_object_after, [["org", "mrn_hash"]], [PLAIN]),
+        (appended, [["mrn_hash", "org"]], [PLAIN]),
+        (index_after, [], [PLAIN, (["mrn_hash", "org"], False)]),
+        (index_beside_an_expression, [], [PLAIN, (["org", "mrn_hash"], True)]),
+    ],
+    ids=lambda case: getattr(case, "__name__", None),
+)
+def test_constraint_of_a_table_moves_to_the_hash(
+    declare: Callable[[], Table], unique: list[list[str]], indexes: list[tuple[list[str], bool]]
+) -> None:
+    """However it names the searchable column, a unique constraint or index ends up on the hash column."""
+    assert over(declare()) == (unique, sorted(indexes))
+
+
+def test_constraint_of_a_class_moves_to_the_hash() -> None:
+    """So it does in __table_args__, dataclasses, mixins, and for indexes made from a class's attributes."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class HasMrn:
+        mrn: Mapped[str] = mapped_column(searchable(), unique=True)
+
+        @declared_attr
+        def email(self) -> Mapped[str]:
+            return mapped_column(searchable(), unique=True, index=True)
+
+    class InArgs(Base):
+        __tablename__ = "in_args"
+        __table_args__ = (UniqueConstraint("org", "mrn", name="one"), Index("two", "mrn", "org"))
+        id: Mapped[int] = mapped_column(primary_key=True)
+        org: Mapped[str]
+        mrn: Mapped[str] = mapped_column(searchable())
+
+    class OfObjects(Base):
+        __tablename__ = "of_objects"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        org: Mapped[str] = mapped_column()
+        mrn: Mapped[str] = mapped_column(searchable())
+        __table_args__ = (UniqueConstraint(org, mrn),)
+
+    class Mixed(HasMrn, Base):
+        __tablename__ = "mixed"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class MixedToo(HasMrn, Base):
+        __tablename__ = "mixed_too"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Data(MappedAsDataclass, Base):
+        __tablename__ = "data"
+        __table_args__ = (UniqueConstraint("code", "org"),)
+        id: Mapped[int] = mapped_column(primary_key=True, init=False)
+        code: Mapped[str] = mapped_column(searchable(), unique=True)
+        org: Mapped[str]
+
+    Index("of_attributes", InArgs.org, InArgs.mrn)
+
+    assert over(InArgs.__table__) == (
+        [["org", "mrn_hash"]],
+        [PLAIN, (["mrn_hash", "org"], False), (["org", "mrn_hash"], False)],
+    )
+    assert over(OfObjects.__table__) == ([["org", "mrn_hash"]], [PLAIN])
+    for table in (Mixed.__table__, MixedToo.__table__):
+        assert over(table) == ([["mrn_hash"]], [(["email_hash"], True)])
+    assert over(Data.__table__) == ([["code_hash"], ["code_hash", "org"]], [])
+
+
+def test_database_enforces_uniqueness_through_the_hash(byok: Byok, engine: Engine) -> None:
+    """Equal values of one tenant collide in each database; NULLs, other tenants' equal values and others do not."""
+    table = patient(
+        Column("mrn", searchable(), unique=True),
+        Column("email", searchable(), unique=True, index=True),
+        Column("phone", searchable()),
+        UniqueConstraint("org", "phone"),
+    )
+    table.metadata.create_all(engine)
+
+    def save(tenant: str, **values: str | None) -> None:
+        with byok.tenant(tenant), engine.begin() as connection:
+            connection.execute(insert(table).values(**values))
+
+    save("t1", mrn="A-1", email="a@x.org", org="bern", phone="1")
+    save("t1", mrn=None, email=None, org="bern", phone=None)
+    save("t1", mrn=None, email=None, org="bern", phone=None)
+    save("t1", mrn="A-2", email="b@x.org", org="genf", phone="1")
+    save("t2", mrn="A-1", email="a@x.org", org="bern", phone="1")
+    for duplicate in (
+        {"mrn": "A-1"},
+        {"email": "b@x.org"},
+        {"org": "genf", "phone": "1"},
+    ):
+        with pytest.raises(IntegrityError) as raised:
+            save("t1", **duplicate)
+        assert not any(value in str(raised.value) for value in ("A-1", "b@x.org"))
+    with pytest.raises(IntegrityError), byok.tenant("t1"), engine.begin() as connection:
+        connection.execute(update(table).where(table.c.mrn == "A-2").values(mrn="A-1"))
+
+    with byok.tenant("t1"), engine.connect() as connection:
+        assert connection.scalar(select(func.count()).select_from(table)) == 5
+        assert connection.scalars(select(table.c.org).where(table.c.mrn == "A-2")).all() == ["genf"]
+
+
+def test_normalized_values_collide(byok: Byok, engine: Engine) -> None:
+    """What a search regards as equal is a duplicate too."""
+    table = patient(Column("email", searchable(normalize=str.casefold), unique=True))
+    table.metadata.create_all(engine)
+
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table).values(email="Ada@x.org"))
+        session.commit()
+        with pytest.raises(IntegrityError):
+            session.execute(insert(table).values(email="ADA@x.org"))
+        session.rollback()
+        assert session.scalars(select(table.c.email)).all() == ["Ada@x.org"]
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Inside(TypeDecorator[str]):
+    impl = Encrypted(String(20))
+    cache_ok = True
+
+
+def encrypted(*args: Any, type_: Any = None, **options: Any) -> Callable[[], Table]:
+    return lambda: patient(Column("mrn", type_ or searchable(), *args, **options))
+
+
+def beside(*items: Any, type_: Any = None) -> Callable[[], Table]:
+    return lambda: patient(Column("mrn", type_ or searchable()), *(item() for item in items))
+
+
+def then(change: Callable[[Table], Any], *items: Any) -> Callable[[], Any]:
+    return lambda: change(patient(Column("mrn", searchable()), *items))
+
+
+NOT_SEARCHABLE = Encrypted(String(20))
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "primary key": (encrypted(primary_key=True), "a primary key"),
+    "PrimaryKeyConstraint": (
+        lambda: Table("patient", MetaData(), Column("mrn", searchable()), PrimaryKeyConstraint("mrn")),
+        "PrimaryKeyConstraint",
+    ),
+    "PrimaryKeyConstraint, object": (
+        lambda: (lambda c: Table("patient", MetaData(), c, PrimaryKeyConstraint(c)))(
+            Column("mrn", searchable())
+        ),
+        "PrimaryKeyConstraint",
+    ),
+    "foreign key": (encrypted(ForeignKey("person.mrn")), "a foreign key"),
+    "ForeignKeyConstraint": (
+        beside(lambda: ForeignKeyConstraint(["mrn"], ["person.mrn"])),
+        "ForeignKeyConstraint",
+    ),
+    "server_default": (encrypted(server_default="x"), "server_default"),
+    "server_default, fetched": (encrypted(server_default=FetchedValue()), "server_default"),
+    "server_onupdate": (encrypted(server_onupdate=FetchedValue()), "server_onupdate"),
+    "computed": (encrypted(Computed("org")), "a computed or identity column"),
+    "identity": (encrypted(Identity(), type_=Encrypted(Integer)), "a computed or identity column"),
+    "SQL default": (encrypted(default=func.now()), "a default that is a SQL expression"),
+    "SQL default, select": (
+        encrypted(default=select(func.max(text("1"))).scalar_subquery()),
+        "a default that is a SQL expression",
+    ),
+    "sequence": (encrypted(Sequence("numbers")), "a default that is a SQL expression"),
+    "SQL onupdate": (encrypted(onupdate=func.now()), "an onupdate that is a SQL expression"),
+    "unique": (encrypted(type_=NOT_SEARCHABLE, unique=True), "unique=True without searchable=True"),
+    "index": (encrypted(type_=NOT_SEARCHABLE, index=True), "index=True without searchable=True"),
+    "UniqueConstraint": (
+        beside(lambda: UniqueConstraint("org", "mrn"), type_=NOT_SEARCHABLE),
+        "UniqueConstraint",
+    ),
+    "Index": (beside(lambda: Index("i", "mrn"), type_=NOT_SEARCHABLE), "Index"),
+    "functional index": (then(lambda t: Index("i", func.lower(t.c.mrn))), "Index"),
+    "functional index, text": (beside(lambda: Index("i", text("lower(mrn)"))), "Index"),
+    "CHECK of the column": (encrypted(CheckConstraint("length(mrn) > 3")), "CheckConstraint"),
+    "CHECK of another column": (
+        beside(lambda: Column("size", Integer, CheckConstraint("size > length(mrn)"))),
+        "CheckConstraint",
+    ),
+    "CHECK of the table": (beside(lambda: CheckConstraint("length(mrn) > 3")), "CheckConstraint"),
+    "CHECK in capitals": (beside(lambda: CheckConstraint("LENGTH(MRN) > 3")), "CheckConstraint"),
+    "CHECK before the column": (
+        lambda: patient(CheckConstraint("length(mrn) > 3"), Column("mrn", searchable())),
+        "CheckConstraint",
+    ),
+    "CHECK of another column before": (
+        lambda: patient(
+            Column("size", Integer, CheckConstraint("size > length(mrn)")), Column("mrn", searchable())
+        ),
+        "CheckConstraint",
+    ),
+    "CHECK before a late column": (
+        lambda: patient(CheckConstraint("length(mrn) > 3")).append_column(Column("mrn", searchable())),
+        "CheckConstraint",
+    ),
+    "CHECK of objects": (then(lambda t: CheckConstraint(func.length(t.c.mrn) > 3)), "CheckConstraint"),
+    "CHECK of objects, appended": (
+        then(lambda t: t.append_constraint(CheckConstraint(t.c.mrn == "x"))),
+        "CheckConstraint",
+    ),
+    "CHECK, quoted": (
+        lambda: patient(Column("first name", searchable()), CheckConstraint('"first name" <> org')),
+        "CheckConstraint",
+    ),
+    "ExcludeConstraint": (beside(lambda: ExcludeConstraint(("mrn", "="))), "ExcludeConstraint"),
+    "ExcludeConstraint, object": (
+        then(lambda t: t.append_constraint(ExcludeConstraint((t.c.mrn, "=")))),
+        "ExcludeConstraint",
+    ),
+    "with_variant": (lambda: searchable().with_variant(String(20), "sqlite"), "with_variant"),
+    "a variant": (encrypted(type_=String(20).with_variant(searchable(), "sqlite")), "as a variant"),
+    "inside a type": (encrypted(type_=Inside()), "Encrypted inside Inside"),
+    "inside an array": (encrypted(type_=ARRAY(Encrypted(String))), "Encrypted inside ARRAY"),
+    "one id for two columns": (
+        lambda: patient(Column("a", searchable(column_id="p.m")), Column("b", searchable(column_id="p.m"))),
+        "two encrypted columns have the id 'p.m'",
+    ),
+    "an id that another column has": (
+        lambda: patient(Column("a", searchable()), Column("b", searchable(column_id="patient.a"))),
+        "two encrypted columns have the id 'patient.a'",
+    ),
+    "a dot in a column": (lambda: patient(Column("a.b", searchable())), "has a dot in its name"),
+    "a dot in a table": (
+        lambda: Table("a.b", MetaData(), Column("c", searchable())),
+        "has a dot in its name",
+    ),
+    "a dot in a schema": (lambda: patient(Column("c", searchable()), schema="a.b"), "has a dot in its name"),
+    "another type's hash": (
+        lambda: patient(Column("mrn_hash", String), Column("mrn", searchable())),
+        "has a column 'mrn_hash' of another type",
+    ),
+    "no type": (lambda: Encrypted("text"), "cannot wrap str"),  # type: ignore[arg-type]
+    "an array": (lambda: Encrypted(ARRAY(Integer)), "cannot wrap ARRAY"),
+    "Encrypted": (lambda: Encrypted(Encrypted(String)), "cannot wrap Encrypted"),
+    "searchable JSON": (lambda: Encrypted(JSON, searchable=True), "cannot be searchable"),
+    "hash without searchable": (lambda: Encrypted(String, hash="hmac-sha256"), "need searchable=True"),
+    "scope without searchable": (lambda: Encrypted(String, salt_scope="x"), "need searchable=True"),
+    "normalize without searchable": (
+        lambda: Encrypted(String, normalize=str.casefold),
+        "need searchable=True",
+    ),
+    "an unknown hash": (lambda: searchable(hash="md5"), "hash takes one of"),
+    "hmac with the tenant's salt": (
+        lambda: searchable(hash="hmac-sha256", salt_scope="tenant"),
+        "goes with hash='sha256' only",
+    ),
+    "an empty scope": (lambda: searchable(salt_scope=""), "salt_scope takes a name"),
+    "pad_to of one": (lambda: Encrypted(String, pad_to=1), "pad_to takes"),
+    "pad_to too large": (lambda: Encrypted(String, pad_to=65_537), "pad_to takes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_hold_on_ciphertext_is_refused_at_declaration(case: str) -> None:
+    """Each of these would silently not hold, or write plaintext; declaring it raises, with the reason."""
+    declare, reason = REFUSED[case]
+    with pytest.raises(DeclarationError) as raised:
+        declare()
+    assert reason in str(raised.value)
+
+
+def test_refusals_hold_in_classes() -> None:
+    """A class statement raises as a Table does, and the error names the column."""
+
+    def column(**options: Any) -> None:
+        class Base(DeclarativeBase):
+            pass
+
+        class Patient(Base):
+            __tablename__ = "patient"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            mrn: Mapped[str] = mapped_column(searchable(), **options)
+
+    for options in ({"primary_key": True}, {"server_default": "x"}, {"insert_default": func.now()}):
+        with pytest.raises(DeclarationError) as raised:
+            column(**options)
+        assert raised.value.column == "patient.mrn"
+
+    def checked() -> None:
+        class Base(DeclarativeBase):
+            pass
+
+        class Visit(Base):
+            __tablename__ = "visit"
+            __table_args__ = (CheckConstraint("length(mrn) > 3"),)
+            id: Mapped[int] = mapped_column(primary_key=True)
+            mrn: Mapped[str] = mapped_column(searchable())
+
+    with pytest.raises(DeclarationError, match=r"visit\.mrn: CheckConstraint"):
+        checked()
+
+
+def test_sorted_index_is_refused() -> None:
+    """An index in descending order sorts ciphertext: the operator refuses before there is an index."""
+    table = patient(Column("mrn", searchable()))
+    with pytest.raises(UnsupportedQueryError, match=r"patient\.mrn: desc"):
+        Index("by_mrn", table.c.mrn.desc())
+    assert over(table) == ([], [PLAIN])
+
+
+@pytest.mark.parametrize("target_first", [True, False])
+@pytest.mark.parametrize("typed", [True, False])
+def test_foreign_key_to_an_encrypted_column_is_refused(target_first: bool, typed: bool) -> None:
+    """Whichever table is declared first, and whether or not the referring column takes its type from the other."""
+    metadata = MetaData()
+    steps = [
+        lambda: patient(Column("mrn", searchable(), unique=True), metadata=metadata),
+        lambda: Table(
+            "visit",
+            metadata,
+            Column("id", Integer, primary_key=True),
+            Column("mrn", *([String] if typed else []), ForeignKey("patient.mrn")),
+        ),
+    ]
+    first, second = steps if target_first else reversed(steps)
+    first()
+    with pytest.raises(DeclarationError, match=r"patient\.mrn: ForeignKey cannot hold"):
+        second()
+
+
+def test_foreign_key_object_to_an_encrypted_column_is_refused() -> None:
+    """Nor can a foreign key be made from the column object or by a constraint over several columns."""
+    table = patient(Column("mrn", searchable()), UniqueConstraint("org", "mrn"))
+    visit = [Column("org", String), Column("mrn", String)]
+    with pytest.raises(DeclarationError, match=r"patient\.mrn: ForeignKey cannot hold"):
+        Table(
+            "visit",
+            table.metadata,
+            *visit,
+            ForeignKeyConstraint(["org", "mrn"], ["patient.org", "patient.mrn"]),
+        )
+    with pytest.raises(DeclarationError, match=r"patient\.mrn: ForeignKey cannot hold"):
+        Table("other", table.metadata, Column("mrn", ForeignKey(table.c.mrn)))
+
+
+# -- what is not refused ---------------------------------------------------------------------------------------------
+
+
+def test_constraints_on_other_columns_stay_as_they_are(byok: Byok, engine: Engine) -> None:
+    """Names in literals, parts of words and the hash column itself are no reason to refuse; the database agrees."""
+    metadata = MetaData()
+    person = Table("person", metadata, Column("id", Integer, primary_key=True))
+    table = patient(
+        Column("mrn", searchable()),
+        Column("mrn_kind", String(20), unique=True, index=True),
+        Column("person_id", ForeignKey(person.c.id)),
+        CheckConstraint("org IN ('mrn', 'it''s mrn')"),
+        CheckConstraint("mrn_kind <> 'x'", name="kind"),
+        CheckConstraint("mrn_hash IS NOT NULL OR org = 'mrn'", name="given"),
+        metadata=metadata,
+    )
+    by_kind = Index("by_kind", func.lower(table.c.mrn_kind))
+    by_kind.ddl_if(callable_=lambda *_, dialect, **__: dialect.name in ("sqlite", "postgresql"))
+    assert over(table)[1] == [PLAIN, (["mrn_kind"], False), (["mrn_kind"], True)]
+
+    metadata.create_all(engine)
+    with byok.tenant("t1"), engine.begin() as connection:
+        connection.execute(insert(person).values(id=1))
+        connection.execute(insert(table).values(org="mrn", mrn=None, mrn_kind="a", person_id=1))
+    for values in (
+        {"org": "x", "mrn": "A-1"},
+        {"org": "mrn", "mrn_kind": "x"},
+        {"org": "it's mrn", "mrn": None},
+    ):
+        with pytest.raises(DatabaseError), byok.tenant("t1"), engine.begin() as connection:
+            connection.execute(insert(table).values(**values))
+    with engine.connect() as connection:
+        assert connection.scalar(select(func.count()).select_from(table)) == 1
+    assert "patient" in inspect(engine).get_table_names()
+
+
+def test_explicit_id_may_be_shared_between_tables_only() -> None:
+    """Concrete inheritance needs one id in several tables; within a table, or with a derived id, it is refused."""
+    metadata = MetaData()
+    for name in ("a", "b"):
+        Table(name, metadata, Column("mrn", searchable(column_id="person.mrn")))
+    with pytest.raises(DeclarationError, match=r"the id 'person\.mrn'"):
+        metadata.tables["a"].append_column(Column("other", searchable(column_id="person.mrn")))
+    with pytest.raises(DeclarationError, match=r"the id 'person\.mrn'"):
+        Table("person", metadata, Column("mrn", searchable()))
+
+
+def test_id_that_nobody_has_any_more_is_free() -> None:
+    """A renamed table may keep its old ids in a process that has declared the old one before; so may a column."""
+    metadata = MetaData()
+    metadata.remove(Table("client", metadata, Column("mrn", searchable())))
+    table = patient(Column("mrn", searchable(column_id="client.mrn")), metadata=metadata)
+    assert table.c.mrn_hash.type.source.column_id == "client.mrn"
+
+    patient(Column("mrn", searchable()), metadata=metadata, extend_existing=True)
+    table.append_column(Column("old", searchable(column_id="client.mrn")))
+    assert table.c.old_hash.type.source.column_id == "client.mrn"
+    assert table.c.mrn_hash.type.source.column_id == "patient.mrn"

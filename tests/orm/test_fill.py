@@ -1,0 +1,150 @@
+"""Hash columns stay in step with their sources, and no value reaches the database in the clear."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from orm.fill_forms import FORMS, REFUSED, Base, Form, Patient, check_stored, patient, plain, recorded
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.orm import Session
+
+import sqla_byok.orm.fill
+from sqla_byok import Byok, EncodeError, Encrypted
+
+
+def run_all(byok: Byok, engine: Engine, forms: Sequence[Form]) -> None:
+    Base.metadata.create_all(engine)
+    failures: list[str] = []
+    with recorded(engine) as sql:
+        for form in forms:
+            if engine.dialect.name in form.kinds:
+                with byok.session("t1", engine) as session:
+                    failures += form.failures(byok, session, sql)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("group", FORMS)
+def test_every_form_of_writing_leaves_ciphertext_and_the_right_hash(
+    byok: Byok, engine: Engine, group: str
+) -> None:
+    """Whatever way a value takes, the stored hash is that of the stored value, and the value is ciphertext."""
+    run_all(byok, engine, FORMS[group])
+
+
+def test_what_cannot_be_kept_in_step_is_refused(byok: Byok, engine: Engine) -> None:
+    """SQL expressions, lone hashes and the like are refused in the column's name before anything is written."""
+    run_all(byok, engine, REFUSED)
+
+
+def test_an_expression_in_a_bulk_row_does_not_reach_the_database(byok: Byok, engine: Engine) -> None:
+    """SQLAlchemy takes bulk rows as values; a SQL expression among them is no value of the column's type."""
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        with pytest.raises(EncodeError) as refusal:
+            session.execute(insert(Patient), [{"mrn": func.lower("secret-x")}])
+        assert "secret" not in str(refusal.value)
+        session.rollback()
+        assert session.scalars(select(Patient)).all() == []
+
+
+def test_two_tenants_rows_have_each_their_own_hashes(byok: Byok, engine: Engine) -> None:
+    """One statement, compiled once, hashes each tenant's value with that tenant's salt."""
+    Base.metadata.create_all(engine)
+    statement = insert(Patient).values(email="secret-e")
+    for tenant in ("t1", "t2"):
+        with byok.session(tenant, engine) as session:
+            session.execute(statement)
+            check_stored(byok, session.connection(), tenant)
+            (digest,) = session.scalars(select(patient.c.email_db_hash)).all()
+            session.rollback()
+        if tenant == "t1":
+            first = digest
+    assert first != digest
+
+
+def test_a_statement_without_encrypted_columns_is_passed_on_untouched(byok: Byok, engine: Engine) -> None:
+    """The statement and parameters that another listener sees are the very ones that were given."""
+    Base.metadata.create_all(engine)
+    seen: list[tuple[Any, Any]] = []
+
+    def listen(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> None:
+        seen.append((clause, multi or params))
+
+    event.listen(engine, "before_execute", listen)
+    given: list[tuple[Any, Any]] = [
+        (plain.insert(), [{"id": 1, "note": "n"}, {"id": 2, "note": "m"}]),
+        (plain.insert().values([{"id": 3}, {"id": 4}]), {}),
+        (plain.update().values({plain.c.note: "o"}), {}),
+        (plain.insert().from_select(["id"], select(patient.c.id)), {}),
+        (update(plain.alias()).values(note="p"), {}),
+    ]
+    with engine.begin() as connection:
+        for statement, rows in given:
+            connection.execute(statement, rows)
+        assert connection.execute(select(plain.c.note)).scalars().all() == ["p"] * 4
+    for (statement, rows), (clause, parameters) in zip(given, seen, strict=False):
+        assert clause is statement
+        assert parameters == rows
+        assert all(a is b for a, b in zip(parameters, rows, strict=True)) or isinstance(rows, dict)
+
+
+def test_columns_appended_after_the_first_statement_are_filled(byok: Byok, engine: Engine) -> None:
+    """What is remembered of a table does not outlive a change of its columns."""
+    table = Table("growing", MetaData(), Column("id", Integer, primary_key=True))
+    for count in range(3):
+        table.create(engine)
+        with engine.connect() as connection, byok.tenant("t1"):
+            row = {"id": 1, **{f"c{i}": f"secret-{i}" for i in range(count)}}
+            connection.execute(table.insert(), [row])
+            connection.execute(table.insert().values([{**row, "id": 2}]))
+            for i in range(count):
+                found = select(table.c.id).where(table.c[f"c{i}"] == f"secret-{i}").order_by(table.c.id)
+                assert connection.execute(found).scalars().all() == [1, 2]
+        table.drop(engine)
+        table.append_column(Column(f"c{count}", Encrypted(String(20), searchable=True)))
+
+
+def test_a_table_that_is_gone_is_not_kept_in_memory() -> None:
+    """An application that makes tables as it goes does not grow."""
+
+    def use() -> weakref.ref[Table]:
+        table = Table(
+            "short_lived", MetaData(), Column("id", Integer), Column("c", Encrypted(String, searchable=True))
+        )
+        assert sqla_byok.orm.fill.fill(table.insert(), [{"c": "x"}]) is not None
+        return weakref.ref(table)
+
+    gone = use()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_failed_flush_leaves_nothing_behind(byok: Byok, engine: Engine) -> None:
+    """A refused object takes the whole flush with it, and the session can go on."""
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([Patient(mrn="secret-a"), Patient(mrn=func.lower("SECRET-B"))])
+        with pytest.raises(sqla_byok.UnsupportedQueryError):
+            session.commit()
+        session.rollback()
+        assert session.scalars(select(Patient)).all() == []
+        session.add(Patient(mrn="secret-c"))
+        session.commit()
+    with Session(engine.execution_options(byok_tenant="t1")) as session:
+        assert session.scalars(select(Patient.mrn)).all() == ["secret-c"]
