@@ -100,7 +100,8 @@ class ByokError(DontWrapMixin, Exception):
 
 
 def _rebuild(cls: type[ByokError], args: tuple[Any, ...], state: dict[str, Any]) -> ByokError:
-    # Not by cls(*args): a subclass may take other arguments. What its built-in base keeps is set, such as ImportError.msg.
+    # Not by cls(*args): a subclass may take other arguments. The built-in base sets what it keeps beside, such as
+    # ImportError.msg.
     error = cls.__new__(cls, *args)
     super(ByokError, error).__init__(*args)
     error.__dict__.update(state)

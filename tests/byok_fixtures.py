@@ -23,24 +23,30 @@ def customer_key(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def byok(tmp_path: Path, customer_key: Path, engine: Engine) -> Iterator[Byok]:
+def local_kms(customer_key: Path) -> LocalKms:
+    """The key itself. Made here, since making its path absolute is not for the event loop."""
+    return LocalKms(customer_key)
+
+
+@pytest.fixture
+def byok(tmp_path: Path, local_kms: LocalKms, engine: Engine) -> Iterator[Byok]:
     """A Byok attached to ``engine``, with the tenants t1 and t2; its keystore is an SQLite file."""
     byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
     byok.create_keystore()
     byok.attach(engine)
     for tenant in TENANTS:
-        byok.onboard(tenant, LocalKms(customer_key))
+        byok.onboard(tenant, local_kms)
     yield byok
     byok.close()
 
 
 @pytest.fixture
-async def abyok(tmp_path: Path, customer_key: Path, async_engine: AsyncEngine) -> AsyncIterator[Byok]:
+async def abyok(tmp_path: Path, local_kms: LocalKms, async_engine: AsyncEngine) -> AsyncIterator[Byok]:
     """The same, attached to ``async_engine``."""
     byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
     await byok.acreate_keystore()
     byok.attach(async_engine)
     for tenant in TENANTS:
-        await byok.aonboard(tenant, LocalKms(customer_key))
+        await byok.aonboard(tenant, local_kms)
     yield byok
     await byok.aclose()
