@@ -12,7 +12,7 @@ The first half of the AAD belongs to the tenant's key (:class:`ValueKey`), the s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import urandom
 from typing import Any, NoReturn, Protocol
 
@@ -37,7 +37,7 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.crypto.hashes import Scope, hasher
 from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
 
-__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_with", "seal_with"]
+__all__ = ["Opener", "Ring", "ValueKey", "WriteKey", "hash_with", "open_with", "seal_with"]
 
 Seal = Callable[[bytes, bytes, bytes], bytes]
 Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
@@ -73,13 +73,32 @@ class ValueKey(Secret):
         }
 
 
+class WriteKey(Protocol):
+    """What sealing needs of a :class:`ValueKey`."""
+
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def aad(self) -> bytes: ...
+    @property
+    def padded_header(self) -> bytes: ...
+    @property
+    def padded_aad(self) -> bytes: ...
+    @property
+    def encrypt(self) -> Seal: ...
+
+
 class Ring(Protocol):
     """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts."""
 
-    tenant: str
-    write: ValueKey
-    openers: dict[bytes, Opener]
-    salts: dict[tuple[str, Scope], bytes]
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def write(self) -> WriteKey: ...
+    @property
+    def openers(self) -> Mapping[bytes, Opener]: ...
+    @property
+    def salts(self) -> Mapping[tuple[str, Scope], bytes]: ...
 
 
 def seal_with(
