@@ -37,7 +37,7 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.crypto.hashes import Scope, hasher
 from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
 
-__all__ = ["Opener", "Ring", "ValueKey", "WriteKey", "hash_with", "open_with", "seal_with"]
+__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_with", "seal_with"]
 
 Seal = Callable[[bytes, bytes, bytes], bytes]
 Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
@@ -73,28 +73,13 @@ class ValueKey(Secret):
         }
 
 
-class WriteKey(Protocol):
-    """What sealing needs of a :class:`ValueKey`."""
-
-    @property
-    def header(self) -> bytes: ...
-    @property
-    def aad(self) -> bytes: ...
-    @property
-    def padded_header(self) -> bytes: ...
-    @property
-    def padded_aad(self) -> bytes: ...
-    @property
-    def encrypt(self) -> Seal: ...
-
-
 class Ring(Protocol):
     """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts."""
 
     @property
     def tenant(self) -> str: ...
     @property
-    def write(self) -> WriteKey: ...
+    def write(self) -> ValueKey: ...
     @property
     def openers(self) -> Mapping[bytes, Opener]: ...
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol, cast
 
 from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, SEARCH_SALT, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
@@ -34,12 +34,12 @@ class SystemClock:
     """The machine's clocks: CLOCK_BOOTTIME where there is one (monotonic elsewhere), and wall time."""
 
     # Plain C functions, since every statement asks.
-    boot = (
+    boot = staticmethod(
         partial(time.clock_gettime, time.CLOCK_BOOTTIME)
         if hasattr(time, "CLOCK_BOOTTIME")
         else time.monotonic
     )
-    wall = time.time
+    wall = staticmethod(time.time)
 
 
 class SealedRecord(NamedTuple):
@@ -114,7 +114,7 @@ class Keyring(Secret):
         "write_until",
     )
 
-    write: ValueKey | _NoKey
+    write: ValueKey
 
     def __init__(self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord]) -> None:
         self.tenant = tenant_key.tenant
@@ -130,9 +130,7 @@ class Keyring(Secret):
         if tenant_key is None:
             self.expired()
         openers: dict[bytes, Opener] = {}
-        write: ValueKey | _NoKey = _NoKey(
-            self.expired
-        )  # never stays: the manifest has exactly one active data key
+        write = self._no_key()  # never stays: the manifest has exactly one active data key
         search_salt = None
         for record in records:
             secret = tenant_key.open(record.kind, record.generation, record.id, record.sealed)
@@ -164,7 +162,7 @@ class Keyring(Secret):
         """Take the keys away in place; everything that still holds this keyring fails from now on."""
         self.cleared = True
         self.fresh_until = self.deadline = self.write_until = 0.0
-        self.write = _NoKey(self.expired)
+        self.write = self._no_key()
         self.openers = {}
         self._tenant_key = self._search_salt = None
         self.salts.clear()
@@ -176,6 +174,9 @@ class Keyring(Secret):
         """
         self.clear()
         self.expired()
+
+    def _no_key(self) -> ValueKey:
+        return cast("ValueKey", _NoKey(self.expired))
 
     def _derive(self, algorithm: str, scope: Scope) -> bytes:
         if self._search_salt is None:

@@ -253,6 +253,7 @@ class Keystore(Secret):
         :raises KeystoreTamperedError: if the row or one of its wrappings does not authenticate.
         """
         check_tenant(tenant)
+        row = None
         try:
             row = self._read(tenant)
             fits = row is None or self._authenticates(row)
