@@ -43,7 +43,9 @@ check: $(VENV)/test.stamp $(VENV)/check.stamp ## format, lint, types, import rul
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --strict tests/typing/model.py
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python tests/typing/model.py
 	$(VENV)/bin/lint-imports
 
 format: $(VENV)/check.stamp ## put the code in the house's format

@@ -109,7 +109,7 @@ def test_onboarding_with_a_key_that_says_no_stores_nothing(customers: Customers)
 
 
 def test_ten_thousand_rows_cost_one_call(customers: Customers) -> None:
-    """Cold exactly one Decrypt; writing, reading, searching, lazy loading and flushing any number of rows none more."""
+    """Cold exactly one Decrypt; writing, reading, searching, refreshing and flushing any number of rows none more."""
     customers.reset()
     rows = [{"mrn": f"A-{n}", "name": f"Ada {n}"} for n in range(10_000)]
     with customers.byok.session("t1", customers.engine) as session:
@@ -160,25 +160,16 @@ def test_a_hundred_threads_share_one_call(customers: Customers, tenants: list[st
 
 
 async def test_a_hundred_tasks_share_one_call(customers: Customers) -> None:
-    """The same for asyncio tasks, which do not block each other meanwhile."""
+    """The same for asyncio tasks, with no blocking call in the event loop (blockbuster watches)."""
     customers.reset()
     customers.server.delay = 0.3
-    ticks = 0
 
     async def work() -> None:
         async with customers.byok.tenant("t1"):
             pass
 
-    async def tick(tasks: asyncio.Future[list[None]]) -> None:
-        nonlocal ticks
-        while not tasks.done():
-            ticks += 1
-            await asyncio.sleep(0.01)
-
-    tasks = asyncio.gather(*(work() for _ in range(MANY)))
-    await tick(tasks)
+    await asyncio.gather(*(work() for _ in range(MANY)))
     assert customers.calls == {"Decrypt": 1}
-    assert ticks > 3  # the event loop went on
 
 
 async def test_threads_and_tasks_share_one_call(customers: Customers) -> None:

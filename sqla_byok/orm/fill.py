@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Alias, Join, MetaData, Table
+from sqlalchemy import Alias, Column, Join, MetaData, Table, event
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import NullType
@@ -100,12 +100,11 @@ def refuse_compiled(compiled: Any) -> None:
 class _Plan:
     """The keys of a table's columns that concern us. It holds no column, which would keep the table alive."""
 
-    __slots__ = ("defaults", "encrypted", "pairs", "width")
+    __slots__ = ("defaults", "encrypted", "pairs")
 
     def __init__(self, table: Table) -> None:
         encrypted = [column for column in table.c if isinstance(column.type, Encrypted)]
         hashes = [(column, hash_column_of(column)) for column in encrypted]
-        self.width = len(table.c)
         self.encrypted = bool(encrypted)
         self.pairs: tuple[tuple[Any, Any], ...] = tuple(
             (column.key, found.key) for column, found in hashes if found is not None
@@ -118,6 +117,13 @@ class _Plan:
 _plans: WeakKeyDictionary[Table, _Plan] = WeakKeyDictionary()
 
 
+@event.listens_for(Encrypted, "after_parent_attach")
+def _encrypted_declared(type_: Encrypted[Any], column: Any) -> None:
+    # A table can get the column, or one in the place of another, after statements on it were run.
+    if isinstance(column, Column):
+        event.listen(column, "after_parent_attach", lambda _, table: _plans.pop(table, None))
+
+
 def _plan_of(table: Any) -> _Plan:
     if not isinstance(table, Table):
         while isinstance(table, Alias):
@@ -125,7 +131,7 @@ def _plan_of(table: Any) -> _Plan:
         if not isinstance(table, Table):
             return _NOTHING
     plan = _plans.get(table)
-    if plan is None or plan.width != len(table.c):  # a column was appended
+    if plan is None:
         plan = _plans[upstream.plain_table(table)] = _Plan(table)
     return plan
 

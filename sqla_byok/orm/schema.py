@@ -7,13 +7,11 @@ and then gets its column id, gives up ``unique`` and ``index``, and appends its 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import (
     CheckConstraint,
     Column,
-    ColumnDefault,
     Index,
     LargeBinary,
     Table,
@@ -21,9 +19,10 @@ from sqlalchemy import (
     event,
 )
 from sqlalchemy.exc import NoReferenceError
-from sqlalchemy.orm import Mapper, deferred
+from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.schema import ColumnCollectionConstraint, MetaData
 from sqlalchemy.sql.elements import ColumnClause, TextClause, quoted_name
+from sqlalchemy.sql.schema import CallableColumnDefault
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import BINARY, VARBINARY
 
@@ -113,7 +112,7 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
     sibling.default = sibling.onupdate = None
     for default in (column.default, column.onupdate):
         if default is not None:
-            follow = ColumnDefault(_follow(column.key), for_update=default.for_update)
+            follow = CallableColumnDefault(_follow(column.key), for_update=default.for_update)
             follow._set_parent_with_dispatch(sibling)
 
 
@@ -151,7 +150,7 @@ def _hash_column_attached(column: Column[Any], table: Any) -> None:
         column.type = source.type.hash_type
 
 
-def _follow(key: str) -> Callable[[Any], Any]:
+def _follow(key: str) -> Any:
     """A default that takes whatever value the source column is given, its own default included."""
 
     def follow(context: Any) -> Any:
@@ -317,6 +316,15 @@ def _refuse_constraint(constraint: Any, column: Column[Any]) -> None:
 # -- the mapping -----------------------------------------------------------------------------------------------------
 
 
+class _HashProperty(ColumnProperty[Any]):
+    """The attribute of a hash column. Session.merge() leaves it out: it would set it without its source."""
+
+    inherit_cache = True
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the hash is written with its source."""
+
+
 @event.listens_for(Mapper, "instrument_class")
 def _defer_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
     """Map each hash column deferred, named after its source's attribute: it is not fetched with the entity."""
@@ -340,7 +348,7 @@ def _defer_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
             ),
             f"{mapper.column_prefix or ''}{source.key}",
         )
-        properties.setdefault(hash_key(attribute), deferred(column))
+        properties.setdefault(hash_key(attribute), _HashProperty(column, deferred=True))
 
 
 def _source_of(column: Any, selectable: Any) -> Any:

@@ -748,6 +748,7 @@ def test_reflected_hash_column_follows_defaults(byok: Byok, filled: Engine) -> N
         session.execute(table.update().where(table.c.mrn == "D-1").values(city="Chur"))
         assert session.scalars(select(table.c.city).where(table.c.mrn == "U-1")).all() == ["Chur"]
 
+        filled.clear_compiled_cache()
         Table("patient", metadata, Column("mrn", searchable()), extend_existing=True)
         session.execute(insert(table), [{"city": "Davos"}])
         session.execute(table.update().where(table.c.city == "Davos").values(city="Lugano"))
