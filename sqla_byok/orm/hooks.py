@@ -73,8 +73,12 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
                 _may_write(ring, clock)
                 clause, rows = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
-        enclosing.set(binding.get())
-        binding.set(ring)
+        # Setting a context variable costs several times what reading it does.
+        previous = binding.get()
+        if enclosing.get() is not previous:
+            enclosing.set(previous)
+        if ring is not previous:
+            binding.set(ring)
         return clause, multi, params
 
     def before_cursor_execute(
@@ -95,8 +99,9 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         return statement, parameters
 
     def after_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any, result: Any) -> None:
-        ring = binding.get()
-        binding.set(enclosing.get())
+        ring, previous = binding.get(), enclosing.get()
+        if ring is not previous:
+            binding.set(previous)
         context = getattr(result, "context", None)  # a default's result is a plain value
         if context is None or context.compiled is None or result._soft_closed:
             return
