@@ -7,12 +7,12 @@ import base64
 import hmac
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 __all__ = ["Byok"]
-
-T = TypeVar("T")
 
 _CLIENTS_KEPT = 1_000
 
@@ -121,7 +119,7 @@ class Byok(Secret):
 
     async def acreate_keystore(self) -> None:
         """:meth:`create_keystore` from asyncio."""
-        await self._in_thread(self.create_keystore)
+        await asyncio.to_thread(self.create_keystore)
 
     def attach(self, *engines: Engine | AsyncEngine) -> None:
         """Let statements on these engines, sync or async, encrypt and decrypt. Makes no connection.
@@ -153,32 +151,8 @@ class Byok(Secret):
         config = json.dumps(kms.config(), sort_keys=True)
         if self._is_onboarded(tenant, kms, config, milliseconds):
             return
-        secret, generation = new_key(), 1
-        payload = pack_tenant_key(secret, tenant, generation)
-        client = self._client(kms)
-        wrapped = client.wrap(payload, tenant=tenant)
-        if not hmac.compare_digest(client.unwrap(wrapped, tenant=tenant), payload):
-            raise WrongKeyError(
-                f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
-            )
-        tenant_key = TenantKey(secret, tenant, generation)
-        generations = [
-            _first(tenant_key, DATA_KEY, new_key()),
-            _first(tenant_key, SEARCH_SALT, new_search_salt()),
-        ]
-        row = TenantRow(
-            tenant=tenant,
-            revoke_within_ms=milliseconds,
-            outage_grace_ms=0,
-            tenant_key_id=tenant_key.id,
-            tenant_key_generation=generation,
-            epoch=1,
-            manifest_tag=tenant_key.manifest_tag(1, [record.record for record in generations]),
-            wrappings=[Wrapping(kms.provider, config, wrapped.blob, wrapped.key_version)],
-            generations=generations,
-        )
         try:
-            self._keystore.insert(row)
+            self._keystore.insert(self._new_row(tenant, kms, config, milliseconds))
         except TenantExistsError:
             # Somebody else onboarded it just now; theirs stands.
             if self._is_onboarded(tenant, kms, config, milliseconds):
@@ -193,7 +167,7 @@ class Byok(Secret):
 
     async def aonboard(self, tenant: str, kms: Kms, *, revoke_within: float | None = None) -> None:
         """:meth:`onboard` from asyncio."""
-        await self._in_thread(lambda: self.onboard(tenant, kms, revoke_within=revoke_within))
+        await asyncio.to_thread(self.onboard, tenant, kms, revoke_within=revoke_within)
 
     def tenants(self) -> list[str]:
         """The names of all onboarded tenants, sorted. Opens none of them."""
@@ -201,7 +175,7 @@ class Byok(Secret):
 
     async def atenants(self) -> list[str]:
         """:meth:`tenants` from asyncio."""
-        return await self._in_thread(self.tenants)
+        return await asyncio.to_thread(self.tenants)
 
     # -- working for a tenant ----------------------------------------------------------------------------------------
 
@@ -210,6 +184,10 @@ class Byok(Secret):
 
         Entering opens the tenant's keys where they are not in memory: one KMS call. Blocks nest; a session's or
         engine's execution option ``byok_tenant`` goes before the block.
+
+        A :class:`~sqlalchemy.orm.Session` serves one tenant: do not carry one from a block into another
+        tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
+        :meth:`session` has neither trap.
 
         :raises UnknownTenantError: on entering, if the tenant was never onboarded.
         :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
@@ -245,7 +223,7 @@ class Byok(Secret):
         """
         from sqlalchemy.ext.asyncio import AsyncSession  # needs greenlet, which only asyncio needs
 
-        self._require_attached(engine.sync_engine)
+        self._require_attached(getattr(engine, "sync_engine", None))
         await self._keyrings.aget(tenant)
         async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
             yield session
@@ -264,7 +242,7 @@ class Byok(Secret):
 
     async def aclose(self) -> None:
         """:meth:`close` from asyncio."""
-        await self._in_thread(self.close)
+        await asyncio.to_thread(self.close)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -272,7 +250,12 @@ class Byok(Secret):
         scope = self._tenant.get()
         return self._single_tenant if scope is None else scope.tenant
 
-    def _require_attached(self, engine: Engine) -> None:
+    def _require_attached(self, engine: object) -> None:
+        if not isinstance(engine, Engine):
+            raise ConfigurationError(
+                f"this takes an engine, not {type(engine).__name__}: byok.session() an Engine, byok.asession() an "
+                "AsyncEngine"
+            )
         if slot_of(engine.dialect).keyrings is not self._keyrings:
             raise NotAttachedError("give the engine to Byok.attach() before you open a session on it")
 
@@ -287,6 +270,36 @@ class Byok(Secret):
                 tenant=tenant,
             )
         return True
+
+    def _new_row(self, tenant: str, kms: Kms, config: str, revoke_within_ms: int) -> TenantRow:
+        """New keys for a tenant, under a customer key that has proved itself.
+
+        Made here, so that no frame that touches the database holds a secret which a crash report could show.
+        """
+        secret, generation = new_key(), 1
+        payload = pack_tenant_key(secret, tenant, generation)
+        client = self._client(kms)
+        wrapped = client.wrap(payload, tenant=tenant)
+        if not hmac.compare_digest(client.unwrap(wrapped, tenant=tenant), payload):
+            raise WrongKeyError(
+                f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
+            )
+        tenant_key = TenantKey(secret, tenant, generation)
+        generations = [
+            _first(tenant_key, DATA_KEY, new_key()),
+            _first(tenant_key, SEARCH_SALT, new_search_salt()),
+        ]
+        return TenantRow(
+            tenant=tenant,
+            revoke_within_ms=revoke_within_ms,
+            outage_grace_ms=0,
+            tenant_key_id=tenant_key.id,
+            tenant_key_generation=generation,
+            epoch=1,
+            manifest_tag=tenant_key.manifest_tag(1, [record.record for record in generations]),
+            wrappings=[Wrapping(kms.provider, config, wrapped.blob, wrapped.key_version)],
+            generations=generations,
+        )
 
     def _client_of(self, wrapping: Wrapping) -> KmsClient:
         try:
@@ -310,10 +323,6 @@ class Byok(Secret):
                 self._clients.clear()
             self._clients[kms] = client
         return client
-
-    @staticmethod
-    async def _in_thread(work: Callable[[], T]) -> T:
-        return await asyncio.to_thread(work)
 
 
 class _Scope(NamedTuple):

@@ -22,7 +22,7 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -761,8 +761,11 @@ def test_attaching_an_engine_and_its_views(on_sqlite: Byok, sqlite: Engine, late
     on_sqlite.attach(engine, view)
     with view.begin() as connection:
         connection.execute(insert(Patient).values(id=1, org="t1", mrn="A"))
+    with view.connect() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert(Patient).values(id=1, org="t1", mrn="A"))
     with engine.connect() as connection:
-        with pytest.raises(NoTenantError):  # never with what the view's statement left behind
+        assert connection.scalar(of("t1"), execution_options={"byok_tenant": "t1"}) == "A"
+        with pytest.raises(NoTenantError):  # never with what the view's statements left behind
             connection.execute(insert(Patient).values(id=2, org="t1", mrn="B"))
         with pytest.raises(NoTenantError):
             connection.scalars(of("t1")).all()

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.hmac import HMAC
 from sqla_byok.crypto.formats import BASE62, enc
 from sqla_byok.errors import ConfigurationError
 
-__all__ = ["ALGORITHMS", "SALT_SIZE", "Scope", "derive_column_salt", "hasher", "search_hash"]
+__all__ = ["ALGORITHMS", "SALT_SIZE", "Scope", "derive_column_salt", "hasher"]
 
 ALGORITHMS = ("sha256", "hmac-sha256")
 SALT_SIZE = 32
@@ -74,14 +74,6 @@ def _base62(okm: bytes) -> bytes:
         number, digit = divmod(number, len(BASE62))
         digits.append(BASE62[digit])
     return "".join(reversed(digits)).encode()
-
-
-def search_hash(algorithm: str, salt: bytes, text: bytes) -> bytes:
-    """Hash one text: 32 bytes.
-
-    :raises ConfigurationError: the algorithm is unknown.
-    """
-    return hasher(algorithm)(text, salt)
 
 
 def hasher(algorithm: str) -> Callable[[bytes, bytes], bytes]:

@@ -158,7 +158,7 @@ def open_with(
         except Exception:  # noqa: BLE001 - whatever it is, its text and its chain could carry the plaintext
             ring = current()
         # Out here, nothing is chained to what is raised.
-        blob = bytes(blob)
+        blob = bytes(blob) if isinstance(blob, bytes | bytearray | memoryview) else b""
         if ring is None or blob[:HEADER_SIZE] not in ring.openers:
             refuse(ring, blob)
         raise TamperedError(

@@ -33,23 +33,31 @@ _POOL: dict[str, Any] = {
     "hide_parameters": True,
 }
 
-# What drivers call the longest time that connecting may take, the server's greeting included.
-_CONNECT_WITHIN = {
-    "psycopg": ("connect_timeout",),
-    "psycopg2": ("connect_timeout",),
-    "asyncpg": ("timeout",),
-    "pymysql": ("connect_timeout", "read_timeout"),
-    "mysqldb": ("connect_timeout", "read_timeout"),
-    "aiomysql": ("connect_timeout",),
-    "asyncmy": ("connect_timeout", "read_timeout"),
+# What each driver has for giving up a server that does not answer, be it on connecting or later.
+_GIVE_UP: dict[str, dict[str, int]] = {
+    "psycopg": {"connect_timeout": _PATIENCE, "tcp_user_timeout": _PATIENCE * 1000},
+    "psycopg2": {"connect_timeout": _PATIENCE, "tcp_user_timeout": _PATIENCE * 1000},
+    "asyncpg": {"timeout": _PATIENCE, "command_timeout": _PATIENCE},
+    "pymysql": {"connect_timeout": _PATIENCE, "read_timeout": _PATIENCE},
+    "mysqldb": {"connect_timeout": _PATIENCE, "read_timeout": _PATIENCE},
+    "aiomysql": {"connect_timeout": _PATIENCE},
+    "asyncmy": {"connect_timeout": _PATIENCE, "read_timeout": _PATIENCE},
 }
 
 _NO_ANSWER = (SQLAlchemyError, OSError, asyncio.TimeoutError, concurrent.futures.CancelledError)
 
 
 def _options(url: URL) -> dict[str, Any]:
-    names = _CONNECT_WITHIN.get(url.get_driver_name(), ())
-    return {**_POOL, "connect_args": {name: _PATIENCE for name in names if name not in url.query}}
+    limits = _GIVE_UP.get(url.get_driver_name(), {})
+    return {**_POOL, "connect_args": {name: limit for name, limit in limits.items() if name not in url.query}}
+
+
+def _limited(connection: Connection, work: Work[T]) -> T:
+    """Do the work, and let PostgreSQL give up on it when a lock is in its way. For this transaction only: behind a
+    pooler, the next one on the connection may be another program's."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_PATIENCE * 1000:d}")
+    return work(connection)
 
 
 def _answer(ask: Callable[[], T]) -> T:
@@ -86,7 +94,7 @@ class Database:
     def _run(self, work: Work[T], *, commit: bool) -> T:
         def run() -> T:
             with self._engine.begin() if commit else self._engine.connect() as connection:
-                return work(connection)
+                return _limited(connection, work)
 
         return _answer(run)
 
@@ -125,7 +133,7 @@ class _AsyncDatabase(Database):
         async def run() -> T:
             opened = self._async_engine.begin() if commit else self._async_engine.connect()
             async with opened as connection:
-                return await connection.run_sync(work)
+                return await connection.run_sync(_limited, work)
 
         return _answer(lambda: self._submit(run()).result())
 

@@ -131,16 +131,22 @@ class Keyring(Secret):
             self.expired()
         openers: dict[bytes, Opener] = {}
         write = self._no_key()  # never stays: the manifest has exactly one active data key
-        search_salt = None
-        for record in records:
-            secret = tenant_key.open(record.kind, record.generation, record.id, record.sealed)
-            if record.kind == DATA_KEY:
-                key = ValueKey(secret, self.tenant)
-                openers.update(key.openers)
-                if record.state == ACTIVE:
-                    write = key
-            elif record.kind == SEARCH_SALT and record.state == ACTIVE:
-                search_salt = secret
+        secret = search_salt = None
+        try:
+            for record in records:
+                secret = tenant_key.open(record.kind, record.generation, record.id, record.sealed)
+                if record.kind == DATA_KEY:
+                    key = ValueKey(secret, self.tenant)
+                    openers.update(key.openers)
+                    if record.state == ACTIVE:
+                        write = key
+                elif record.kind == SEARCH_SALT and record.state == ACTIVE:
+                    search_salt = secret
+        except BaseException:
+            search_salt = None
+            raise
+        finally:
+            secret = None  # crash reports show the variables of each frame
         # Other threads use this keyring meanwhile: they can read what is written before anything is written.
         self.openers = openers
         self.write = write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 import threading
@@ -12,11 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
 from sqla_byok.errors import (
+    ByokError,
     KeysExpiredError,
     KeystoreRolledBackError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
     KmsNoAnswerError,
+    KmsUnavailableError,
     UnknownTenantError,
 )
 from sqla_byok.keys.keyring import Clock, Keyring
@@ -34,6 +37,13 @@ WRITE_WITHIN = 15.0
 
 # KMS calls under way at once, for asyncio; a thread that opens a tenant runs its own.
 _OPENING_AT_ONCE = 8
+# As many as the keystore has connections.
+_POLLING_AT_ONCE = 2
+
+
+def _own(error: ByokError, leads: bool) -> ByokError:
+    """An exception for one of those who waited: raised in several threads, one object would gather all their frames."""
+    return error if leads else copy.copy(error)
 
 
 class Keyrings(Secret):
@@ -58,7 +68,10 @@ class Keyrings(Secret):
         # Each gives the keyring to all who wait for it, or None: "look again".
         self._opening: dict[str, Future[Keyring | None]] = {}
         self._highest: dict[str, int] = {}
-        self._executor: ThreadPoolExecutor | None = None
+        # Apart, so that customers' vaults that do not answer hold up nobody whose keys are in memory.
+        self._openers: ThreadPoolExecutor | None = None
+        self._pollers: ThreadPoolExecutor | None = None
+        self._next_sweep = 0.0
         self._lock = threading.Lock()  # for the books above; never held over I/O, and not by warm()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -87,7 +100,10 @@ class Keyrings(Secret):
             opening, leads = self._join(tenant)
             if leads:
                 self._lead(tenant, opening)
-            ring = opening.result()
+            try:
+                ring = opening.result()
+            except ByokError as error:
+                raise _own(error, leads) from None
         return ring
 
     async def aget(self, tenant: str) -> Keyring:
@@ -97,13 +113,16 @@ class Keyrings(Secret):
             opening, leads = self._join(tenant)
             if leads:
                 try:
-                    self._workers().submit(self._lead, tenant, opening)
+                    self._workers(tenant).submit(self._lead, tenant, opening)
                 except RuntimeError:  # the interpreter is shutting down
                     self._settle(tenant, opening)
                     opening.set_result(None)
                     raise
-            # Shielded: a waiter that is cancelled takes neither the opening nor the other waiters with it.
-            ring = await asyncio.shield(asyncio.wrap_future(opening))
+            try:
+                # Shielded: a waiter that is cancelled takes neither the opening nor the other waiters with it.
+                ring = await asyncio.shield(asyncio.wrap_future(opening))
+            except ByokError as error:
+                raise _own(error, leads) from None
         return ring
 
     def forget(self, tenant: str | None = None) -> None:
@@ -128,8 +147,9 @@ class Keyrings(Secret):
     def close(self) -> None:
         """Forget all keys and end the worker threads."""
         with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
+            executors = [executor for executor in (self._openers, self._pollers) if executor is not None]
+            self._openers = self._pollers = None
+        for executor in executors:
             executor.shutdown()
         self.forget()
 
@@ -165,11 +185,12 @@ class Keyrings(Secret):
                 del self._opening[tenant]
 
     def _renew(self, tenant: str, opening: Future[Keyring | None]) -> Keyring | None:
+        self._sweep()
         ring = self._rings.get(tenant)
         if ring is not None:
             now = self._boot()
-            live = not ring.cleared and now < ring.deadline and self._wall() < ring.wall_deadline
-            if live and (now < ring.fresh_until or self._poll(ring, now)):
+            # Asked again after the poll, which may have taken long.
+            if self._live(ring) and (now < ring.fresh_until or (self._poll(ring, now) and self._live(ring))):
                 ring.used = now
                 return ring
             self._drop(ring)
@@ -181,6 +202,23 @@ class Keyrings(Secret):
                 return ring
         ring.clear()  # forgotten while it was opened
         return None
+
+    def _live(self, ring: Keyring) -> bool:
+        return not ring.cleared and self._boot() < ring.deadline and self._wall() < ring.wall_deadline
+
+    def _sweep(self) -> None:
+        """Take the keys of idle tenants out of memory once their time is up; at most once a second."""
+        now = self._boot()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + 1.0
+        with self._lock:
+            ended = [ring for ring in (*self._rings.values(), *self._evicted) if not self._live(ring)]
+            for ring in ended:
+                if self._rings.get(ring.tenant) is ring:
+                    del self._rings[ring.tenant]
+        for ring in ended:
+            ring.clear()
 
     def _drop(self, ring: Keyring) -> None:
         with self._lock:
@@ -221,6 +259,12 @@ class Keyrings(Secret):
         ring.wall_deadline = wall + row.revoke_within_ms / 1000
         ring.used = boot
         self._looked(ring, boot)
+        if not self._live(ring):
+            ring.clear()
+            raise KmsUnavailableError(
+                f"the KMS took longer to answer than the keys of tenant {tenant!r} may be used; try again",
+                tenant=tenant,
+            )
         return ring
 
     def _unwrap(self, row: TenantRow) -> bytes:
@@ -272,15 +316,23 @@ class Keyrings(Secret):
             # Not cleared: a statement that runs right now may hold it. Nobody else finds it any more.
             self._evicted.add(self._rings.pop(oldest.tenant))
 
-    def _workers(self) -> ThreadPoolExecutor:
+    def _workers(self, tenant: str) -> ThreadPoolExecutor:
+        """Who asks the keystore about an open tenant, or the KMS about one that is not."""
         with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(_OPENING_AT_ONCE, thread_name_prefix="byok-open")
-            return self._executor
+            ring = self._rings.get(tenant)
+            if ring is not None and self._live(ring):
+                self._pollers = self._pollers or ThreadPoolExecutor(
+                    _POLLING_AT_ONCE, thread_name_prefix="byok-poll"
+                )
+                return self._pollers
+            self._openers = self._openers or ThreadPoolExecutor(
+                _OPENING_AT_ONCE, thread_name_prefix="byok-open"
+            )
+            return self._openers
 
     def _after_fork(self) -> None:
         # The parent's threads and connections are not ours; its opened keys are, with their deadlines.
         self._lock = threading.Lock()
         self._opening = {}
-        self._executor = None
+        self._openers = self._pollers = None
         self._keystore.database.after_fork()

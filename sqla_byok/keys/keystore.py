@@ -280,9 +280,12 @@ class Keystore(Secret):
 
     def tenants(self) -> list[str]:
         """The names of all tenants, sorted."""
-        return sorted(
-            self.database.read(lambda connection: connection.scalars(select(_tenant.c.tenant)).all())
-        )
+        names = self.database.read(lambda connection: connection.scalars(select(_tenant.c.tenant)).all())
+        if not all(isinstance(name, str) for name in names):  # SQLite stores anything in any column
+            raise KeystoreTamperedError(
+                "a tenant's name in the keystore is no text; remove or restore that row"
+            )
+        return sorted(names)
 
     def require_key(self, provider: str) -> None:
         """Refuse a provider that makes outbound calls where tenant rows are not authenticated."""

@@ -15,12 +15,11 @@ providers: dict[str, type[Kms]] = {AwsKms.provider: AwsKms, LocalKms.provider: L
 """The built-in providers by the name that the keystore stores."""
 
 
-def describe(provider: str, config: Mapping[str, str], known: Mapping[str, type[Kms]] = providers) -> Kms:
+def describe(provider: str, config: Mapping[str, str]) -> Kms:
     """The customer key that a keystore row describes. Does no I/O.
 
     :param provider: the provider's name, such as ``"aws"``.
     :param config: what :meth:`Kms.config` returned when the tenant was onboarded.
-    :param known: the providers by name; the built-in ones unless given.
     :return: a value equal to the one that was onboarded.
     :raises ConfigurationError: the provider is unknown, or the configuration is not one of its own.
 
@@ -28,9 +27,8 @@ def describe(provider: str, config: Mapping[str, str], known: Mapping[str, type[
 
         describe("local", {"path": "/etc/byok/dev.key"}) == LocalKms("/etc/byok/dev.key")
     """
-    if provider not in known:
+    if provider not in providers:
         raise ConfigurationError(
-            f"Unknown KMS provider {provider!r}; known are {', '.join(sorted(known))}. "
-            "Register a provider of your own before its tenants are used."
+            f"Unknown KMS provider {provider!r}; known are {', '.join(sorted(providers))}."
         )
-    return known[provider].from_config(config)
+    return providers[provider].from_config(config)

@@ -193,7 +193,7 @@ def _hashed(operand: Any, column: Any) -> Any:
         _refuse(
             source,
             f"{getattr(source.table, 'description', None) or 'its FROM'} has no hash column for each of its rows; "
-            f"select {hash_key(source.key)} there too, and instead of subqueryload() use selectinload()",
+            f"select {hash_key(_base(source).key)} there too, and instead of subqueryload() use selectinload()",
         )
     return _select_of_hash(bare, source, found) if isinstance(bare, ScalarSelect) else found
 
@@ -235,6 +235,10 @@ def _sibling(column: Any) -> ColumnElement[Any] | None:
     table = getattr(column, "table", None)
     found = table.c.get(hash_key(column.key)) if isinstance(table, Table) else None
     return found if found is not None and isinstance(found.type, SearchHash) else None
+
+
+def _base(column: Any) -> Any:
+    return next(iter(column.base_columns))
 
 
 def _tables(column: Any) -> set[Any]:

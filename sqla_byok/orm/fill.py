@@ -165,7 +165,10 @@ def _fill_given(clause: Any, table: Any, plan: _Plan, given: Any, copied: dict[s
         raise UnsupportedQueryError(
             f"{table.fullname}: rows of positional values would shift by the hash columns; give dicts"
         )
-    row = {key if isinstance(key, str) else key.key: value for key, value in given.items()}
+    row: dict[Any, Any] = {}
+    for key, value in given.items():
+        column = _target(clause, table, key)
+        row[key if column is None else column.key] = value
     for key in plan.defaults:
         if key not in row:
             row[key] = _default_of(table.c[key])
@@ -217,6 +220,14 @@ def _target(clause: Any, table: Any, key: Any) -> Any:
     """
     if isinstance(key, str):
         return table.c.get(key)
+    if not isinstance(key, ColumnClause):
+        for column in iterate(key):
+            if (
+                isinstance(getattr(column, "type", None), _OURS)
+                and getattr(column, "table", None) is not None
+            ):
+                _refuse(column, "name the column itself as what is set, not an expression over it")
+        return None
     own, other = table.c.get(key.key), getattr(key, "table", None)
     if not clause.is_update or other is None or other == table:
         return own

@@ -88,25 +88,30 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         if compiled is None:
             return statement, parameters
         encrypts, decrypts = upstream.known(compiled, _concerns)
+        if not (encrypts or decrypts):
+            return statement, parameters
         ring = binding.get()
-        if encrypts:
-            tenant = context.execution_options.get(TENANT_OPTION)
-            if tenant is None:
-                tenant = current_tenant()
-            _check_unchanged(ring, tenant)
+        tenant = context.execution_options.get(TENANT_OPTION)
+        if tenant is None:
+            tenant = current_tenant()
+            _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
+        _check_unchanged(ring, tenant)
+        # What runs between here and after_execute may be another tenant's.
+        upstream.remember(context, ring)
         if decrypts and context.is_crud:
             reading.set(ring)  # RETURNING together with server defaults is read before after_execute
         return statement, parameters
 
     def after_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any, result: Any) -> None:
-        ring, previous = binding.get(), enclosing.get()
-        if ring is not previous:
+        previous = enclosing.get()
+        if binding.get() is not previous:
             binding.set(previous)
         context = getattr(result, "context", None)  # a default's result is a plain value
         if context is None or context.compiled is None or result._soft_closed:
             return
         _, decrypts = upstream.known(context.compiled, _concerns)
         if decrypts:
+            ring = upstream.remembered(context)
             result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, clock)
 
     event.listen(engine, "before_execute", before_execute, retval=True)
@@ -125,6 +130,22 @@ def _concerns(compiled: Any) -> tuple[bool, bool]:
     binds = getattr(compiled, "binds", {}).values()
     encrypts = any(isinstance(bind.type, Encrypted | SearchHash) for bind in binds)
     return encrypts, any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
+
+
+def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
+    """Refuse an UPDATE in a transaction that began with another tenant.
+
+    A session that outlives a block still holds the objects of the block's tenant, and would write them under the
+    keys of whoever's turn it is.
+    """
+    first = upstream.pinned(conn, tenant)
+    if updates and first != tenant:
+        raise TenantMismatchError(
+            f"this transaction began with tenant {first!r} and would now update rows for {tenant!r}; give each "
+            "tenant a session of its own, with byok.session(tenant, engine)",
+            tenant=tenant,
+            owner=first,
+        )
 
 
 def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
@@ -157,6 +178,7 @@ class _TenantFetch:
         self._inner, self._ring, self._reading, self._clock = inner, ring, reading, clock
 
     def _enter(self) -> None:
+        # After the fetch, which may have awaited, and before the rows are made of it.
         ring, clock = self._ring, self._clock
         if ring is not None and (clock.boot() >= ring.deadline or clock.wall() >= ring.wall_deadline):
             ring.end()
@@ -167,16 +189,19 @@ class _TenantFetch:
         return self._inner.alternate_cursor_description
 
     def fetchone(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._inner.fetchone(*args, **kwargs)
         self._enter()
-        return self._inner.fetchone(*args, **kwargs)
+        return rows
 
     def fetchmany(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._inner.fetchmany(*args, **kwargs)
         self._enter()
-        return self._inner.fetchmany(*args, **kwargs)
+        return rows
 
     def fetchall(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._inner.fetchall(*args, **kwargs)
         self._enter()
-        return self._inner.fetchall(*args, **kwargs)
+        return rows
 
     def yield_per(self, result: Any, cursor: Any, num: int) -> None:
         self._inner.yield_per(result, cursor, num)

@@ -19,7 +19,7 @@ from sqla_byok.crypto.codecs import Codec
 from sqla_byok.crypto.formats import OVERHEAD
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
 from sqla_byok.crypto.values import hash_with, open_with, seal_with
-from sqla_byok.errors import DeclarationError, DecryptError, EncodeError
+from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError
 from sqla_byok.orm.slots import slot_of
 
 __all__ = ["Digest", "Encrypted", "SearchHash"]
@@ -265,10 +265,21 @@ class SearchHash(TypeDecorator[Digest]):
         def bind(value: Any) -> bytes | None:
             return bytes(value) if type(value) is Digest else process(value)
 
-        return _chain(bind, _driver_binary(dialect))
+        # Where the values themselves are bytes, a digest is a value like any other.
+        return _chain(process if codec.name == "bytes" else bind, _driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
-        to_digest = lambda value: None if value is None else Digest(value)  # noqa: E731 - one step of a chain
+        column = self.source.column_id
+
+        def to_digest(value: Any) -> Digest | None:
+            if value is None:
+                return None
+            if not isinstance(value, bytes | bytearray | memoryview):
+                raise TamperedError(
+                    f"{column}: its hash column holds something that is no hash", column=column
+                )
+            return Digest(value)
+
         return _chain(_driver_bytes(dialect, coltype), to_digest)
 
     def literal_processor(self, dialect: Dialect) -> Any:

@@ -19,7 +19,10 @@ __all__ = [
     "conflicts",
     "known",
     "multi_values",
+    "pinned",
     "plain_table",
+    "remember",
+    "remembered",
     "resolved",
     "result_types",
     "select_names",
@@ -143,3 +146,23 @@ def known(compiled: Any, ask: Callable[[Any], T]) -> T:
     if found is None:
         found = compiled._sqla_byok = ask(compiled)
     return found
+
+
+def remember(context: Any, ring: Any) -> None:
+    """Keep a statement's keyring with its execution."""
+    context._sqla_byok = ring
+
+
+def remembered(context: Any) -> Any:
+    """The keyring that the statement was executed with."""
+    return context._sqla_byok
+
+
+def pinned(connection: Any, tenant: str | None) -> str | None:
+    """The first tenant of the connection's transaction: this one, where none was there before."""
+    transaction = connection.get_transaction()
+    known = connection.__dict__.get("_sqla_byok")
+    if known is None or known[0] is not transaction:
+        known = connection._sqla_byok = (transaction, tenant)
+    first: str | None = known[1]
+    return first

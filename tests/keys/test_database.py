@@ -190,8 +190,10 @@ def test_a_server_that_never_answers_does_not_hold_up_statements(
 def test_a_longer_patience_can_be_asked_for() -> None:
     """An option that the keystore's URL gives stays what it is."""
     given = make_url("postgresql+psycopg://h/x")
-    assert database._options(given)["connect_args"] == {"connect_timeout": 5}
-    assert database._options(given.set(query={"connect_timeout": "60"}))["connect_args"] == {}
+    assert database._options(given)["connect_args"]["connect_timeout"] == 5
+    asked = database._options(given.set(query={"connect_timeout": "60"}))["connect_args"]
+    assert "connect_timeout" not in asked
+    assert "tcp_user_timeout" in asked
 
 
 def test_a_closed_byok_can_be_used_again(async_url: URL, sync_url: URL, customer_key: Path) -> None:

@@ -271,25 +271,24 @@ def test_a_keystore_under_another_key_opens_nothing(
 
 _INTEGERS = [-1, 1 << 40, 7, "x", b"x"]
 _BYTES = [b"", b"x" * 16, b"x" * 32, "text", 5]
-_TEXTS = ["x", "", "aws", b"x", 5]
-_CHANGES: list[tuple[str, str, Any]] = [
-    *(
-        ("tenant", name, value)
-        for name in ("revoke_within_ms", "outage_grace_ms", "epoch")
-        for value in _INTEGERS
-    ),
-    *(("tenant", "tenant_key_generation", value) for value in _INTEGERS),
-    *(("tenant", name, value) for name in ("tenant_key_id", "manifest_tag") for value in _BYTES),
-    *(("wrapping", name, value) for name in ("config", "kms_key_version") for value in ["x", b"x", 5]),
-    *(("wrapping", "provider", value) for value in ["local", "nobody", b"x", 5]),
-    *(("wrapping", name, value) for name in ("wrapped", "row_tag") for value in _BYTES),
-    ("wrapping", "row_tag", None),
-    *(("generation", name, value) for name in ("kind", "state") for value in _TEXTS),
-    ("generation", "state", "readable"),
-    ("generation", "generation", 2),
-    ("generation", "generation", "x"),
-    *(("generation", name, value) for name in ("id", "sealed") for value in _BYTES),
-]
+_CHANGES: dict[str, list[Any]] = {
+    "tenant.revoke_within_ms": _INTEGERS,
+    "tenant.outage_grace_ms": _INTEGERS,
+    "tenant.tenant_key_generation": _INTEGERS,
+    "tenant.epoch": _INTEGERS,
+    "tenant.tenant_key_id": _BYTES,
+    "tenant.manifest_tag": _BYTES,
+    "wrapping.provider": ["local", "nobody", b"x", 5],
+    "wrapping.config": ["x", b"x", 5],
+    "wrapping.wrapped": _BYTES,
+    "wrapping.kms_key_version": ["x", b"x", 5],
+    "wrapping.row_tag": [*_BYTES, None],
+    "generation.kind": ["x", "", b"x", 5],
+    "generation.generation": [2, "x", -1],
+    "generation.state": ["x", "pending", "readable", b"x", 5],
+    "generation.id": _BYTES,
+    "generation.sealed": _BYTES,
+}
 
 
 @pytest.fixture
@@ -307,34 +306,63 @@ def aws_byok(tmp_path: Path, kms_server: KmsServer, keystore_key: str) -> Iterat
     byok.close()
 
 
-def _alter(engine: Engine, name: str, column: str, value: Any) -> None:
+def _alter(engine: Engine, column: str, value: Any) -> None:
     # Past the column's type: SQLite stores anything in any column.
+    name, _, column = column.partition(".")
+    only = "AND kind = 'data-key'" if name == "generation" else ""
     with engine.begin() as connection:
-        where, parameters = "tenant = 't1'", (value,)
-        if name == "generation":
-            where += " AND kind = 'data-key'"
-        connection.exec_driver_sql(f"UPDATE byok_{name} SET {column} = ? WHERE {where}", parameters)
+        connection.exec_driver_sql(
+            f"UPDATE byok_{name} SET {column} = ? WHERE tenant = 't1' {only}", (value,)
+        )
 
 
-@pytest.mark.parametrize(("name", "column", "value"), _CHANGES)
+_TABLES = ("tenant", "wrapping", "generation")
+
+
+def _state(engine: Engine) -> dict[str, list[dict[str, Any]]]:
+    with engine.connect() as connection:
+        return {n: [dict(r) for r in connection.execute(select(table(n))).mappings()] for n in _TABLES}
+
+
+def _restore(engine: Engine, state: dict[str, list[dict[str, Any]]]) -> None:
+    with engine.begin() as connection:
+        for name in reversed(_TABLES):
+            connection.execute(delete(table(name)))
+        for name in _TABLES:
+            connection.execute(insert(table(name)), state[name])
+
+
+@pytest.mark.parametrize("column", _CHANGES)
 def test_an_altered_column_is_refused(
-    aws_byok: tuple[Byok, Engine], kms_server: KmsServer, name: str, column: str, value: Any
+    aws_byok: tuple[Byok, Engine], kms_server: KmsServer, column: str
 ) -> None:
     """Whatever is written to any column is refused, and no KMS is called for a row that does not authenticate."""
     byok, engine = aws_byok
-    _alter(engine, name, column, value)
-    with pytest.raises(KeystoreTamperedError) as raised:
-        _opens(byok, "t1")
-    assert raised.value.tenant == "t1"
-    # Generations are authenticated under the tenant key, which only the KMS opens.
-    assert kms_server.calls == ({"Decrypt": 1} if name == "generation" else {})
+    state = _state(engine)
+    for value in _CHANGES[column]:
+        kms_server.calls.clear()
+        _alter(engine, column, value)
+        with pytest.raises(KeystoreTamperedError) as raised:
+            _opens(byok, "t1")
+        assert raised.value.tenant == "t1"
+        # Generations are authenticated under the tenant key, which only the KMS opens.
+        assert kms_server.calls == ({"Decrypt": 1} if column.startswith("generation") else {})
+        _restore(engine, state)
+    _opens(byok, "t1")
     _opens(byok, "t2")
+
+
+def test_no_column_is_left_out() -> None:
+    """A column that is added to the keystore has to be thought of here."""
+    columns = {f"{name}.{c.name}" for name in _TABLES for c in table(name).c}
+    keys = {f"{name}.tenant" for name in _TABLES} | {"wrapping.position"}
+    assert columns - keys == {*_CHANGES, "tenant.onboarded_at"}
 
 
 def test_the_date_of_onboarding_is_nobodys_business(aws_byok: tuple[Byok, Engine]) -> None:
     """The one column that is not authenticated is not read either."""
     byok, engine = aws_byok
-    _alter(engine, "tenant", "onboarded_at", "never")
+    _alter(engine, "tenant.onboarded_at", "never")
     _opens(byok, "t1")
 
 
@@ -431,21 +459,13 @@ def test_an_old_row_that_was_put_back_is_refused(
 ) -> None:
     """An authentic but older state is refused by a process that has seen a newer one."""
     byok, engine = aws_byok
-    with engine.connect() as connection:
-        old = {
-            n: connection.execute(select(table(n))).mappings().all()
-            for n in ("tenant", "wrapping", "generation")
-        }
+    old = _state(engine)
     byok_kms = {"endpoint_url": kms_server.url}
     publish_data_key(engine, "t1", KEYSTORE_KEY, byok_kms)
     _opens(byok, "t1")
     byok.forget_keys()
     kms_server.calls.clear()
-    with engine.begin() as connection:
-        for name in ("generation", "wrapping", "tenant"):
-            connection.execute(delete(table(name)))
-        for name in ("tenant", "wrapping", "generation"):
-            connection.execute(insert(table(name)), [dict(row) for row in old[name]])
+    _restore(engine, old)
     with pytest.raises(KeystoreRolledBackError, match="at epoch 1, this process has seen 2"):
         _opens(byok, "t1")
     assert kms_server.calls == {}

@@ -34,6 +34,7 @@ from sqlalchemy import (
     literal,
     select,
     text,
+    type_coerce,
     update,
 )
 from sqlalchemy.exc import ObjectNotExecutableError
@@ -165,6 +166,26 @@ def test_an_object_with_a_default_can_be_merged(byok: Byok, engine: Engine) -> N
         merged.called = "secret-later"
         session.commit()
         assert session.scalars(select(Defaulted).where(Defaulted.called == "secret-later")).one() is merged
+
+
+def test_an_expression_over_an_encrypted_column_is_no_target(byok: Byok, engine: Engine) -> None:
+    """SQLAlchemy takes type_coerce(column) as what to set, and would bind the value through the other type."""
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add(Patient(id=1, name="secret-a", mrn="secret-b"))
+        session.flush()
+        for column in (patient.c.name, patient.c.mrn, Patient.name):
+            key: Any = type_coerce(column, String)
+            for statement in (
+                update(patient).values({key: "PLAIN"}),
+                update(patient).ordered_values((key, "PLAIN")),
+                insert(patient).values({key: "PLAIN"}),
+                insert(patient).values([{key: "PLAIN"}, {key: "PLAIN"}]),
+                update(Patient).values({key: "PLAIN"}),
+            ):
+                with pytest.raises(UnsupportedQueryError, match=f"patient.{column.key}"):
+                    session.execute(statement)
+        check_stored(byok, session.connection(), "t1")
 
 
 def test_writing_within_a_cte_is_refused(byok: Byok, engine: Engine) -> None:

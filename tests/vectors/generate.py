@@ -140,7 +140,7 @@ def _hashes(tenant: str, algorithm: str, scope: hashes.Scope, text: str) -> Iter
     salt = hashes.derive_column_salt(SALT, tenant, algorithm, scope)
     of = {"search_salt": SALT, "tenant": tenant, "hash": algorithm, "scope": scope.kind, "name": scope.name}
     yield _vector("column_salt", salt.decode(), **of)
-    yield _vector("search_hash", hashes.search_hash(algorithm, salt, text.encode()), text=text, **of)
+    yield _vector("search_hash", hashes.hasher(algorithm)(text.encode(), salt), text=text, **of)
 
 
 def _generations() -> Iterator[Vector]:
