@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from keys_tools import TurnableClock, hand_in, publish_data_key
-from sqlalchemy import URL, LargeBinary, String, create_engine, insert, select, type_coerce
+from sqlalchemy import URL, LargeBinary, String, create_engine, insert, select, text, type_coerce
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_byok import Byok, Encrypted, LocalKms, TenantExistsError, UnknownTenantError
@@ -201,9 +201,19 @@ def test_a_forked_process_uses_and_opens_tenants(
         session.add(Patient(mrn="A"))
         session.commit()
     engine.dispose()
+    numbers = {"postgresql": "SELECT pg_backend_pid()", "mariadb": "SELECT connection_id()"}
+
+    def number_of_connection() -> int | None:
+        if backend not in numbers:
+            return None  # a file has no sessions to tell apart
+        return byok._database.read(lambda connection: connection.scalar(text(numbers[backend])))
+
+    parents = number_of_connection()
 
     def work() -> None:
         engine.dispose(close=False)
+        mine = number_of_connection()
+        assert mine is None or mine != parents
         with byok.session("t1", engine) as session:
             assert session.scalars(select(Patient.mrn)).all() == ["A"]
         with byok.session("t2", engine) as session:
@@ -215,6 +225,7 @@ def test_a_forked_process_uses_and_opens_tenants(
         byok.close()
 
     assert _in_child(work) == 0
+    assert number_of_connection() == parents  # its connection is as good as before
     byok.forget_keys()
     with byok.session("t1", engine) as session, byok.tenant("t3"):
         assert session.scalars(select(Patient.mrn)).all() == ["A"]

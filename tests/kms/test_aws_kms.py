@@ -796,11 +796,6 @@ def test_unknown_provider() -> None:
         describe("vault", {})
 
 
-def test_registry_can_be_extended() -> None:
-    """Protects providers from outside: describe() looks where it is told."""
-    assert describe("mine", AwsKms(ARN).config(), {"mine": AwsKms}) == AwsKms(ARN)
-
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -190,8 +190,6 @@ def test_an_expression_over_an_encrypted_column_is_no_target(byok: Byok, engine:
 
 def test_writing_within_a_cte_is_refused(byok: Byok, engine: Engine) -> None:
     """An INSERT or UPDATE inside another statement passes no hook that could give it its hashes."""
-    if engine.dialect.name != "postgresql":
-        pytest.skip("only PostgreSQL, of the tested databases, writes within a CTE")
     Base.metadata.create_all(engine)
     with byok.session("t1", engine) as session:
         for writing in (
@@ -202,8 +200,9 @@ def test_writing_within_a_cte_is_refused(byok: Byok, engine: Engine) -> None:
             for _ in range(2):
                 with pytest.raises(UnsupportedQueryError, match="CTE"):
                     session.execute(select(inner.c.id))
-        gone = delete(Patient).returning(Patient.id).cte("gone")
-        assert session.execute(select(gone.c.id)).all() == []
+        if engine.dialect.name == "postgresql":  # the others would not run it
+            gone = delete(Patient).returning(Patient.id).cte("gone")
+            assert session.execute(select(gone.c.id)).all() == []
 
 
 def test_a_statement_compiled_beforehand_is_refused(byok: Byok, engine: Engine) -> None:
