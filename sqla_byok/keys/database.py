@@ -234,14 +234,15 @@ def open_database(target: str | URL | Engine | AsyncEngine) -> Database:
     if not isinstance(target, str | URL | Engine):
         target = target.sync_engine
     url = target.url if isinstance(target, Engine) else make_url(target)
-    in_memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
-    if not in_memory:
-        return (
-            _AsyncDatabase(url)
-            if url.get_dialect().is_async
-            else Database(create_engine(url, **_options(url)))
-        )
-    if url.get_dialect().is_async:
+    sqlite, is_async = url.get_backend_name() == "sqlite", url.get_dialect().is_async
+    if not (sqlite and url.database in (None, "", ":memory:")):
+        if sqlite:
+            # A file is read in a thread either way; aiosqlite would bring one of its own for each connection.
+            url = url.set(drivername="sqlite")
+        elif is_async:
+            return _AsyncDatabase(url)
+        return Database(create_engine(url, **_options(url)))
+    if is_async:
         raise ConfigurationError(
             "an in-memory SQLite database behind an asyncio driver cannot hold the keystore; give a file, "
             "or Byok(keystore='sqlite://')"

@@ -288,6 +288,38 @@ async def test_a_waiter_that_is_cancelled_harms_nobody(world: World) -> None:
     assert world.calls == ["t1"]
 
 
+async def test_a_waiter_that_is_cancelled_in_the_queue_harms_nobody(world: World) -> None:
+    """Eight tenants are opened at once and no more; who waits for a ninth may give up without taking others along."""
+    release, asked, loop = threading.Event(), asyncio.Event(), asyncio.get_running_loop()
+    slow = [f"slow-{n}" for n in range(8)]
+    for tenant in slow:
+        await asyncio.to_thread(world.byok.onboard, tenant, world.kms)
+    world.calls.clear()
+
+    def wait() -> None:
+        if len(world.calls) == len(slow):
+            loop.call_soon_threadsafe(asked.set)
+        assert release.wait(10)
+
+    CountingKms.on_unwrap = staticmethod(wait)
+
+    async def enter(tenant: str) -> str:
+        async with world.byok.tenant(tenant):
+            return tenant
+
+    eight = [asyncio.create_task(enter(tenant)) for tenant in slow]
+    await asked.wait()
+    first, second = (asyncio.create_task(enter("t1")) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert sorted(world.calls) == slow
+    release.set()
+    assert await asyncio.gather(*eight, second) == [*slow, "t1"]
+    assert first.cancelled()
+    assert world.calls[8:] == ["t1"]
+
+
 async def test_all_waiters_of_a_failed_opening_fail_alike(world: World) -> None:
     """Tasks that waited for the same answer get the same refusal, from one call."""
     release, asked = threading.Event(), asyncio.Event()
