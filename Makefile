@@ -52,7 +52,7 @@ format: $(VENV)/check.stamp ## put the code in the house's format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(VENV)/test.stamp $(VENV)/bench.stamp ## measure, side by side with plain SQLAlchemy
+bench: $(VENV)/test.stamp ## measure, side by side with plain SQLAlchemy
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 docs: $(VENV)/docs.stamp ## build the documentation into site/
