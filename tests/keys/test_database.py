@@ -179,7 +179,8 @@ def test_a_server_that_never_answers_does_not_hold_up_statements(
     monkeypatch: pytest.MonkeyPatch, driver: str
 ) -> None:
     """Connecting is bounded, whatever the driver's own idea of patience is."""
-    monkeypatch.setattr(database, "_PATIENCE", 0.1)
+    name = driver.partition("+")[2]
+    monkeypatch.setitem(database._GIVE_UP, name, dict.fromkeys(database._GIVE_UP[name], 0.1))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         byok = Byok(keystore=f"{driver}://x@127.0.0.1:{silent.getsockname()[1]}/x")
         with pytest.raises(KeystoreUnavailableError):
