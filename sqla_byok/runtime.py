@@ -182,8 +182,9 @@ class Byok(Secret):
     def tenant(self, tenant: str) -> _Within:
         """Work for one tenant within a block, in this thread or task: ``with`` or ``async with``.
 
-        Entering opens the tenant's keys where they are not in memory: one KMS call. Blocks nest; a session's or
-        engine's execution option ``byok_tenant`` goes before the block.
+        Entering opens the tenant's keys where they are not in memory: one KMS call, for which a plain ``with`` in
+        a coroutine would hold up the event loop. Blocks nest; a session's or engine's execution option
+        ``byok_tenant`` goes before the block.
 
         A :class:`~sqlalchemy.orm.Session` serves one tenant: do not carry one from a block into another
         tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
