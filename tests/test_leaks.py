@@ -108,6 +108,11 @@ EVERY = Table(
 )
 
 
+def flipped(stored: bytes) -> bytes:
+    """The stored value with one bit of its last byte changed."""
+    return stored[:-1] + bytes([stored[-1] ^ 1])
+
+
 class World:
     """An attached engine with one patient of tenant t1, whose every text is the canary, and a session of t1."""
 
@@ -484,7 +489,7 @@ FROM_THE_DATABASE = [
     Failure("pending rollback", pending_rollback, PendingRollbackError),
     Failure("row gone", stale, StaleDataError),
     Failure("tampered value",
-            lambda w: (w.store(name=w.stored("name")[:-1] + b"!"), w.read(Patient.name)), TamperedError),
+            lambda w: (w.store(name=flipped(w.stored("name"))), w.read(Patient.name)), TamperedError),
     Failure("value of another column", lambda w: (w.store(name=w.stored("mrn")), w.read(Patient.name)), TamperedError),
     Failure("plaintext in the column",
             lambda w: (w.store(name=CANARY.encode()), w.read(Patient.name)), NotEncryptedError),

@@ -104,7 +104,7 @@ async def tampered(world: World) -> None:
     """Change the last byte of a stored value and read it."""
     stored = await world.s.scalar(text("SELECT name FROM patient"))
     await world.s.commit()
-    await world.store(name=bytes(stored)[:-1] + b"!")
+    await world.store(name=bytes(stored)[:-1] + bytes([stored[-1] ^ 1]))
     await world.read(Patient.name)
 
 
