@@ -227,16 +227,7 @@ class Keystore(Secret):
                     )
                 )
             for record in row.generations:
-                connection.execute(
-                    insert(_generation).values(
-                        tenant=row.tenant,
-                        kind=record.kind,
-                        generation=record.generation,
-                        id=record.id,
-                        sealed=record.sealed,
-                        state=record.state,
-                    )
-                )
+                connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
 
         exists = False
         try:

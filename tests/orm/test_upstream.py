@@ -453,3 +453,14 @@ def test_a_dialect_keeps_its_json_functions_under_known_names() -> None:
     """`_json_serializer` and `_json_deserializer`."""
     dialect = create_engine("sqlite://", json_serializer=str, json_deserializer=repr).dialect
     assert (dialect._json_serializer, dialect._json_deserializer) == (str, repr)  # type: ignore[attr-defined]
+
+
+def test_the_types_of_a_statements_result_are_known() -> None:
+    """By them the hooks tell whether rows have to be decrypted; what was found stays with the compiled statement."""
+    types, asked = (String(), Integer()), []
+    statement = select(Column("a", types[0]), Column("b", types[1]))
+    compiled = statement.compile()
+    assert tuple(upstream.result_types(compiled)) == types
+    for _ in range(2):
+        assert upstream.known(compiled, lambda it: asked.append(it) or "found") == "found"
+    assert asked == [compiled]
