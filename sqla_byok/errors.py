@@ -21,7 +21,9 @@
     ├── KeystoreError                 the keystore cannot be used
     │   ├── KeystoreUnavailableError  it does not answer
     │   ├── KeystoreTamperedError     a row does not authenticate
-    │   └── KeystoreRolledBackError   an old state was put back
+    │   ├── KeystoreRolledBackError   an old state was put back
+    │   ├── KeystoreConflictError     somebody else changed the tenant at the same time
+    │   └── SaltChangedError          the search salt kept elsewhere is not the recorded one
     └── KmsError                      the customer's KMS did not do what was asked
         ├── KmsRefusedError           "no": the keyring is dropped at once
         │   ├── KeyDisabledError
@@ -58,6 +60,7 @@ __all__ = [
     "KeyDeletedError",
     "KeyDisabledError",
     "KeysExpiredError",
+    "KeystoreConflictError",
     "KeystoreError",
     "KeystoreRolledBackError",
     "KeystoreTamperedError",
@@ -71,6 +74,7 @@ __all__ = [
     "NoTenantError",
     "NotAttachedError",
     "NotEncryptedError",
+    "SaltChangedError",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",
@@ -198,11 +202,20 @@ class KeystoreRolledBackError(KeystoreError):
     """The keystore shows an older state than this process has already seen."""
 
 
+class KeystoreConflictError(KeystoreError):
+    """Another process changed the tenant's keys at the same time. Nothing was changed here; do it again."""
+
+
+class SaltChangedError(KeystoreError):
+    """The search salt that is kept outside the keystore is missing, or not the one that the hashes were made with."""
+
+
 class KmsError(ByokError):
     """The customer's KMS did not do what was asked.
 
     :param action_by: who must act, ``"customer"`` or ``"operator"`` (us); the class's own unless given.
     :param retry_after: seconds to wait before the next try, where the provider said.
+    :param request_id: what the provider called the request, where it said.
     :ivar retryable: whether the same call may succeed later without anybody changing anything.
     """
 
@@ -217,11 +230,13 @@ class KmsError(ByokError):
         column: str | None = None,
         action_by: Literal["customer", "operator"] | None = None,
         retry_after: float | None = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(message, tenant=tenant, column=column)
         if action_by is not None:
             self.action_by = action_by
         self.retry_after = retry_after
+        self.request_id = request_id
 
 
 class KmsRefusedError(KmsError):

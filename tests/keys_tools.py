@@ -22,7 +22,7 @@ from sqla_byok.crypto.formats import (
     row_tag,
     unpack_tenant_key,
 )
-from sqla_byok.kms import Wrapped, describe
+from sqla_byok.kms import Kms, Operator, Wrapped, describe
 
 KEYSTORE_KEY = bytes(range(32))
 
@@ -39,13 +39,16 @@ class TurnableClock:
     def wall(self) -> float:
         return self.wall_now
 
+    def sleep(self, seconds: float) -> None:
+        self.turn(seconds)
+
     def turn(self, seconds: float) -> None:
         self.boot_now += seconds
         self.wall_now += seconds
 
 
 @dataclass(frozen=True)
-class CountingKms:
+class CountingKms(Kms):
     """A LocalKms that counts its calls and can be made to fail or to wait."""
 
     provider: ClassVar[str] = "counting"
@@ -62,8 +65,13 @@ class CountingKms:
     def from_config(cls, config: Mapping[str, str]) -> CountingKms:
         return cls(config["path"])
 
-    def connect(self, settings: Mapping[str, Any]) -> CountingKms:
+    def connect(
+        self, settings: Mapping[str, Any], operator: Operator | None = None, *, reason: str = "open"
+    ) -> CountingKms:
         return self
+
+    def room(self, wrapped: Wrapped) -> int:
+        return 4096
 
     def wrap(self, payload: bytes, *, tenant: str) -> Wrapped:
         return LocalKms(self.path).connect({}).wrap(payload, tenant=tenant)

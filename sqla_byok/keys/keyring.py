@@ -29,6 +29,10 @@ class Clock(Protocol):
         """Seconds since the epoch."""
         ...
 
+    def sleep(self, seconds: float) -> None:
+        """Wait; used where generations have to settle."""
+        ...
+
 
 class SystemClock:
     """The machine's clocks: CLOCK_BOOTTIME where there is one (monotonic elsewhere), and wall time."""
@@ -40,6 +44,7 @@ class SystemClock:
         else time.monotonic
     )
     wall = staticmethod(time.time)
+    sleep = staticmethod(time.sleep)
 
 
 class SealedRecord(NamedTuple):

@@ -7,6 +7,7 @@ used in an outbound call (:meth:`Keystore.load`); the generations are authentica
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    delete,
     insert,
     select,
+    update,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
@@ -34,6 +37,7 @@ from sqlalchemy.exc import IntegrityError
 from sqla_byok.crypto.formats import ID_SIZE, Secret, check_tenant, row_tag
 from sqla_byok.errors import (
     ConfigurationError,
+    KeystoreConflictError,
     KeystoreError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
@@ -57,6 +61,10 @@ def _name() -> String:
     return String(255).with_variant(
         mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
     )
+
+
+def _digest() -> LargeBinary:
+    return LargeBinary(32).with_variant(mysql.BINARY(32), "mysql", "mariadb")
 
 
 _format = Table(
@@ -100,6 +108,15 @@ _generation = Table(
     Column("id", LargeBinary(16), nullable=False),
     Column("sealed", LargeBinary, nullable=False),
     Column("state", String(20), nullable=False),
+    ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
+)
+
+# What may belong to one tenant only: a customer key, a role, a secret's reference. By hash, for the index.
+_claim = Table(
+    "byok_claim",
+    keystore_metadata,
+    Column("claim", _digest(), primary_key=True),
+    Column("tenant", _name(), nullable=False),
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
 )
 
@@ -155,6 +172,21 @@ class TenantRow:
         )
 
 
+def _tenant_values(row: TenantRow) -> dict[str, Any]:
+    return {
+        "revoke_within_ms": row.revoke_within_ms,
+        "outage_grace_ms": row.outage_grace_ms,
+        "tenant_key_id": row.tenant_key_id,
+        "tenant_key_generation": row.tenant_key_generation,
+        "epoch": row.epoch,
+        "manifest_tag": row.manifest_tag,
+    }
+
+
+def _claim_hash(claim: str) -> bytes:
+    return hashlib.sha256(claim.encode()).digest()
+
+
 def _wrapping_of(row: Mapping[Any, Any]) -> Wrapping:
     names = ("provider", "config", "wrapped", "kms_key_version", "row_tag")
     return Wrapping(*(row[_wrapping.c[name]] for name in names))
@@ -193,41 +225,22 @@ class Keystore(Secret):
                 continue  # another process may be creating them right now
         return self.database.write(work)
 
-    def insert(self, row: TenantRow) -> None:
+    def insert(self, row: TenantRow, claims: Sequence[str] = ()) -> None:
         """Insert a new tenant; never overwrites.
 
+        :param claims: what belongs to this tenant only.
         :raises TenantExistsError: if the tenant is there already.
+        :raises ConfigurationError: if a claim is another tenant's.
         """
 
         def work(connection: Connection) -> None:
             self._check_format(connection)
             connection.execute(
                 insert(_tenant).values(
-                    tenant=row.tenant,
-                    revoke_within_ms=row.revoke_within_ms,
-                    outage_grace_ms=row.outage_grace_ms,
-                    tenant_key_id=row.tenant_key_id,
-                    tenant_key_generation=row.tenant_key_generation,
-                    epoch=row.epoch,
-                    manifest_tag=row.manifest_tag,
-                    onboarded_at=datetime.now(timezone.utc),
+                    tenant=row.tenant, onboarded_at=datetime.now(timezone.utc), **_tenant_values(row)
                 )
             )
-            for position, wrapping in enumerate(row.wrappings):
-                self.require_key(wrapping.provider)
-                connection.execute(
-                    insert(_wrapping).values(
-                        tenant=row.tenant,
-                        position=position,
-                        provider=wrapping.provider,
-                        config=wrapping.config,
-                        wrapped=wrapping.wrapped,
-                        kms_key_version=wrapping.kms_key_version,
-                        row_tag=None if self._key is None else row.tag(self._key, wrapping),
-                    )
-                )
-            for record in row.generations:
-                connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
+            self._insert_parts(connection, row, claims)
 
         exists = False
         try:
@@ -235,7 +248,84 @@ class Keystore(Secret):
         except IntegrityError:
             exists = True
         if exists:
+            self._refuse_claimed(row.tenant, claims)
             raise TenantExistsError(f"tenant {row.tenant!r} is already in the keystore", tenant=row.tenant)
+
+    def replace(self, old: TenantRow, new: TenantRow, claims: Sequence[str] | None = None) -> None:
+        """Put a tenant's new state in the place of the one that was read, in one transaction.
+
+        :param old: what :meth:`load` gave; nothing is written unless the keystore still has it.
+        :param new: the same tenant with the next epoch.
+        :param claims: what belongs to this tenant only; as before unless given.
+        :raises KeystoreConflictError: if another process has changed the tenant meanwhile.
+        :raises ConfigurationError: if a claim is another tenant's.
+        """
+        if new.tenant != old.tenant or new.epoch != old.epoch + 1:
+            raise ValueError("each change of a tenant raises its epoch by one")
+
+        def work(connection: Connection) -> None:
+            self._check_format(connection)
+            changed = connection.execute(
+                update(_tenant)
+                .where(
+                    _tenant.c.tenant == old.tenant,
+                    _tenant.c.epoch == old.epoch,
+                    _tenant.c.manifest_tag == old.manifest_tag,
+                )
+                .values(**_tenant_values(new))
+            )
+            if changed.rowcount != 1:
+                raise KeystoreConflictError(
+                    f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
+                    tenant=old.tenant,
+                )
+            for table in (_wrapping, _generation, *(() if claims is None else (_claim,))):
+                connection.execute(delete(table).where(table.c.tenant == old.tenant))
+            self._insert_parts(connection, new, claims or ())
+
+        claimed = False
+        try:
+            self.database.write(work)
+        except IntegrityError:
+            claimed = True
+        if claimed:
+            self._refuse_claimed(old.tenant, claims or ())
+            raise KeystoreConflictError(
+                f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
+                tenant=old.tenant,
+            )
+
+    def _insert_parts(self, connection: Connection, row: TenantRow, claims: Sequence[str]) -> None:
+        for position, wrapping in enumerate(row.wrappings):
+            self.require_key(wrapping.provider)
+            connection.execute(
+                insert(_wrapping).values(
+                    tenant=row.tenant,
+                    position=position,
+                    provider=wrapping.provider,
+                    config=wrapping.config,
+                    wrapped=wrapping.wrapped,
+                    kms_key_version=wrapping.kms_key_version,
+                    row_tag=None if self._key is None else row.tag(self._key, wrapping),
+                )
+            )
+        for record in row.generations:
+            connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
+        for claim in claims:
+            connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=row.tenant))
+
+    def _refuse_claimed(self, tenant: str, claims: Sequence[str]) -> None:
+        for claim in claims:
+            owner = self.database.read(
+                lambda connection, claim=claim: connection.scalar(  # type: ignore[misc]
+                    select(_claim.c.tenant).where(_claim.c.claim == _claim_hash(claim))
+                )
+            )
+            if owner is not None and owner != tenant:
+                raise ConfigurationError(
+                    f"{claim} belongs to another tenant; each tenant needs a key, role and secret of its own",
+                    tenant=tenant,
+                )
 
     def load(self, tenant: str) -> TenantRow | None:
         """Read one tenant, in one statement, and authenticate its row.
@@ -244,9 +334,9 @@ class Keystore(Secret):
         :raises KeystoreTamperedError: if the row or one of its wrappings does not authenticate.
         """
         check_tenant(tenant)
-        row = None
+        rows, row = self._rows(tenant), None
         try:
-            row = self._read(tenant)
+            row = _tenant_row(tenant, rows)
             fits = row is None or self._authenticates(row)
         except (ArithmeticError, AttributeError, TypeError, ValueError):
             fits = False  # SQLite stores anything in any column
@@ -286,9 +376,9 @@ class Keystore(Secret):
                 "write to the keystore could redirect the tenant's key"
             )
 
-    def _read(self, tenant: str) -> TenantRow | None:
+    def _rows(self, tenant: str) -> Sequence[Mapping[Any, Any]]:
         # Outer joins: a tenant whose wrappings or generations were taken away is damaged, not unknown.
-        rows = self.database.read(
+        found = self.database.read(
             lambda connection: connection.execute(
                 select(*_READ)
                 .outerjoin_from(_tenant, _wrapping, _wrapping.c.tenant == _tenant.c.tenant)
@@ -297,23 +387,7 @@ class Keystore(Secret):
                 .order_by(_wrapping.c.position, _generation.c.kind, _generation.c.generation)
             ).all()
         )
-        mine = [row._mapping for row in rows if row._mapping[_tenant.c.tenant].encode() == tenant.encode()]
-        if not mine:
-            return None
-        first = mine[0]
-        wrappings = {r[_wrapping.c.position]: _wrapping_of(r) for r in mine}
-        generations = {(r[_generation.c.kind], r[_generation.c.generation]): _record_of(r) for r in mine}
-        return TenantRow(
-            tenant=tenant,
-            revoke_within_ms=first[_tenant.c.revoke_within_ms],
-            outage_grace_ms=first[_tenant.c.outage_grace_ms],
-            tenant_key_id=first[_tenant.c.tenant_key_id],
-            tenant_key_generation=first[_tenant.c.tenant_key_generation],
-            epoch=first[_tenant.c.epoch],
-            manifest_tag=first[_tenant.c.manifest_tag],
-            wrappings=[found for position, found in wrappings.items() if position is not None],
-            generations=[found for (kind, _), found in generations.items() if kind is not None],
-        )
+        return [row._mapping for row in found]
 
     def _authenticates(self, row: TenantRow) -> bool:
         """Whether the row may be used. Each wrapping has a tag of its own."""
@@ -345,3 +419,23 @@ class Keystore(Secret):
             raise KeystoreError(
                 f"the keystore is pinned to write format {found}, this release writes format {WRITE_FORMAT}"
             )
+
+
+def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | None:
+    mine = [row for row in rows if row[_tenant.c.tenant].encode() == tenant.encode()]
+    if not mine:
+        return None
+    first = mine[0]
+    wrappings = {r[_wrapping.c.position]: _wrapping_of(r) for r in mine}
+    generations = {(r[_generation.c.kind], r[_generation.c.generation]): _record_of(r) for r in mine}
+    return TenantRow(
+        tenant=tenant,
+        revoke_within_ms=first[_tenant.c.revoke_within_ms],
+        outage_grace_ms=first[_tenant.c.outage_grace_ms],
+        tenant_key_id=first[_tenant.c.tenant_key_id],
+        tenant_key_generation=first[_tenant.c.tenant_key_generation],
+        epoch=first[_tenant.c.epoch],
+        manifest_tag=first[_tenant.c.manifest_tag],
+        wrappings=[found for position, found in wrappings.items() if position is not None],
+        generations=[found for (kind, _), found in generations.items() if kind is not None],
+    )

@@ -32,7 +32,7 @@ from sqla_byok.errors import (
     ThrottledError,
     WrongKeyError,
 )
-from sqla_byok.kms.base import Wrapped
+from sqla_byok.kms.base import Kms, Operator, Wrapped
 from sqla_byok.kms.quiet import quiet, watch
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AwsKms"]
 
+_ROOM = 4096
 _LOGGERS = ("boto3", "botocore", "urllib3")
 
 # The region becomes part of a host name, so a customer's form must not be able to put anything else there.
@@ -50,7 +51,7 @@ _KEY_ARN = re.compile(
 
 
 @dataclass(frozen=True)
-class AwsKms:
+class AwsKms(Kms):
     """A customer's symmetric key in AWS KMS.
 
     The key's policy must allow our principal ``kms:Encrypt`` and ``kms:Decrypt``. Calls carry the encryption
@@ -103,7 +104,13 @@ class AwsKms:
             raise ConfigurationError('The configuration of an AwsKms is {"key": <ARN>, "profile": <name>}.')
         return cls(config["key"], profile=config["profile"])
 
-    def connect(self, settings: Mapping[str, Any]) -> _AwsClient:
+    def claims(self) -> tuple[str, ...]:
+        """The key."""
+        return (f"aws:{self.key_arn}",)
+
+    def connect(
+        self, settings: Mapping[str, Any], operator: Operator | None = None, *, reason: str = "open"
+    ) -> _AwsClient:
         """A client for this key. Makes no call; the boto3 client is made at the first one.
 
         :param settings: any of
@@ -270,6 +277,10 @@ class _AwsClient:
         Source: https://docs.aws.amazon.com/kms/latest/APIReference/API_Decrypt.html
         """
         return self._call("decrypt", tenant, "Plaintext", CiphertextBlob=wrapped.blob)
+
+    def room(self, wrapped: Wrapped) -> int:
+        """See :meth:`sqla_byok.kms.base.KmsClient.room`."""
+        return _ROOM
 
     def _call(self, operation: str, tenant: str, result: str, **arguments: bytes) -> bytes:
         client = None

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from sqla_byok.kms.secrets import Secrets
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Kms", "KmsClient", "Wrapped"]
+__all__ = ["Kms", "KmsClient", "Operator", "Wrapped", "request_id"]
+
+request_id: ContextVar[str | None] = ContextVar("byok_kms_request_id", default=None)
+"""What the provider called the last call of this thread or task, for the audit; a client sets it after each call."""
 
 
 class Wrapped(NamedTuple):
@@ -23,8 +31,24 @@ class Wrapped(NamedTuple):
     key_version: str = ""
 
 
+@dataclass(frozen=True, repr=False)
+class Operator:
+    """What the operator gives to KMS clients beside a profile's settings: from code only, like those.
+
+    :param secrets: resolves references to secrets.
+    :param credentials: factories by name; each takes the customer's directory id and returns a credential object of
+        the provider's SDK.
+    """
+
+    secrets: Secrets = field(default_factory=Secrets)
+    credentials: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+
+
 class KmsClient(Protocol):
     """Calls one customer key. Safe to use from several threads; each method is one call to the provider.
+
+    A client is made for one purpose, such as opening a tenant, and authenticates anew: what it keeps of tokens and
+    sessions lives no longer than itself, so that a credential that was taken away is noticed by the next client.
 
     Both methods raise a subclass of :class:`~sqla_byok.errors.KmsRefusedError` for "no" and of
     :class:`~sqla_byok.errors.KmsNoAnswerError` for "no answer", with ``tenant`` set. A "no answer" whose
@@ -49,9 +73,15 @@ class KmsClient(Protocol):
         """
         ...
 
+    def room(self, wrapped: Wrapped) -> int:
+        """How many bytes :meth:`wrap` takes under the key that made *wrapped*. Makes no call."""
+        ...
+
 
 class Kms(Protocol):
     """A description of one customer key: a small frozen value without secrets, which does no I/O.
+
+    A provider derives from this class, and has what it does not define itself.
 
     The keystore stores ``provider`` and :meth:`config`; :meth:`from_config` makes an equal value of them in
     another process, and :meth:`connect` the client that calls the provider::
@@ -80,10 +110,27 @@ class Kms(Protocol):
         """
         ...
 
-    def connect(self, settings: Mapping[str, Any]) -> KmsClient:
+    def claims(self) -> Sequence[str]:
+        """What of it may belong to one tenant only: the key, the role, the secret's reference, each as a text."""
+        return ()
+
+    def for_tenant(self, external_id: str) -> Self:
+        """The same key, as onboarding stores it for a tenant whose external id is *external_id*."""
+        return self
+
+    def expires(self) -> date | None:
+        """The day on which the credential for this key expires, where it is known."""
+        return None
+
+    def connect(
+        self, settings: Mapping[str, Any], operator: Operator | None = None, *, reason: str = "open"
+    ) -> KmsClient:
         """A client for this key. Makes no call to the provider.
 
         :param settings: the operator's profile from code (endpoints, timeouts), never from the keystore.
+        :param operator: secrets and credentials; none of either unless given.
+        :param reason: why the key is called: ``onboard``, ``open``, ``refresh``, ``probe``, ``rewrap``, ``direct``.
+            Providers that can show it in the customer's own log do.
         :raises ConfigurationError: a setting is unknown or has the wrong type.
         :raises MissingExtraError: the provider's SDK is not installed.
         """

@@ -24,7 +24,7 @@ from sqla_byok.errors import (
     KmsRefusedError,
     WrongKeyError,
 )
-from sqla_byok.kms.base import Wrapped
+from sqla_byok.kms.base import Kms, Operator, Wrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,6 +35,7 @@ _HEADER = b"\xb3\x01"
 _LABEL = b"sqla-byok/1/local-kms"
 _KEY_SIZE = 32
 _NONCE_SIZE = 12
+_ROOM = 4096
 _FILE_LIMIT = 1024  # bytes; a key file has 45
 
 # Flags that a platform lacks count as 0. O_NONBLOCK keeps a FIFO in the key's place from hanging us.
@@ -45,7 +46,7 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON
 
 
 @dataclass(frozen=True, init=False)
-class LocalKms:
+class LocalKms(Kms):
     """A key file in the place of a KMS.
 
     The file holds 32 random bytes as one line of base64 text (44 characters and a newline). It must be a
@@ -114,10 +115,12 @@ class LocalKms:
             raise ConfigurationError('The configuration of a LocalKms is {"path": <absolute path>}.')
         return cls(path)
 
-    def connect(self, settings: Mapping[str, Any]) -> _LocalClient:
+    def connect(
+        self, settings: Mapping[str, Any], operator: Operator | None = None, *, reason: str = "open"
+    ) -> _LocalClient:
         """A client that reads the key file at each call.
 
-        :param settings: not used; a profile may serve other providers too.
+        :param settings: not used, like the others; a profile may serve other providers too.
         """
         return _LocalClient(self.path)
 
@@ -153,6 +156,10 @@ class _LocalClient:
             "does not open this wrapped key: it is damaged, another tenant's or another key file's. "
             "Put back the key file with which the tenant was onboarded",
         )
+
+    def room(self, wrapped: Wrapped) -> int:
+        """See :meth:`sqla_byok.kms.base.KmsClient.room`: as much as AWS KMS takes."""
+        return _ROOM
 
     def _open(self, tenant: str) -> tuple[AESGCM, bytes]:
         context = _encode(_LABEL, tenant.encode())

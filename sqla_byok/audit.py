@@ -1,0 +1,115 @@
+"""What is told about keys: one typed event for each KMS call, opening and change of state. No event holds a value.
+
+Events go to the logger ``sqla_byok.audit`` (level INFO, the event itself as ``record.event``) and to the function
+given as ``Byok(on_event=…)``. An event is told after the fact; what a listener raises is logged and goes no further.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+__all__ = ["Audit", "Event", "GenerationChanged", "KeyStateChanged", "KeysOpened", "KmsCalled"]
+
+_log = logging.getLogger("sqla_byok.audit")
+
+
+@dataclass(frozen=True)
+class KmsCalled:
+    """The customer's KMS was called.
+
+    :param tenant: for whom.
+    :param provider: ``"aws"``, ``"azure"``, ``"local"`` or a registered provider's name.
+    :param operation: ``"wrap"`` or ``"unwrap"``.
+    :param reason: why: ``onboard``, ``open``, ``refresh``, ``preload``, ``probe``, ``rewrap``, ``direct`` and the like.
+    :param outcome: ``"ok"``, or the name of the exception.
+    :param seconds: how long it took, with all its tries.
+    :param request_id: what the provider called it, for a search in the customer's log; where it said.
+    """
+
+    tenant: str
+    provider: str
+    operation: str
+    reason: str
+    outcome: str
+    seconds: float
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class KeysOpened:
+    """A tenant's keys came into memory, or stayed there for another ``revoke_within`` seconds.
+
+    :param tenant: whose.
+    :param reason: ``open``, ``refresh`` or ``preload``.
+    :param actor: who asked, where the program said.
+    :param purpose: what for, where the program said.
+    :param request_id: the KMS call that did it.
+    """
+
+    tenant: str
+    reason: str
+    actor: str | None = None
+    purpose: str | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class KeyStateChanged:
+    """A tenant's keys changed their state in this process.
+
+    :param tenant: whose.
+    :param before: ``"closed"`` (never opened, or idle), ``"fresh"``, ``"grace"`` or ``"dark"``.
+    :param after: likewise.
+    :param cause: the name of the exception, where one was the cause.
+    :param action_by: who must act, ``"customer"`` or ``"operator"``, where somebody must.
+    """
+
+    tenant: str
+    before: str
+    after: str
+    cause: str | None = None
+    action_by: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationChanged:
+    """A data key, search salt, tenant key or wrapping of a tenant was made or changed its state.
+
+    :param tenant: whose.
+    :param kind: ``"data-key"``, ``"search-salt"``, ``"tenant-key"`` or ``"wrapping"``.
+    :param generation: which one.
+    :param state: ``"pending"``, ``"active"``, ``"readable"``, ``"retired"``.
+    :param epoch: the keystore's epoch of the tenant afterwards.
+    """
+
+    tenant: str
+    kind: str
+    generation: int
+    state: str
+    epoch: int
+
+
+Event = KmsCalled | KeysOpened | KeyStateChanged | GenerationChanged
+
+
+class Audit:
+    """Tells events to the log and to those who listen.
+
+    :param listeners: each is called with each event, in the thread in which it happened.
+    """
+
+    def __init__(self, *listeners: Callable[[Event], object]) -> None:
+        self.listeners = list(listeners)
+
+    def tell(self, event: Event) -> None:
+        """Log the event and pass it on."""
+        if _log.isEnabledFor(logging.INFO):
+            told = " ".join(f"{each.name}={getattr(event, each.name)!r}" for each in fields(event))
+            _log.info("%s %s", type(event).__name__, told, extra={"event": event})
+        for listener in self.listeners:
+            try:
+                listener(event)
+            except Exception:  # noqa: BLE001 - somebody else's code, and it is logged
+                _log.exception("a listener to audit events failed; the event itself is told above")
