@@ -11,8 +11,8 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -33,6 +33,7 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.kms.base import Kms, Operator, Wrapped
+from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.quiet import quiet, watch
 
 if TYPE_CHECKING:
@@ -113,20 +114,13 @@ class AwsKms(Kms):
     ) -> _AwsClient:
         """A client for this key. Makes no call; the boto3 client is made at the first one.
 
-        :param settings: any of
-
-            - ``endpoint_url``: another endpoint, such as a VPC endpoint's. Tenant keys travel through it, so
-              use ``https`` for anything but a test double;
-            - ``connect_timeout`` (1.0) and ``read_timeout`` (3.0): seconds, for each attempt;
-            - ``attempts`` (3): how often a call is tried in all;
-            - ``ca_file``: the path of a PEM file with the certificate authorities to trust;
-            - ``proxies``: ``{"https": "http://proxy:3128"}``.
+        :param settings: see :class:`~sqla_byok.kms.profiles.Profile`.
         :raises ConfigurationError: a setting is unknown or has the wrong type.
         :raises MissingExtraError: boto3 is not installed.
 
         Source: https://docs.aws.amazon.com/botocore/latest/reference/config.html
         """
-        parsed = _Settings.parse(settings)
+        parsed = Profile.parse(settings)
         _import_boto3()
         return _AwsClient(self.key_arn, _shared_connection(self.region, parsed))
 
@@ -142,59 +136,13 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-@dataclass(frozen=True, repr=False)  # a proxy's URL may hold a password
-class _Settings:
-    endpoint_url: str | None = None
-    connect_timeout: float = 1.0
-    read_timeout: float = 3.0
-    attempts: int = 3
-    ca_file: str | None = None
-    proxies: tuple[tuple[str, str], ...] | None = None
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> _Settings:
-        names = [each.name for each in fields(cls)]
-        for name, value in given.items():
-            if name not in names:
-                raise ConfigurationError(
-                    f"Unknown AWS KMS setting {name!r}; known are {', '.join(sorted(names))}."
-                )
-            fits, wanted = _SETTING_CHECKS[name]
-            if value is not None and not fits(value):
-                raise ConfigurationError(f"The AWS KMS setting {name!r} must be {wanted}.")
-        values = {name: value for name, value in given.items() if value is not None}
-        if "proxies" in values:
-            values["proxies"] = tuple(sorted(values["proxies"].items()))
-        return cls(**values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_SETTING_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "endpoint_url": (
-        lambda v: isinstance(v, str) and v.startswith(("http://", "https://")),
-        "a http(s) URL",
-    ),
-    "connect_timeout": (lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
-    "read_timeout": (lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
-    "attempts": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a positive integer"),
-    "ca_file": (lambda v: isinstance(v, str) and os.path.isfile(v), "the path of a file that exists"),
-    "proxies": (
-        lambda v: isinstance(v, Mapping) and all(isinstance(x, str) for pair in v.items() for x in pair),
-        "a mapping of scheme to URL",
-    ),
-}
-
-
 class _Connection:
     """The boto3 client of one region and profile.
 
     All of a region's keys share it: a client takes about 9 MB and 50 ms to make, and a tenant should not.
     """
 
-    def __init__(self, region: str, settings: _Settings) -> None:
+    def __init__(self, region: str, settings: Profile) -> None:
         self._region = region
         self._settings = settings
         self._start()
@@ -240,10 +188,10 @@ class _Connection:
         return client
 
 
-_connections: WeakValueDictionary[tuple[str, _Settings], _Connection] = WeakValueDictionary()
+_connections: WeakValueDictionary[tuple[str, Profile], _Connection] = WeakValueDictionary()
 
 
-def _shared_connection(region: str, settings: _Settings) -> _Connection:
+def _shared_connection(region: str, settings: Profile) -> _Connection:
     # Two threads that race here get a connection each, which costs memory and nothing else.
     return _connections.setdefault((region, settings), _Connection(region, settings))
 
