@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -110,11 +111,17 @@ class Keyring(Secret):
         "deadline",
         "epoch",
         "fresh_until",
+        "one_unit",
         "openers",
+        "outage_grace",
+        "refresh_at",
+        "refreshing",
+        "renewed_until",
         "salts",
         "tenant",
         "used",
         "wall_deadline",
+        "wall_renewed_until",
         "write",
         "write_until",
     )
@@ -124,7 +131,9 @@ class Keyring(Secret):
     def __init__(self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord]) -> None:
         self.tenant = tenant_key.tenant
         self.cleared = False
-        self.deadline = self.wall_deadline = self.fresh_until = self.write_until = self.used = 0.0
+        self.refreshing = self.one_unit = False
+        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
+        self.fresh_until = self.write_until = self.used = self.refresh_at = self.outage_grace = 0.0
         self._tenant_key: TenantKey | None = tenant_key
         self.openers: dict[bytes, Opener] = {}
         self.load(epoch, records)
@@ -168,6 +177,25 @@ class Keyring(Secret):
         if self._tenant_key is None:
             self.expired()
         return self._tenant_key
+
+    def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
+        """Count the time anew, from the sending of a KMS call that was answered with yes.
+
+        :param boot: when it was sent, on the boot-time clock.
+        :param wall: when it was sent, in wall time.
+        :param revoke_within: how long the keys may be used after it, in seconds.
+        :param outage_grace: how much longer while the KMS does not answer.
+        """
+        self.renewed_until, self.wall_renewed_until = boot + revoke_within, wall + revoke_within
+        self.deadline, self.wall_deadline = self.renewed_until, self.wall_renewed_until
+        self.outage_grace = outage_grace
+        # Spread, so that processes which opened a tenant together do not ask together.
+        self.refresh_at = boot + revoke_within * random.uniform(0.5, 0.6)  # noqa: S311
+
+    def stretch(self, *, to_grace: bool) -> None:
+        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
+        more = self.outage_grace if to_grace else 0.0
+        self.deadline, self.wall_deadline = self.renewed_until + more, self.wall_renewed_until + more
 
     def clear(self) -> None:
         """Take the keys away in place; everything that still holds this keyring fails from now on."""
