@@ -73,7 +73,7 @@ class AwsKms(Kms):
 
     provider: ClassVar[str] = "aws"
     key_arn: str
-    profile: str = field(default="default", kw_only=True)
+    profile: str = field(default="default", kw_only=True)  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         if not _is_key_arn(self.key_arn):

@@ -96,7 +96,7 @@ class Kms(Protocol):
     @property
     def profile(self) -> str:
         """The name of the operator's settings for this key; the settings themselves stand in code only."""
-        ...
+        return "default"
 
     def config(self) -> dict[str, str]:
         """What the keystore stores: enough for :meth:`from_config`, never a secret."""
