@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
+from sqla_byok.audit import Audit
 from sqla_byok.crypto.formats import (
     ACTIVE,
     DATA_KEY,
@@ -36,6 +37,7 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.database import open_database
+from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.keyring import Clock, SealedRecord, SystemClock
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
@@ -107,6 +109,10 @@ class Byok(Secret):
         self._database = open_database(keystore)
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
         self._keyrings = Keyrings(self._keystore, self._client_of, clock or SystemClock(), max_tenants)
+        rings = self._keyrings
+        self._generations = Generations(
+            self._keystore, rings._row, rings._unwrap, self._wrap, rings.clock, Audit()
+        )
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -229,6 +235,48 @@ class Byok(Secret):
         async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
             yield session
 
+    # -- changing keys -----------------------------------------------------------------------------------------------
+
+    def rotate_data_key(self, tenant: str) -> int:
+        """Make a new data key, with which everything is written from then on; see :meth:`Generations.rotate`."""
+        return self._generations.rotate(tenant, DATA_KEY)
+
+    async def arotate_data_key(self, tenant: str) -> int:
+        """:meth:`rotate_data_key` from asyncio."""
+        return await asyncio.to_thread(self.rotate_data_key, tenant)
+
+    def rotate_salt(self, tenant: str) -> int:
+        """Make a new search salt, by which everything is hashed from then on; see :meth:`Generations.rotate`."""
+        return self._generations.rotate(tenant, SEARCH_SALT)
+
+    async def arotate_salt(self, tenant: str) -> int:
+        """:meth:`rotate_salt` from asyncio."""
+        return await asyncio.to_thread(self.rotate_salt, tenant)
+
+    def rekey(self, tenant: str) -> int:
+        """Make a new tenant key under the same customer key; see :meth:`Generations.rekey`."""
+        return self._generations.rekey(tenant)
+
+    async def arekey(self, tenant: str) -> int:
+        """:meth:`rekey` from asyncio."""
+        return await asyncio.to_thread(self.rekey, tenant)
+
+    def rewrap(self, tenant: str, kms: Kms | None = None) -> None:
+        """Wrap the tenant key by the current version of its customer key, or by another customer key.
+
+        :param kms: the other customer key.
+        """
+        if kms is None:
+            self._generations.rewrap(tenant)
+            return
+        self._keystore.require_key(kms.provider)
+        under = Wrapping(kms.provider, json.dumps(kms.config(), sort_keys=True), b"", "")
+        self._generations.rewrap(tenant, [under], kms.claims())
+
+    async def arewrap(self, tenant: str, kms: Kms | None = None) -> None:
+        """:meth:`rewrap` from asyncio."""
+        await asyncio.to_thread(self.rewrap, tenant, kms)
+
     def forget_keys(self, tenant: str | None = None) -> None:
         """Take one tenant's keys, or all, out of memory at once; results still being read fail from here on.
 
@@ -301,6 +349,15 @@ class Byok(Secret):
             wrappings=[Wrapping(kms.provider, config, wrapped.blob, wrapped.key_version)],
             generations=generations,
         )
+
+    def _wrap(self, payload: bytes, under: Wrapping, tenant: str) -> Wrapping:
+        client = self._client_of(under)
+        wrapped = client.wrap(payload, tenant=tenant)
+        if not hmac.compare_digest(client.unwrap(wrapped, tenant=tenant), payload):
+            raise WrongKeyError(
+                f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
+            )
+        return Wrapping(under.provider, under.config, wrapped.blob, wrapped.key_version)
 
     def _client_of(self, wrapping: Wrapping) -> KmsClient:
         try:

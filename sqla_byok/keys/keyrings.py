@@ -30,7 +30,8 @@ __all__ = ["Keyrings"]
 
 _log = logging.getLogger("sqla_byok")
 
-# How often a process looks whether a tenant's generations changed, and how long after its last look it still writes.
+# How often a process looks whether a tenant's generations changed, and how long after its last look it still writes
+# and searches.
 # Both are far shorter than the settle time between publishing a generation and writing with it.
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
@@ -189,10 +190,13 @@ class Keyrings(Secret):
         ring = self._rings.get(tenant)
         if ring is not None:
             now = self._boot()
-            # Asked again after the poll, which may have taken long.
-            if self._live(ring) and (now < ring.fresh_until or (self._poll(ring, now) and self._live(ring))):
-                ring.used = now
-                return ring
+            if self._live(ring):
+                current = ring if now < ring.fresh_until else self._poll(ring, now)
+                # Asked again after the poll, which may have taken long.
+                if current is not None and self._live(current):
+                    current.used = now
+                    return current
+                ring = current or ring
             self._drop(ring)
         ring = self._open(tenant)
         with self._lock:
@@ -226,27 +230,37 @@ class Keyrings(Secret):
                 del self._rings[ring.tenant]
         ring.clear()
 
-    def _poll(self, ring: Keyring, now: float) -> bool:
-        """Take over what changed in the keystore. False where the tenant has to be opened anew."""
+    def _poll(self, ring: Keyring, now: float) -> Keyring | None:
+        """Take over what changed in the keystore. None where the tenant has to be opened anew."""
         try:
             if self._keystore.epoch(ring.tenant) != ring.epoch:
                 row = self._row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
-                    return False
+                    return None
                 self._check(ring.tenant_key, row)
-                ring.load(row.epoch, row.generations)
+                ring = self._succeed(ring, row)
         except KeystoreUnavailableError:
             # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look.
             _log.warning("the keystore does not answer; tenant %r goes on with the keys it has", ring.tenant)
             ring.fresh_until = min(ring.deadline, self._boot() + POLL_EVERY)
         except KeysExpiredError:
-            return False  # forgotten meanwhile
+            return None  # forgotten meanwhile
         except Exception:
             self._drop(ring)
             raise
         else:
             self._looked(ring, now)
-        return not ring.cleared
+        return None if ring.cleared else ring
+
+    def _succeed(self, ring: Keyring, row: TenantRow) -> Keyring:
+        """Put a keyring of the row's epoch in the place of the one that was polled."""
+        newer = ring.successor(row.epoch, row.generations)
+        with self._lock:
+            if self._rings.get(ring.tenant) is ring:
+                self._rings[ring.tenant] = newer
+            else:  # gone to make room; had it been forgotten, both would be cleared
+                self._evicted.add(newer)
+        return newer
 
     def _open(self, tenant: str) -> Keyring:
         row = self._row(tenant)

@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 
-from sqla_byok.crypto.formats import ID_SIZE, Secret, check_tenant, row_tag
+from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, check_tenant, row_tag
 from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
@@ -142,7 +142,12 @@ class Wrapping:
 
 @dataclass(frozen=True)
 class TenantRow:
-    """All that the keystore holds of one tenant."""
+    """All that the keystore holds of one tenant.
+
+    :param generations: the live ones, which the manifest lists.
+    :param retired: those that no process reads or writes with any more, kept until they are destroyed. The manifest
+        does not list them: a state that is changed from or to "retired" by hand breaks its tag.
+    """
 
     tenant: str
     revoke_within_ms: int
@@ -153,6 +158,7 @@ class TenantRow:
     manifest_tag: bytes
     wrappings: Sequence[Wrapping]
     generations: Sequence[SealedRecord]
+    retired: Sequence[SealedRecord] = ()
 
     def tag(self, key: bytes, wrapping: Wrapping) -> bytes:
         """The tag that authenticates this tenant's row with one of its wrappings."""
@@ -309,7 +315,7 @@ class Keystore(Secret):
                     row_tag=None if self._key is None else row.tag(self._key, wrapping),
                 )
             )
-        for record in row.generations:
+        for record in (*row.generations, *row.retired):
             connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
         for claim in claims:
             connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=row.tenant))
@@ -428,6 +434,7 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
     first = mine[0]
     wrappings = {r[_wrapping.c.position]: _wrapping_of(r) for r in mine}
     generations = {(r[_generation.c.kind], r[_generation.c.generation]): _record_of(r) for r in mine}
+    records = [found for (kind, _), found in generations.items() if kind is not None]
     return TenantRow(
         tenant=tenant,
         revoke_within_ms=first[_tenant.c.revoke_within_ms],
@@ -437,5 +444,6 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
         epoch=first[_tenant.c.epoch],
         manifest_tag=first[_tenant.c.manifest_tag],
         wrappings=[found for position, found in wrappings.items() if position is not None],
-        generations=[found for (kind, _), found in generations.items() if kind is not None],
+        generations=[record for record in records if record.state != RETIRED],
+        retired=[record for record in records if record.state == RETIRED],
     )
