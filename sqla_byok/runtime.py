@@ -18,7 +18,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from sqla_byok.audit import Actor, Audit, Event, acting
-from sqla_byok.crypto.formats import Secret, check_tenant
+from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT, Secret, check_tenant
 from sqla_byok.crypto.values import open_bytes, seal_bytes
 from sqla_byok.errors import (
     ByokError,
@@ -27,8 +27,9 @@ from sqla_byok.errors import (
     NotAttachedError,
     NoTenantError,
 )
-from sqla_byok.keys.customer import CustomerKeys
+from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.database import open_database
+from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
 from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
 from sqla_byok.keys.keyrings import Keyrings
@@ -170,6 +171,14 @@ class Byok(Secret):
         self._customer_keys = CustomerKeys(profiles, Operator(secrets, credentials or {}), self._audit)
         self._onboarding = Onboarding(self._keystore, self._customer_keys, default_kms, clock)
         self._keyrings = Keyrings(self._keystore, self._customer_keys, clock, max_tenants, self._audit)
+        self._generations = Generations(
+            self._keystore,
+            self._keyrings.row,
+            self._keyrings.unwrap,
+            self._customer_keys.rewrap,
+            clock,
+            self._audit,
+        )
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -398,6 +407,54 @@ class Byok(Secret):
     async def astatus(self) -> Status:
         """:meth:`status` from asyncio."""
         return await asyncio.to_thread(self.status)
+
+    # -- changing keys -----------------------------------------------------------------------------------------------
+
+    def rotate_data_key(self, tenant: str) -> int:
+        """Make a new data key, with which everything is written from then on; see :meth:`Generations.rotate`."""
+        return self._generations.rotate(tenant, DATA_KEY)
+
+    async def arotate_data_key(self, tenant: str) -> int:
+        """:meth:`rotate_data_key` from asyncio."""
+        return await asyncio.to_thread(self.rotate_data_key, tenant)
+
+    def rotate_salt(self, tenant: str) -> int:
+        """Make a new search salt, by which everything is hashed from then on; see :meth:`Generations.rotate`."""
+        return self._generations.rotate(tenant, SEARCH_SALT)
+
+    async def arotate_salt(self, tenant: str) -> int:
+        """:meth:`rotate_salt` from asyncio."""
+        return await asyncio.to_thread(self.rotate_salt, tenant)
+
+    def rekey(self, tenant: str) -> int:
+        """Make a new tenant key under the same customer key; see :meth:`Generations.rekey`."""
+        return self._generations.rekey(tenant)
+
+    async def arekey(self, tenant: str) -> int:
+        """:meth:`rekey` from asyncio."""
+        return await asyncio.to_thread(self.rekey, tenant)
+
+    def rewrap(self, tenant: str, kms: Kms | None = None) -> None:
+        """Wrap the tenant key by the current version of its customer key, or by another customer key.
+
+        Rows are not touched, and nobody notices. A tenant of ``default_kms`` that brings its own key moves to it in
+        this way, and back with ``rewrap(tenant, default_kms)``. Both KMS have to agree: the old one opens, the new one
+        wraps and is proved by unwrapping.
+
+        :param kms: the other customer key.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if a KMS refuses or does not answer; nothing is changed then.
+        :raises ConfigurationError: if the key, role or secret is another tenant's.
+        """
+        if kms is None:
+            self._generations.rewrap(tenant)
+            return
+        kms, claims = self._onboarding.bound(tenant, kms)
+        self._generations.rewrap(tenant, [Wrapping(kms.provider, stored_config(kms), b"", "")], claims)
+
+    async def arewrap(self, tenant: str, kms: Kms | None = None) -> None:
+        """:meth:`rewrap` from asyncio."""
+        await asyncio.to_thread(self.rewrap, tenant, kms)
 
     def forget_keys(self, tenant: str | None = None) -> None:
         """Take one tenant's keys, or all, out of memory at once; results still being read fail from here on.

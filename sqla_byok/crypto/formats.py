@@ -47,6 +47,7 @@ __all__ = [
     "PENDING",
     "PLAIN",
     "READABLE",
+    "RETIRED",
     "SEALED_SIZE",
     "SEARCH_SALT",
     "STATES",
@@ -84,6 +85,9 @@ PENDING = "pending"
 ACTIVE = "active"
 READABLE = "readable"
 STATES = (PENDING, ACTIVE, READABLE)
+
+# Outside the manifest: a generation that is kept, and of which nobody takes notice.
+RETIRED = "retired"
 
 KEY_SIZE = 32
 ID_SIZE = 16

@@ -12,7 +12,7 @@ The first half of the AAD belongs to the tenant's key (:class:`ValueKey`), the s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from os import urandom
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -76,7 +76,10 @@ class ValueKey(Secret):
 
 
 class Ring(Protocol):
-    """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts."""
+    """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts.
+
+    While search salts are rotated there are several: ``salts`` are the active one's, ``live_salts`` all of them.
+    """
 
     @property
     def tenant(self) -> str: ...
@@ -86,6 +89,8 @@ class Ring(Protocol):
     def openers(self) -> Mapping[bytes, Opener]: ...
     @property
     def salts(self) -> Mapping[tuple[str, Scope], bytes]: ...
+    @property
+    def live_salts(self) -> Sequence[Mapping[tuple[str, Scope], bytes]]: ...
 
 
 def seal_with(
@@ -216,9 +221,11 @@ def hash_with(
     algorithm: str,
     scope: Scope,
     normalize: Callable[[Any], Any] | None = None,
+    slot: int = 0,
 ) -> Callable[[Any], bytes | None]:
     """Build the function that turns a Python value into its search hash (32 bytes).
 
+    :param slot: by which of the live search salts; 0 is the active one.
     :param normalize: applied to the value before it is hashed; ``None`` from it means "no hash".
     :returns: a function that raises :class:`~sqla_byok.errors.EncodeError` for a value that does not fit.
     """
@@ -246,7 +253,7 @@ def hash_with(
             unfit = f"its normalizer raised {type(error).__name__}"
         if unfit is not None:
             raise EncodeError(f"{column}: {unfit}", column=column, tenant=ring.tenant)
-        return digest(text, ring.salts[key])
+        return digest(text, (ring.live_salts[slot] if slot else ring.salts)[key])
 
     return hash_
 

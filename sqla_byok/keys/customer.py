@@ -123,6 +123,10 @@ class CustomerKeys(Secret):
             )
         return Wrapping(kms.provider, stored_config(kms), wrapped.blob, wrapped.key_version)
 
+    def rewrap(self, payload: bytes, under: Wrapping, tenant: str) -> Wrapping:
+        """:meth:`wrap` under the customer key that a wrapping names."""
+        return self.wrap(self.describe(under), payload, tenant, "rewrap")
+
     def call(self, ask: Callable[[], T], kms: Kms, operation: str, tenant: str, reason: str) -> T:
         """Make one KMS call and tell the audit."""
         request_id.set(None)

@@ -44,7 +44,8 @@ __all__ = ["Keyrings"]
 
 _log = logging.getLogger("sqla_byok")
 
-# How often a process looks whether a tenant's generations changed, and how long after its last look it still writes.
+# How often a process looks whether a tenant's generations changed, and how long after its last look it still writes
+# and searches.
 # Both are far shorter than the settle time between publishing a generation and writing with it.
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
@@ -289,11 +290,13 @@ class Keyrings(Secret):
         ring = self._rings.get(tenant)
         if ring is not None and self._live(ring):
             now = self._boot()
+            current = ring if now < ring.fresh_until else self._poll(ring, now)
             # Asked again after the poll, which may have taken long.
-            if now < ring.fresh_until or (self._poll(ring, now) and self._live(ring)):
-                ring.used = now
-                self.refresh_soon(ring)
-                return ring
+            if current is not None and self._live(current):
+                current.used = now
+                self.refresh_soon(current)
+                return current
+            ring = current or ring
             self._drop(ring)
             ring = None
         try:
@@ -377,33 +380,43 @@ class Keyrings(Secret):
         if ring.tenant not in self._rings and self.health.failing(ring.tenant) is None:
             self.health.enter(ring.tenant, state)
 
-    def _poll(self, ring: Keyring, now: float) -> bool:
-        """Take over what changed in the keystore. False where the tenant has to be opened anew."""
+    def _poll(self, ring: Keyring, now: float) -> Keyring | None:
+        """Take over what changed in the keystore. None where the tenant has to be opened anew."""
         try:
             if self._keystore.epoch(ring.tenant) != ring.epoch:
-                row = self._row(ring.tenant)
+                row = self.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
-                    return False
+                    return None
                 self._check(ring.tenant_key, row)
-                ring.load(row.epoch, row.generations)
+                ring = self._succeed(ring, row)
         except KeystoreUnavailableError:
             # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look.
             _log.warning("the keystore does not answer; tenant %r goes on with the keys it has", ring.tenant)
             ring.fresh_until = min(ring.deadline, self._boot() + POLL_EVERY)
         except KeysExpiredError:
-            return False  # forgotten meanwhile
+            return None  # forgotten meanwhile
         except Exception as error:
             self._drop(ring, error if isinstance(error, ByokError) else None)
             raise
         else:
             self._looked(ring, now)
-        return not ring.cleared
+        return None if ring.cleared else ring
+
+    def _succeed(self, ring: Keyring, row: TenantRow) -> Keyring:
+        """Put a keyring of the row's epoch in the place of the one that was polled."""
+        newer = ring.successor(row.epoch, row.generations)
+        with self._lock:
+            if self._rings.get(ring.tenant) is ring:
+                self._rings[ring.tenant] = newer
+            else:  # gone to make room; had it been forgotten, both would be cleared
+                self._evicted.add(newer)
+        return newer
 
     # -- asking the KMS -------------------------------------------------------------------------------------------
 
     def _open(self, tenant: str, reason: str) -> _Opened:
         """One KMS call, and all that has to be true before its answer is used."""
-        row = self._row(tenant)
+        row = self.row(tenant)
         try:
             self.health.admit(tenant)
             with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
@@ -418,7 +431,7 @@ class Keyrings(Secret):
 
     def _tenant_key(self, row: TenantRow, reason: str) -> TenantKey:
         try:
-            return TenantKey(self._unwrap(row, reason), row.tenant, row.tenant_key_generation)
+            return TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
         except KmsError as error:
             self.health.failed(row.tenant, error)
             raise
@@ -450,14 +463,15 @@ class Keyrings(Secret):
         if self._boot() < ring.refresh_at or ring.cleared:
             return
         with self._lock:
-            if ring.refreshing or self._rings.get(ring.tenant) is not ring:
+            current = self._rings.get(ring.tenant)
+            if current is None or current not in ring.kin() or current.refreshing:
                 return
-            ring.refreshing = True
+            current.refreshing = True
             pool = self._pool("refresh", _REFRESHING_AT_ONCE)
         try:
-            future = pool.submit(self._refresh, ring)
+            future = pool.submit(self._refresh, current)
         except RuntimeError:  # closed just now
-            ring.refreshing = False
+            current.refreshing = False
             return
         with self._lock:
             self._background.add(future)
@@ -469,10 +483,11 @@ class Keyrings(Secret):
             if opened.tenant_key.id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed: the next use opens it anew
                 return
-            if opened.row.epoch != ring.epoch:
-                ring.load(opened.row.epoch, opened.row.generations)
-            self._trust(ring, opened)
-            self._looked(ring, opened.boot)
+            current = self._rings.get(ring.tenant, ring)
+            if current in ring.kin() and current.epoch < opened.row.epoch:
+                current = self._succeed(current, opened.row)
+            self._trust(current, opened)
+            self._looked(current, opened.boot)
             self._audit.tell(KeysOpened(ring.tenant, "refresh", request_id=opened.request_id))
         except KmsNoAnswerError as error:
             ring.stretch(to_grace=error.retryable)
@@ -489,9 +504,10 @@ class Keyrings(Secret):
             self._drop(ring)
             _log.error("tenant %r was dropped: %s while its KMS was asked", ring.tenant, type(error).__name__)
         finally:
-            ring.refreshing = False
+            for each in ring.kin():
+                each.refreshing = False
 
-    def _unwrap(self, row: TenantRow, reason: str) -> bytes:
+    def unwrap(self, row: TenantRow, reason: str = "rotate") -> bytes:
         """One KMS call; the next wrapping is tried only on "no answer", never on "no"."""
         unanswered: KmsNoAnswerError | None = None
         for wrapping in row.wrappings:
@@ -504,7 +520,8 @@ class Keyrings(Secret):
             raise KeystoreTamperedError(f"tenant {row.tenant!r} has no wrapped tenant key", tenant=row.tenant)
         raise unanswered
 
-    def _row(self, tenant: str) -> TenantRow:
+    def row(self, tenant: str) -> TenantRow:
+        """The tenant's authenticated row, no older than the newest that this process has seen."""
         row = self._keystore.load(tenant)
         if row is None:
             raise UnknownTenantError(

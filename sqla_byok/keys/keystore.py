@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 
-from sqla_byok.crypto.formats import ID_SIZE, Secret, TenantKey, check_tenant, kdf, row_tag
+from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, TenantKey, check_tenant, kdf, row_tag
 from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
@@ -50,7 +50,7 @@ __all__ = ["Keystore", "TenantRow", "Wrapping", "keystore_metadata"]
 
 WRITE_FORMAT = 1
 
-_CREATE_TRIES = 3
+_CREATE_TRIES = 10  # each may lose the race for another of the tables
 
 keystore_metadata = MetaData()
 """The keystore's tables. Add it to ``target_metadata`` in Alembic's ``env.py``, or call ``Byok.create_keystore()``."""
@@ -142,7 +142,12 @@ class Wrapping:
 
 @dataclass(frozen=True)
 class TenantRow:
-    """All that the keystore holds of one tenant."""
+    """All that the keystore holds of one tenant.
+
+    :param generations: the live ones, which the manifest lists.
+    :param retired: those that no process reads or writes with any more, kept until they are destroyed. The manifest
+        does not list them: a state that is changed from or to "retired" by hand breaks its tag.
+    """
 
     tenant: str
     revoke_within_ms: int
@@ -153,6 +158,7 @@ class TenantRow:
     manifest_tag: bytes
     wrappings: Sequence[Wrapping]
     generations: Sequence[SealedRecord]
+    retired: Sequence[SealedRecord] = ()
 
     def next(
         self,
@@ -349,7 +355,7 @@ class Keystore(Secret):
                     row_tag=None if self._key is None else row.tag(self._key, wrapping),
                 )
             )
-        for record in row.generations:
+        for record in (*row.generations, *row.retired):
             connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
         for claim in claims:
             connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=row.tenant))
@@ -481,6 +487,7 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
     first = mine[0]
     wrappings = {r[_wrapping.c.position]: _wrapping_of(r) for r in mine}
     generations = {(r[_generation.c.kind], r[_generation.c.generation]): _record_of(r) for r in mine}
+    records = [found for (kind, _), found in generations.items() if kind is not None]
     return TenantRow(
         tenant=tenant,
         revoke_within_ms=first[_tenant.c.revoke_within_ms],
@@ -490,5 +497,6 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
         epoch=first[_tenant.c.epoch],
         manifest_tag=first[_tenant.c.manifest_tag],
         wrappings=[found for position, found in wrappings.items() if position is not None],
-        generations=[found for (kind, _), found in generations.items() if kind is not None],
+        generations=[record for record in records if record.state != RETIRED],
+        retired=[record for record in records if record.state == RETIRED],
     )

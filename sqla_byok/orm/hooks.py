@@ -18,7 +18,13 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
-from sqla_byok.errors import ConfigurationError, KeystoreUnavailableError, TenantMismatchError
+from sqla_byok.errors import (
+    ConfigurationError,
+    KeystoreUnavailableError,
+    NoTenantError,
+    TenantMismatchError,
+    UnsupportedQueryError,
+)
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import upstream
@@ -70,9 +76,10 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                _may_write(ring, clock)
                 clause, rows = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
+        if ring is not None and len(ring.live_salts) > 1:
+            clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
         previous = binding.get()
         if enclosing.get() is not previous:
@@ -90,9 +97,11 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         compiled = context.compiled
         if compiled is None:
             return statement, parameters
-        encrypts, decrypts = upstream.known(compiled, _concerns)
-        if not (encrypts or decrypts):
+        encrypts, decrypts, compared = upstream.known(compiled, _concerns)
+        if not (encrypts or decrypts or compared):
             return statement, parameters
+        if encrypts or compared:
+            _may_bind(ring, clock, compared)
         tenant = context.execution_options.get(TENANT_OPTION)
         if tenant is None:
             tenant = current_tenant()
@@ -111,7 +120,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         context = getattr(result, "context", None)  # a default's result is a plain value
         if context is None or context.compiled is None or result._soft_closed:
             return
-        _, decrypts = upstream.known(context.compiled, _concerns)
+        _, decrypts, _ = upstream.known(context.compiled, _concerns)
         if decrypts:
             ring = upstream.remembered(context)
             result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, keyrings)
@@ -134,12 +143,16 @@ def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     return ring if clock.boot() < ring.deadline and clock.wall() < ring.wall_deadline else None
 
 
-def _concerns(compiled: Any) -> tuple[bool, bool]:
-    """Whether a statement has values to encrypt or hash, and columns to decrypt. Asked once per compiled statement."""
+def _concerns(compiled: Any) -> tuple[bool, bool, int]:
+    """Whether a statement has values to encrypt or hash, and columns to decrypt, and by how many salts it compares.
+
+    Asked once per compiled statement.
+    """
     refuse_embedded(getattr(compiled, "ctes", None) or ())
     binds = getattr(compiled, "binds", {}).values()
     encrypts = any(isinstance(bind.type, Encrypted | SearchHash) for bind in binds)
-    return encrypts, any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
+    decrypts = any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
+    return encrypts, decrypts, upstream.compared(compiled)
 
 
 def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
@@ -168,11 +181,33 @@ def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
         )
 
 
-def _may_write(ring: Keyring | None, clock: Clock) -> None:
-    if ring is not None and clock.boot() >= ring.write_until:
+def _fan_out(clause: Any, live: int) -> Any:
+    """Have a statement compiled for several search salts."""
+    statement = upstream.resolved(clause)
+    return statement.options(upstream.FanOut(live)) if hasattr(statement, "options") else clause
+
+
+def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
+    """Refuse to write and to search by keys that may have changed since the process looked."""
+    if ring is None:
+        if compared:
+            raise NoTenantError(
+                "no tenant is set for this statement, which compares search hashes: nobody could say whether equal "
+                "values have equal hashes; run it in byok.session(tenant, engine)"
+            )
+        return
+    if clock.boot() >= ring.write_until:
+        if ring.cleared:
+            ring.expired()
         raise KeystoreUnavailableError(
-            f"the keystore has not answered for a while; tenant {ring.tenant!r} can be read but not written until it "
-            "does, since its data key may have changed",
+            f"the keystore has not answered for a while; tenant {ring.tenant!r} can be read but not written nor "
+            "searched until it does, since its data key or search salt may have changed",
+            tenant=ring.tenant,
+        )
+    if compared and compared != len(ring.live_salts):
+        raise UnsupportedQueryError(
+            f"the search salts of tenant {ring.tenant!r} are being rotated, and this statement was compiled "
+            "beforehand for another number of them; execute the statement itself",
             tenant=ring.tenant,
         )
 
