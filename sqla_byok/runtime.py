@@ -35,7 +35,8 @@ from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import Keystore, Wrapping
 from sqla_byok.keys.onboarding import Onboarding, Proof
-from sqla_byok.kms import Kms, Operator, providers
+from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.orm.hooks import TENANT_OPTION, attach
@@ -168,14 +169,17 @@ class Byok(Secret):
         secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
         self._database = open_database(keystore)
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
-        self._customer_keys = CustomerKeys(profiles, Operator(secrets, credentials or {}), self._audit)
-        self._onboarding = Onboarding(self._keystore, self._customer_keys, default_kms, clock)
-        self._keyrings = Keyrings(self._keystore, self._customer_keys, clock, max_tenants, self._audit)
+        operator = Operator(secrets, credentials or {})
+        salts = ExternalSalts(profiles, operator)
+        self._customer_keys = CustomerKeys(profiles, operator, self._audit)
+        self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
+        self._keyrings = Keyrings(self._keystore, self._customer_keys, salts, clock, max_tenants, self._audit)
         self._generations = Generations(
             self._keystore,
             self._keyrings.row,
             self._keyrings.unwrap,
             self._customer_keys.rewrap,
+            salts,
             clock,
             self._audit,
         )
@@ -234,6 +238,7 @@ class Byok(Secret):
         *,
         revoke_within: float | None = None,
         outage_grace: float | None = None,
+        salts: Salts | None = None,
     ) -> None:
         """Give a tenant its keys, wrapped by its customer key.
 
@@ -244,7 +249,9 @@ class Byok(Secret):
         :param kms: the customer key, such as ``AwsKms("arn:aws:kms:…")``; without it, Byok's ``default_kms``.
         :param revoke_within: seconds, 0 or 1 to 86,400; the Byok's own value unless given.
         :param outage_grace: seconds, 0 to 3,600; the Byok's own value unless given.
-        :raises TenantExistsError: if the tenant is there with another key, deadline or grace.
+        :param salts: where the search salt is kept, such as :class:`AwsSecretsManagerSalts`; in the keystore unless
+            given.
+        :raises TenantExistsError: if the tenant is there with another key, deadline, grace or place for its salts.
         :raises KmsError: if the KMS refuses or does not answer; each outcome has its own class, and says who must do
             what.
         :raises ConfigurationError: without ``keystore_key``, for any key but LocalKms; if the key, role or secret is
@@ -256,6 +263,7 @@ class Byok(Secret):
             kms,
             self._revoke_within_ms if revoke_within is None else _revoke_within(revoke_within),
             self._outage_grace_ms if outage_grace is None else _outage_grace(outage_grace),
+            salts,
         )
 
     async def aonboard(
@@ -265,10 +273,11 @@ class Byok(Secret):
         *,
         revoke_within: float | None = None,
         outage_grace: float | None = None,
+        salts: Salts | None = None,
     ) -> None:
         """:meth:`onboard` from asyncio."""
         await asyncio.to_thread(
-            self.onboard, tenant, kms, revoke_within=revoke_within, outage_grace=outage_grace
+            self.onboard, tenant, kms, revoke_within=revoke_within, outage_grace=outage_grace, salts=salts
         )
 
     def update_credentials(self, tenant: str, kms: Kms) -> None:

@@ -14,7 +14,11 @@ from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError
 
-__all__ = ["Clock", "Keyring", "SealedRecord", "SystemClock"]
+__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "SealedRecord", "SystemClock"]
+
+# When a keyring in use is renewed, as parts of revoke_within: early enough for many tries, and spread so widely that
+# tenants that were opened together do not stay together.
+REFRESH_FROM, REFRESH_TO = 0.5, 0.75
 
 # A derived salt takes some 170 bytes; the cap, which a tenant's live search salts share, keeps it within its 16 KiB
 # whatever the number of columns.
@@ -227,7 +231,7 @@ class Keyring(Secret):
         :param outage_grace: how much longer while the KMS does not answer.
         """
         # Spread, so that processes which opened a tenant together do not ask together.
-        refresh_at = boot + revoke_within * random.uniform(0.5, 0.6)  # noqa: S311
+        refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
         for ring in self.kin():
             ring.renewed_until, ring.wall_renewed_until = boot + revoke_within, wall + revoke_within
             ring.deadline, ring.wall_deadline = ring.renewed_until, ring.wall_renewed_until

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
@@ -36,8 +36,9 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
 from sqla_byok.keys.health import CLOSED, DARK, GRACE, Health
-from sqla_byok.keys.keyring import Clock, Keyring
+from sqla_byok.keys.keyring import Clock, Keyring, SealedRecord
 from sqla_byok.keys.keystore import Keystore, TenantRow
+from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms.base import request_id
 
 __all__ = ["Keyrings"]
@@ -81,6 +82,7 @@ class _Opened(NamedTuple):
 
     row: TenantRow
     tenant_key: TenantKey
+    records: Sequence[SealedRecord]
     boot: float
     wall: float
     request_id: str | None
@@ -91,16 +93,24 @@ class Keyrings(Secret):
 
     :param keystore: where the sealed keys are.
     :param customer_keys: asks the tenants' KMS.
+    :param salts: reads the search salts that are kept elsewhere.
     :param clock: where time is read.
     :param capacity: how many tenants stay open; beyond it the longest unused one goes.
     :param audit: hears of openings and changes of state.
     """
 
     def __init__(
-        self, keystore: Keystore, customer_keys: CustomerKeys, clock: Clock, capacity: int, audit: Audit
+        self,
+        keystore: Keystore,
+        customer_keys: CustomerKeys,
+        salts: ExternalSalts,
+        clock: Clock,
+        capacity: int,
+        audit: Audit,
     ) -> None:
         self._keystore = keystore
         self._customer_keys = customer_keys
+        self._salts = salts
         self.clock = clock
         self._boot, self._wall = clock.boot, clock.wall
         self._capacity = capacity
@@ -387,8 +397,7 @@ class Keyrings(Secret):
                 row = self.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
-                self._check(ring.tenant_key, row)
-                ring = self._succeed(ring, row)
+                ring = self._succeed(ring, row, self._checked(ring.tenant_key, row))
         except KeystoreUnavailableError:
             # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look.
             _log.warning("the keystore does not answer; tenant %r goes on with the keys it has", ring.tenant)
@@ -402,9 +411,9 @@ class Keyrings(Secret):
             self._looked(ring, now)
         return None if ring.cleared else ring
 
-    def _succeed(self, ring: Keyring, row: TenantRow) -> Keyring:
+    def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
-        newer = ring.successor(row.epoch, row.generations)
+        newer = ring.successor(row.epoch, records)
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 self._rings[ring.tenant] = newer
@@ -420,18 +429,18 @@ class Keyrings(Secret):
         try:
             self.health.admit(tenant)
             with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
-                boot, wall = self._boot(), self._wall()
-                tenant_key = self._tenant_key(row, reason)
+                return self._ask(row, reason)
         except KmsError as error:
             if tenant not in self._rings:
                 self.health.enter(tenant, DARK, error)
             raise
-        self._check(tenant_key, row)
-        return _Opened(row, tenant_key, boot, wall, request_id.get())
 
-    def _tenant_key(self, row: TenantRow, reason: str) -> TenantKey:
+    def _ask(self, row: TenantRow, reason: str) -> _Opened:
+        boot, wall = self._boot(), self._wall()
         try:
-            return TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
+            tenant_key = TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
+            asked = request_id.get()
+            return _Opened(row, tenant_key, self._checked(tenant_key, row), boot, wall, asked)
         except KmsError as error:
             self.health.failed(row.tenant, error)
             raise
@@ -439,7 +448,7 @@ class Keyrings(Secret):
     def _ring_of(self, opened: _Opened) -> Keyring:
         """A keyring of what was opened. Its time counts from the sending of the call: the answer is that old by now."""
         row, tenant = opened.row, opened.row.tenant
-        ring = Keyring(opened.tenant_key, row.epoch, row.generations)
+        ring = Keyring(opened.tenant_key, row.epoch, opened.records)
         self._trust(ring, opened)
         ring.used = opened.boot
         self._looked(ring, opened.boot)
@@ -485,7 +494,7 @@ class Keyrings(Secret):
                 return
             current = self._rings.get(ring.tenant, ring)
             if current in ring.kin() and current.epoch < opened.row.epoch:
-                current = self._succeed(current, opened.row)
+                current = self._succeed(current, opened.row, opened.records)
             self._trust(current, opened)
             self._looked(current, opened.boot)
             self._audit.tell(KeysOpened(ring.tenant, "refresh", request_id=opened.request_id))
@@ -536,13 +545,15 @@ class Keyrings(Secret):
             )
         return row
 
-    def _check(self, tenant_key: TenantKey, row: TenantRow) -> None:
+    def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
+        """The row's generations, once the tenant key has authenticated the list of them."""
         if tenant_key.id != row.tenant_key_id:
             raise KeystoreTamperedError(
                 f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
             )
         tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
         self._highest[row.tenant] = max(row.epoch, self._highest.get(row.tenant, 0))
+        return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:
         soon = now + POLL_EVERY

@@ -360,6 +360,15 @@ class Keystore(Secret):
         for claim in claims:
             connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=row.tenant))
 
+    def claimed(self, tenant: str, claims: Sequence[str]) -> bool:
+        """Whether all of it belongs to the tenant."""
+        mine = self.database.read(
+            lambda connection: connection.scalars(
+                select(_claim.c.claim).where(_claim.c.tenant == tenant)
+            ).all()
+        )
+        return {_claim_hash(claim) for claim in claims} <= {bytes(claim) for claim in mine}
+
     def check_claims(self, tenant: str, claims: Sequence[str]) -> None:
         """Refuse what belongs to another tenant.
 

@@ -13,6 +13,7 @@ from sqla_byok.crypto.formats import (
     SEARCH_SALT,
     Secret,
     TenantKey,
+    is_reference,
     new_key,
     new_search_salt,
     pack_tenant_key,
@@ -22,7 +23,8 @@ from sqla_byok.errors import ConfigurationError, TenantExistsError, UnknownTenan
 from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.keyring import Clock, SealedRecord
 from sqla_byok.keys.keystore import Keystore, TenantRow
-from sqla_byok.kms import Kms
+from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.kms import Kms, Salts
 
 __all__ = ["EXPIRY_WARNING_DAYS", "Onboarding", "Proof"]
 
@@ -55,25 +57,42 @@ class Onboarding(Secret):
 
     :param keystore: where the rows are.
     :param customer_keys: asks the tenants' KMS.
+    :param salts: keeps search salts elsewhere.
     :param default_kms: the vendor's own key, for tenants that bring none.
     :param clock: where time is read.
     """
 
     def __init__(
-        self, keystore: Keystore, customer_keys: CustomerKeys, default_kms: Kms | None, clock: Clock
+        self,
+        keystore: Keystore,
+        customer_keys: CustomerKeys,
+        salts: ExternalSalts,
+        default_kms: Kms | None,
+        clock: Clock,
     ) -> None:
-        self._keystore, self._customer_keys = keystore, customer_keys
+        self._keystore, self._customer_keys, self._salts = keystore, customer_keys, salts
         self._default_kms, self._clock = default_kms, clock
 
-    def onboard(self, tenant: str, kms: Kms | None, revoke_within_ms: int, outage_grace_ms: int) -> None:
+    def onboard(
+        self,
+        tenant: str,
+        kms: Kms | None,
+        revoke_within_ms: int,
+        outage_grace_ms: int,
+        salts: Salts | None,
+    ) -> None:
         """Give a tenant its keys, wrapped by its customer key; see :meth:`Byok.onboard`."""
         kms, claims = self.bound(tenant, kms)
-        wanted = kms.provider, stored_config(kms), revoke_within_ms, outage_grace_ms
+        if salts is not None:
+            claims = (*claims, *salts.claims())
+        wanted = kms.provider, stored_config(kms), revoke_within_ms, outage_grace_ms, salts
         if self._is_onboarded(tenant, *wanted):
             return
         self._keystore.check_claims(tenant, claims)
         try:
-            self._keystore.insert(self._new_row(tenant, kms, revoke_within_ms, outage_grace_ms), claims)
+            self._keystore.insert(
+                self._new_row(tenant, kms, revoke_within_ms, outage_grace_ms, salts), claims
+            )
         except TenantExistsError:
             # Somebody else onboarded it just now; theirs stands.
             if self._is_onboarded(tenant, *wanted):
@@ -169,22 +188,35 @@ class Onboarding(Secret):
         )
 
     def _is_onboarded(
-        self, tenant: str, provider: str, config: str, revoke_within_ms: int, outage_grace_ms: int
+        self,
+        tenant: str,
+        provider: str,
+        config: str,
+        revoke_within_ms: int,
+        outage_grace_ms: int,
+        salts: Salts | None,
     ) -> bool:
         row = self._keystore.load(tenant)
         if row is None:
             return False
         known = [(wrapping.provider, wrapping.config) for wrapping in row.wrappings[:1]]
         times = row.revoke_within_ms, row.outage_grace_ms
-        if known != [(provider, config)] or times != (revoke_within_ms, outage_grace_ms):
+        elsewhere = any(is_reference(record.sealed) for record in row.generations)
+        same_salts = (
+            not elsewhere if salts is None else elsewhere and self._keystore.claimed(tenant, salts.claims())
+        )
+        if known != [(provider, config)] or times != (revoke_within_ms, outage_grace_ms) or not same_salts:
             raise TenantExistsError(
-                f"tenant {tenant!r} is onboarded already, with another key, deadline or grace; onboarding never "
-                "overwrites. rewrap() moves it to another key, update_credentials() swaps its credential",
+                f"tenant {tenant!r} is onboarded already, with another key, deadline, grace or place for its salts; "
+                "onboarding never overwrites. rewrap() moves it to another key, update_credentials() swaps its "
+                "credential",
                 tenant=tenant,
             )
         return True
 
-    def _new_row(self, tenant: str, kms: Kms, revoke_within_ms: int, outage_grace_ms: int) -> TenantRow:
+    def _new_row(
+        self, tenant: str, kms: Kms, revoke_within_ms: int, outage_grace_ms: int, salts: Salts | None
+    ) -> TenantRow:
         """New keys for a tenant, under a customer key that has proved itself.
 
         Made here, so that no frame that touches the database holds a secret which a crash report could show.
@@ -193,9 +225,15 @@ class Onboarding(Secret):
         payload = pack_tenant_key(secret, tenant, generation)
         wrapping = self._customer_keys.wrap(kms, payload, tenant, "onboard")
         tenant_key = TenantKey(secret, tenant, generation)
+        data_key = tenant_key.seal(DATA_KEY, 1, new_key())
+        salt = (
+            tenant_key.seal(SEARCH_SALT, 1, new_search_salt())
+            if salts is None
+            else self._salts.store(tenant_key, 1, new_search_salt(), salts)
+        )
         generations = [
-            _first(tenant_key, DATA_KEY, new_key()),
-            _first(tenant_key, SEARCH_SALT, new_search_salt()),
+            SealedRecord(kind, 1, record_id, ACTIVE, sealed)
+            for kind, (record_id, sealed) in ((DATA_KEY, data_key), (SEARCH_SALT, salt))
         ]
         return TenantRow(
             tenant=tenant,
@@ -208,8 +246,3 @@ class Onboarding(Secret):
             wrappings=[wrapping],
             generations=generations,
         )
-
-
-def _first(tenant_key: TenantKey, kind: str, secret: bytes) -> SealedRecord:
-    record_id, sealed = tenant_key.seal(kind, 1, secret)
-    return SealedRecord(kind, 1, record_id, ACTIVE, sealed)

@@ -78,14 +78,14 @@ def turn(world: World, seconds: float, *tenants: str, step: float = 1.0) -> None
 
 
 def test_a_tenant_in_use_is_asked_for_in_the_background(world: World) -> None:
-    """From half of revoke_within on, and before six tenths of it, the KMS is asked without anybody waiting."""
+    """From half of revoke_within on, and before three quarters of it, the KMS is asked without anybody waiting."""
     world.write("Ada")
     turn(world, 149, "t1")
     assert world.calls == ["t1"]
-    turn(world, 33, "t1")
+    turn(world, 79, "t1")
     assert world.calls == ["t1", "t1"]
     turn(world, 10_000, "t1")
-    assert 10_000 / 183 <= len(world.calls) <= 10_000 / 149
+    assert 10_000 / 229 <= len(world.calls) <= 10_000 / 149
     assert world.read() == ["Ada"]
 
 
@@ -97,8 +97,8 @@ def test_processes_that_opened_together_do_not_ask_together(world: World) -> Non
     for _ in range(200):
         ring.renew(0.0, 0.0, 300.0, 0.0)
         points.add(ring.refresh_at)
-        assert 150 <= ring.refresh_at <= 180
-    assert max(points) - min(points) > 15
+        assert 150 <= ring.refresh_at <= 225
+    assert max(points) - min(points) > 50
     assert len(points) > 190
 
 
@@ -120,7 +120,7 @@ def test_a_no_in_the_background_drops_the_keys_at_once(world: World) -> None:
     ring = world.byok._keyrings.get("t1")
     turn(world, 149, "t1")
     with pytest.raises(KeyDisabledError):
-        turn(world, 32, "t1")
+        turn(world, 79, "t1")
     assert ring.cleared
     assert world.clock.boot_now - ring.renewed_until < 0  # long before the deadline that it had
     with pytest.raises(KeyDisabledError):
