@@ -29,10 +29,12 @@ class Snapshot:
     :param fresh: tenants whose keys are in memory and within ``revoke_within``.
     :param grace: tenants beyond it whose keys are used on, since their KMS does not answer (``outage_grace``).
     :param dark: tenants asked for whose KMS said no, or has not answered for longer than allowed.
-    :param seconds_to_dark: until the first of the open tenants is dark, if its KMS answers no more.
+    :param seconds_to_dark: until the first tenant is dark if its KMS answers no more, of those used since their last
+        refresh; an idle one's keys end without harm.
     :param waiters: threads and tasks that wait for an opening.
     :param breakers: tenants whose KMS is left alone for a moment, after failures.
-    :param epoch_lag: seconds since the keystore was last looked at, of the tenant in use for which that is longest.
+    :param epoch_lag: how many seconds ago the last look at the keystore was when a tenant's keys were last used, of the
+        tenant for which that is longest.
     :param decrypt_failures: stored values that did not open, since the process started.
     :param earliest_expiry: seconds until the first credential for a KMS expires; below 0 if it has.
     """
@@ -122,13 +124,13 @@ def _observe_state(meter: Meter, snapshot: Callable[[], Snapshot], observation: 
 
     gauge("keyrings", states, "{tenant}", "Tenants by the state of their keys in this process.")
     gauge("keyrings.time_to_dark", reads("seconds_to_dark"), "s",
-          "Until the first open tenant is dark, if its KMS answers no more.")  # fmt: skip
+          "Until the first tenant in use is dark, if its KMS answers no more.")  # fmt: skip
     gauge("opening.waiters", reads("waiters"), "{waiter}", "Threads and tasks that wait for a tenant's keys.")
     gauge(
         "kms.breakers.open", reads("breakers"), "{tenant}", "Tenants whose KMS is left alone after failures."
     )
     gauge("keystore.epoch.lag", reads("epoch_lag"), "s",
-          "Since the keystore was last looked at, for the tenant in use that waits longest.")  # fmt: skip
+          "How old the last look at the keystore was when keys were used, at the longest.")  # fmt: skip
     gauge("credential.time_to_expiry", reads("earliest_expiry"), "s",
           "Until the first credential for a customer's KMS expires.")  # fmt: skip
     meter.create_observable_counter(

@@ -173,7 +173,7 @@ def test_no_metric_names_a_tenant(seen: Seen) -> None:
 
 
 def test_the_page_lists_every_metric(seen: Seen) -> None:
-    """Who builds a dashboard from docs/metrics.md finds each metric with its kind and unit, and none that is not there."""
+    """Who builds a dashboard from docs/metrics.md finds each metric, its kind and unit, and no other."""
     seen.audit.tell(called())
     kinds = {"Histogram": "histogram", "Sum": "counter", "Gauge": "gauge"}
     real = {(name, kinds[type(metric.data).__name__], metric.unit) for name, metric in seen.metrics().items()}
