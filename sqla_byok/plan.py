@@ -15,7 +15,7 @@ from sqla_byok.keys.keyrings import POLL_EVERY
 
 __all__ = ["Plan", "Quota", "plan"]
 
-# Keys in use are refreshed at a point of revoke_within that is drawn anew each time, evenly between these two.
+# Keys are refreshed at their first use after a point of revoke_within, drawn anew each time, evenly between these two.
 REFRESH_FROM, REFRESH_TO = 0.5, 0.6
 
 # Calls in 10 seconds, for each vault:
@@ -54,7 +54,7 @@ class Quota:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the library needs for so many tenants and processes. Rates are upper bounds, reached under steady traffic.
+    """What the library needs for so many tenants and processes, while every KMS answers.
 
     :param open_tenants: tenants whose keys each process keeps open; ``Byok(max_tenants=…)`` must not be below it.
     :param refresh_every: seconds from one refresh of a tenant in use to the next, in one process, on average.
@@ -63,7 +63,7 @@ class Plan:
     :param cold_starts: KMS calls after a restart of all processes, one for each tenant in use and process.
     :param restart_calls: KMS calls per second, at most, while all processes are replaced.
     :param quotas: the clouds' limits that these calls count against.
-    :param keystore_queries: statements per second that the keystore's database answers, from all processes.
+    :param keystore_queries: statements per second that the keystore's database answers, at most, from all processes.
     :param memory: bytes that the keys take in each process.
     :param heard_within: seconds after which the "no" of a KMS that answers has reached every process that uses the
         tenant, at most.
@@ -102,16 +102,16 @@ def plan(
 ) -> Plan:
     """What a number of tenants, processes and a deadline cost.
 
-    Each process opens and refreshes each of its tenants on its own, and leaves those alone that nobody has used since
-    their last refresh. All tenants are taken to have their keys at one provider; for a mixed house, add two plans up.
+    Each process opens and refreshes each of its tenants on its own, and leaves those alone that nobody uses. All
+    tenants are taken to have their keys at one provider; for a mixed house, add two plans up.
 
     :param tenants: how many customers there are.
     :param processes: how many processes use their keys: workers, not machines.
     :param revoke_within: seconds, 1 to 86,400, as for ``Byok(revoke_within=…)``.
     :param provider: ``"aws"`` or ``"azure"``, each tenant with a key and an account or vault of its own.
     :param active: the part of the tenants that each process serves at a time, 0 to 1.
-    :param requests: units of work per second of all processes together, each for one tenant, spread evenly. They bound
-        how often the keystore is looked at; without them, every open tenant counts as never idle for seconds.
+    :param requests: units of work per second of all processes together, each for one tenant, spread evenly. Calls and
+        looks are made by requests that find them due; unless given, no open tenant is taken to be idle for a moment.
     :param outage_grace: seconds, 0 to 3,600, as for the tenants' ``outage_grace``.
     :param restart_within: seconds in which a deployment replaces all processes, one after the other.
     :param assume_role: AWS: the tenants gave a ``role_arn``, so each opening and refresh asks STS as well, and the KMS
@@ -144,9 +144,11 @@ def plan(
     _check(min(aws_quota, sts_quota) > 0, "aws_quota and sts_quota are above 0 calls per second")
 
     open_tenants = round(tenants * active)
+    keyrings = open_tenants * processes
     refresh_every = revoke_within * (REFRESH_FROM + REFRESH_TO) / 2
+    calls = _per_second(keyrings, refresh_every, requests)
+    restart_calls = min(calls + keyrings / restart_within, requests)
     one = processes / refresh_every, processes / refresh_every + processes / restart_within
-    calls, restart_calls = open_tenants * one[0], open_tenants * one[1]
     tokens = calls if provider == "azure" or assume_role else 0.0
 
     quotas: tuple[Quota, ...]
@@ -167,20 +169,20 @@ def plan(
         refresh_every=refresh_every,
         kms_calls=calls,
         token_calls=tokens,
-        cold_starts=open_tenants * processes,
+        cold_starts=keyrings,
         restart_calls=restart_calls,
         quotas=quotas,
-        # the whole row for each opening and refresh, and in between a look at the epoch
-        keystore_queries=_looks(open_tenants * processes, requests) + calls,
+        # looks at the epoch, one more when a refresh is due, and for that the whole row
+        keystore_queries=min(_per_second(keyrings, POLL_EVERY, requests) + 2 * calls, 2 * requests),
         memory=open_tenants * tenant_bytes,
         heard_within=revoke_within * REFRESH_TO,
         dark_within=revoke_within + outage_grace,
     )
 
 
-def _looks(rings: int, requests: float) -> float:
-    """Looks at the keystore per second: a tenant's first request after POLL_EVERY seconds takes one."""
-    return rings / (POLL_EVERY + rings / requests)
+def _per_second(keyrings: int, every: float, requests: float) -> float:
+    """How often something is done that the first request does which comes *every* seconds after the last time."""
+    return keyrings / (every + keyrings / requests)
 
 
 def _check(fits: bool, message: str) -> None:

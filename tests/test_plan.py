@@ -26,8 +26,8 @@ class Ring:
     """One tenant's keys in one process, by the times that matter."""
 
     opened: float = -NEVER
-    fresh_until: float = -NEVER
-    used: bool = False
+    refresh_at: float = -NEVER
+    looked: float = -NEVER
     last_read: float = -NEVER
 
 
@@ -74,35 +74,28 @@ class Simulation:
         self._use_later(now, who)
         ring = self.rings[who]
         if now >= ring.opened + self.revoke_within:
-            self._ask(now, who)
-        elif now >= ring.fresh_until:
+            self._ask(now, ring)
+        elif now >= min(ring.looked + POLL_EVERY, ring.refresh_at):
             self.keystore_queries.append(now)
-            ring.fresh_until = now + POLL_EVERY
-        ring.used = True
+            ring.looked = now
+            if now >= ring.refresh_at:
+                self._ask(now, ring)
         if now < ring.opened + self.revoke_within + self.outage_grace:
             ring.last_read = now
-
-    def _refresh(self, now: float, about: tuple[tuple[int, int], float]) -> None:
-        who, opened = about
-        ring = self.rings[who]
-        if ring.opened == opened and ring.used:  # neither opened anew since, nor idle
-            self._ask(now, who)
 
     def _restart(self, now: float, process: int) -> None:
         for tenant in range(self.tenants):
             self.rings.pop((process, tenant), None)
 
-    def _ask(self, now: float, who: tuple[int, int]) -> None:
+    def _ask(self, now: float, ring: Ring) -> None:
         """An opening or a refresh: the keystore's row, then the KMS."""
-        ring = self.rings[who]
         self.kms_calls.append(now)
         self.keystore_queries.append(now)
         if now >= self.no_from:
             ring.opened = -NEVER
         elif now < self.silent_from:
-            ring.opened, ring.fresh_until, ring.used = now, now + POLL_EVERY, False
-            due = now + self.revoke_within * self.random.uniform(0.5, 0.6)
-            heapq.heappush(self._events, (due, "refresh", (who, now)))
+            ring.opened = ring.looked = now
+            ring.refresh_at = now + self.revoke_within * self.random.uniform(0.5, 0.6)
 
     def open_tenants(self) -> int:
         return sum(ring.opened + self.revoke_within > self.seconds for ring in self.rings.values())
@@ -123,7 +116,7 @@ def rate(times: list[float], start: float, end: float) -> float:
 def test_the_rates_are_those_of_the_simulation(
     tenants: int, processes: int, revoke_within: float, active: float, queries_off: float
 ) -> None:
-    """KMS calls within 3 % of the simulated ones; keystore queries just above, as a refresh is a look of its own."""
+    """KMS calls within 3 % of the simulated ones; keystore queries at most as planned, and not far below."""
     planned = plan(tenants, processes, revoke_within, active=active)
     seconds = 14 * revoke_within
     seen = Simulation(planned.open_tenants, processes, revoke_within, seconds)
@@ -134,22 +127,17 @@ def test_the_rates_are_those_of_the_simulation(
     assert planned.open_tenants * processes == seen.open_tenants()
 
 
-@pytest.mark.parametrize("every", [2.0, 20.0, 60.0, 600.0])
+@pytest.mark.parametrize("every", [0.5, 3.0, 20.0, 100.0, 600.0])
 def test_quieter_tenants_cost_less(every: float) -> None:
-    """The plan is an upper bound: whatever the traffic, neither the KMS nor the keystore is asked more often."""
-    planned = plan(40, 2, 60.0)
-    seen = Simulation(40, 2, 60.0, 3_000.0, every=every)
-    assert rate(seen.kms_calls, 200.0, 3_000.0) <= planned.kms_calls * 1.02
-    assert rate(seen.keystore_queries, 200.0, 3_000.0) <= planned.keystore_queries * 1.02
-
-
-@pytest.mark.parametrize("every", [0.5, 3.0, 15.0])
-def test_fewer_requests_look_at_the_keystore_less_often(every: float) -> None:
-    """A keystore that serves thousands of quiet tenants is not sized as if each were busy all the time."""
-    planned = plan(40, 2, 300.0, requests=80 / every)
-    seen = Simulation(40, 2, 300.0, 3_000.0, every=every)
-    queries = rate(seen.keystore_queries, 1_000.0, 3_000.0)
-    assert 0.95 * planned.keystore_queries <= queries <= 1.01 * planned.keystore_queries
+    """A house of thousands of quiet tenants is not sized as if each were busy all the time."""
+    planned = plan(40, 5, 60.0, requests=200 / every)
+    seen = Simulation(40, 5, 60.0, 4_000.0, every=every)
+    assert rate(seen.kms_calls, 1_000.0, 4_000.0) == pytest.approx(planned.kms_calls, rel=0.03)
+    queries = rate(seen.keystore_queries, 1_000.0, 4_000.0)
+    assert 0.45 * planned.keystore_queries <= queries <= 1.01 * planned.keystore_queries
+    busy = plan(40, 5, 60.0)
+    assert planned.kms_calls <= busy.kms_calls
+    assert planned.keystore_queries <= busy.keystore_queries
 
 
 @pytest.mark.parametrize(("revoke_within", "restart_within"), [(120.0, 20.0), (60.0, 60.0), (40.0, 120.0)])
@@ -163,18 +151,19 @@ def test_a_restart_calls_as_often_as_planned(revoke_within: float, restart_withi
     seen = Simulation(tenants, processes, revoke_within, end, every=0.3, restarts=restarts)
     window = restart_within / 2
     peak = max(rate(seen.kms_calls, at, at + window) for at in range(int(begin), int(end - window)))
-    assert 0.85 * planned.restart_calls <= peak <= 1.05 * planned.restart_calls
+    assert 0.8 * planned.restart_calls <= peak <= 1.05 * planned.restart_calls
     assert planned.cold_starts == tenants * processes
 
 
 @pytest.mark.parametrize("grace", [0.0, 45.0])
 def test_the_dark_comes_when_planned(grace: float) -> None:
     """A "no" is heard everywhere in the time given, a silent KMS ends all reading in the other, and not much before."""
-    planned = plan(20, 10, 100.0, outage_grace=grace)
-    refused = Simulation(20, 10, 100.0, 600.0, every=0.5, no_from=400.0, outage_grace=grace).last_read()
-    assert 0.95 * planned.heard_within <= refused - 400.0 <= planned.heard_within
-    silent = Simulation(20, 10, 100.0, 600.0, every=0.5, silent_from=400.0, outage_grace=grace).last_read()
-    assert 0.95 * planned.dark_within <= silent - 400.0 <= planned.dark_within
+    planned = plan(5, 6, 100.0, outage_grace=grace)
+    step = 1.0  # statements come that close at least, nearly always
+    refused = Simulation(5, 6, 100.0, 600.0, no_from=400.0, outage_grace=grace).last_read()
+    assert 0.85 * planned.heard_within <= refused - 400.0 <= planned.heard_within + step
+    silent = Simulation(5, 6, 100.0, 600.0, silent_from=400.0, outage_grace=grace).last_read()
+    assert 0.9 * planned.dark_within <= silent - 400.0 <= planned.dark_within
 
 
 def quotas(**options: Any) -> list[tuple[str, str, float, float]]:
@@ -271,7 +260,7 @@ def test_the_page_tells_what_the_plan_computes(row: list[str]) -> None:
     """A vendor that reads the page instead of calling plan() reads the same figures."""
     tenants, processes, revoke_within = int(number(row[0])), int(number(row[1])), number(row[2])
     house = plan(tenants, processes, revoke_within, requests=5_000, restart_within=300)
-    roles = plan(tenants, processes, revoke_within, assume_role=True)
+    roles = plan(tenants, processes, revoke_within, assume_role=True, requests=5_000)
     vault = plan(tenants, processes, revoke_within, provider="azure")
     in_hsm = plan(tenants, processes, revoke_within, provider="azure", key_bits=4096, hsm=True)
     assert row[3:] == [
