@@ -51,6 +51,8 @@ _log = logging.getLogger("sqla_byok")
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
 
+# For how many tenants one query looks.
+_LOOKED_AT_ONCE = 500
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8
@@ -393,7 +395,12 @@ class Keyrings(Secret):
     def _poll(self, ring: Keyring, now: float) -> Keyring | None:
         """Take over what changed in the keystore. None where the tenant has to be opened anew."""
         try:
-            if self._keystore.epoch(ring.tenant) != ring.epoch:
+            others = self._due_soon(ring, now)
+            epochs = self._keystore.epochs([ring.tenant, *(each.tenant for each in others)])
+            for each in others:
+                if epochs.get(each.tenant) == each.epoch:
+                    self._looked(each, now)
+            if epochs.get(ring.tenant) != ring.epoch:
                 row = self.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
@@ -410,6 +417,18 @@ class Keyrings(Secret):
         else:
             self._looked(ring, now)
         return None if ring.cleared else ring
+
+    def _due_soon(self, ring: Keyring, now: float) -> list[Keyring]:
+        """Other tenants in use that will soon be looked after: one query looks for many."""
+        due = [
+            each
+            for each in list(self._rings.values())
+            if each is not ring
+            and now - each.used < POLL_EVERY
+            and each.fresh_until - now < POLL_EVERY / 2
+            and self._live(each)
+        ]
+        return due[:_LOOKED_AT_ONCE]
 
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
