@@ -68,9 +68,6 @@ class Session(NamedTuple):
         return f"<Session {self.access_key}>"
 
 
-@lru_cache(
-    maxsize=32
-)  # customers choose regions; a client takes about 9 MB, so not any number of them is kept
 def connection(region: str | None, settings: Profile) -> Connection:
     """The one connection of a region and profile. Makes no call.
 
@@ -78,6 +75,13 @@ def connection(region: str | None, settings: Profile) -> Connection:
     :raises MissingExtraError: boto3 is not installed.
     """
     _import_boto3()
+    return _kept(region, settings)
+
+
+@lru_cache(
+    maxsize=32
+)  # customers choose regions; a client takes about 9 MB, so not any number of them is kept
+def _kept(region: str | None, settings: Profile) -> Connection:
     return Connection(region, settings)
 
 
@@ -189,7 +193,7 @@ def _import_boto3() -> tuple[Any, Any]:
         from boto3.session import Session as Boto3Session
         from botocore.config import Config
     except ImportError as error:
-        raise MissingExtraError('AwsKms needs boto3: pip install "sqla-byok[aws]"') from error
+        raise MissingExtraError('Calls to AWS need boto3: pip install "sqla-byok[aws]"') from error
     return Boto3Session, Config
 
 

@@ -279,12 +279,15 @@ def _read_regular(path: str) -> tuple[str | None, str]:
     try:
         # Without waiting, should it be a pipe; links were followed before, and the result was checked.
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None, "it is not a regular file"
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(_MOST + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         return None, f"the file cannot be read ({type(error).__name__})"
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None, "it is not a regular file"
-        content = file.read(_MOST + 1)
     if len(content) > _MOST:
         return None, f"the file has more than {_MOST:,} bytes"
     try:
