@@ -267,13 +267,13 @@ _NO_REGION = Meaning(
     CredentialInvalidError,
     "operator",
     "no AWS region is configured",
-    "Set AWS_REGION for this process, or name the whole ARN.",
+    "Set AWS_DEFAULT_REGION for this process, or name the whole ARN.",
 )
 _THROTTLED = Meaning(
     ThrottledError,
     "operator",
     "the request quota is used up",
-    "Try again later, or raise the quota of our own account, which pays for all tenants' calls.",
+    "Try again later, or raise the quota of the account that calls: ours for all tenants, or that of a tenant's role.",
 )
 _FAULT = Meaning(KmsUnavailableError, "operator", "it has a fault of its own", "Try again later.")
 _NO_CONNECTION = Meaning(

@@ -223,9 +223,9 @@ class Secrets:
         return ", ".join(texts) or "none"
 
     def _real_path(self, name: str, folder: str, tenant: str) -> str:
-        # The folder holds the tenant's id by now, which may be "..".
+        # The folder holds the tenant's id by now, which may be "..": then the name is not normal either.
         root, path = os.path.realpath(folder), os.path.realpath(name)
-        if _is_normal(folder[:-1]) and _is_normal(name) and path.startswith(root + "/"):
+        if _is_normal(name) and path.startswith(root + "/"):
             return path
         raise ConfigurationError(
             f"Tenant {tenant!r} may not use this reference to a secret: the file is not in the directory that the "

@@ -238,7 +238,9 @@ def test_links_that_leave(folder: Path) -> None:
     (folder / TENANT / "link").symlink_to("../../outside")
     (folder / TENANT / "neighbour").symlink_to("../org-43")
     (folder / TENANT / "absolute").symlink_to("/etc/passwd")
-    for name in ("link", "neighbour/s", "absolute"):
+    (folder / f"{TENANT}1").mkdir()
+    (folder / TENANT / "longer").symlink_to(f"../{TENANT}1")
+    for name in ("link", "neighbour/s", "absolute", "longer/s"):
         assert "link" in refused(secrets, f"file:{folder}/{TENANT}/{name}")
 
 
