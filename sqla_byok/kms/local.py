@@ -67,6 +67,7 @@ class LocalKms(Kms):
     """
 
     provider: ClassVar[str] = "local"
+    outbound: ClassVar[bool] = False
     path: str
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
