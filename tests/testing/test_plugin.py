@@ -13,18 +13,23 @@ PLUGIN = ["-p", "_sqla_byok_pytest"]
 FOLDER = str(Path(_sqla_byok_pytest.__file__).parent)
 
 
-def run(folder: Path, code: str, *arguments: str) -> str:
-    """What pytest says about a test module; only this plugin is loaded."""
-    (folder / "test_it.py").write_text(code)
-    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": FOLDER, "PATH": ""}
+def python(folder: Path, *arguments: str, **environment: str) -> str:
+    """What a Python of its own says."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-W", "error", "-q", "--rootdir=.", *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
-        env=environment,
+        env={"PYTHONPATH": FOLDER, "PATH": "", **environment},
         capture_output=True,
         text=True,
     )
     return child.stdout + child.stderr
+
+
+def run(folder: Path, code: str, *arguments: str) -> str:
+    """What pytest says about a test module; only this plugin is loaded."""
+    (folder / "test_it.py").write_text(code)
+    command = ["-m", "pytest", "-W", "error", "-q", "--rootdir=.", *arguments]
+    return python(folder, *command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
 def test_it_is_registered() -> None:
@@ -45,6 +50,29 @@ def test_nothing_was_imported():
 def test_it_costs_nothing_unused(tmp_path: Path) -> None:
     """A project that shares the environment pays nothing for it, and sees no warning."""
     assert "1 passed" in run(tmp_path, UNUSED, *PLUGIN)
+
+
+INSTALLED = {
+    "METADATA": "Metadata-Version: 2.1\nName: installed\nVersion: 1\n",
+    "entry_points.txt": "[pytest11]\nsqla_byok = _sqla_byok_pytest\n",
+    "RECORD": "sqla_byok/__init__.py,,\nsqla_byok/runtime.py,,\n_sqla_byok_pytest.py,,\n",
+}
+EMBEDDED = """
+import sys, sqla_byok, pytest
+sys.exit(pytest.main(["-q", "--rootdir=.", "-p", "no:asyncio", "-W", "error", "test_it.py"]))
+"""
+
+
+def test_a_program_that_runs_pytest_sees_no_warning(tmp_path: Path) -> None:
+    """An application with a command of its own for its tests has imported us before pytest asks for our files."""
+    folder = tmp_path / "site" / "installed-1.dist-info"
+    folder.mkdir(parents=True)
+    for name, content in INSTALLED.items():
+        (folder / name).write_text(content)
+    (tmp_path / "test_it.py").write_text("def test_it(byok_fake_kms): byok_fake_kms.disable()")
+    said = python(tmp_path, "-c", EMBEDDED, PYTHONPATH=f"{FOLDER}:{folder.parent}")
+    assert "1 passed" in said, said
+    assert "warning" not in said.lower()
 
 
 CONFTEST = """
