@@ -81,6 +81,26 @@ def test_the_next_calls_fail_in_their_order(kms: FakeKms) -> None:
     assert seen == [KmsBlockedError, KmsBlockedError, CredentialExpiredError, None]
 
 
+@pytest.mark.parametrize("end", [FakeKms.recover, FakeKms.reset])
+def test_failures_left_over_are_forgotten(kms: FakeKms, end: Callable[[FakeKms], None]) -> None:
+    """A call that never came does not fail the next test's."""
+    kms.fail_next(KmsBlockedError, times=2)
+    end(kms)
+    kms.connect({}).wrap(b"x", tenant="t1")
+
+
+def test_reset_undoes_everything(kms: FakeKms) -> None:
+    """A test that did its worst leaves the key usable, and what it wrapped readable."""
+    client = kms.connect({})
+    wrapped = client.wrap(b"x", tenant="t1")
+    for worst in (FakeKms.delete, FakeKms.deny, FakeKms.outage, FakeKms.rotate):
+        worst(kms)
+    kms.latency(lambda: pytest.fail("it still waits"))
+    kms.reset()
+    assert client.unwrap(wrapped, tenant="t1") == b"x"
+    assert kms.calls == {"unwrap": 1}
+
+
 def test_calls_are_counted_by_tenant(kms: FakeKms) -> None:
     """A promise such as "one call to open a tenant" can be counted, refused calls included."""
     client = kms.connect({})
