@@ -40,13 +40,15 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.keystore import keystore_metadata
-from sqla_byok.kms import AwsKms, LocalKms
+from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, LocalKms
+from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
 
 __all__ = [
     "AccessDeniedError",
     "AwsKms",
+    "AwsSecretsManagerSalts",
     "Byok",
     "ByokError",
     "ConfigurationError",
@@ -76,6 +78,7 @@ __all__ = [
     "NotAttachedError",
     "NotEncryptedError",
     "SaltChangedError",
+    "SecretStore",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",

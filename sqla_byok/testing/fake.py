@@ -82,11 +82,6 @@ class FakeKms(Kms):
         if not _is_name(self.name):
             raise ConfigurationError("A FakeKms has a name, which tells it from others.")
 
-    @property
-    def profile(self) -> str:
-        """Always ``"default"``."""
-        return "default"
-
     def config(self) -> dict[str, str]:
         """``{"name": …}``."""
         return {"name": self.name}
