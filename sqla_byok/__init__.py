@@ -1,4 +1,7 @@
-"""Bring Your Own Key for SQLAlchemy: columns encrypted under each customer's own key, and searchable."""
+"""Bring Your Own Key for SQLAlchemy: columns encrypted under each customer's own key, and searchable.
+
+PYTEST_DONT_REWRITE: else pytest, which finds a plugin in this distribution, warns where this is imported before it.
+"""
 
 from sqla_byok.errors import (
     AccessDeniedError,

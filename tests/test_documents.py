@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine
 
 import sqla_byok
-from sqla_byok import Byok, errors
+from sqla_byok import Byok, errors, testing
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
@@ -75,4 +75,5 @@ def test_the_reference_has_every_public_name() -> None:
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     shown = {name.removeprefix("sqla_byok.") for name in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
     assert set(sqla_byok.__all__) - set(errors.__all__) <= shown
+    assert {f"testing.{name}" for name in testing.__all__} <= shown
     assert "errors" in shown

@@ -45,6 +45,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.database import Database
 from sqla_byok.keys.keyring import SealedRecord
+from sqla_byok.kms import providers
 
 __all__ = ["Keystore", "TenantRow", "Wrapping", "keystore_metadata"]
 
@@ -439,7 +440,7 @@ class Keystore(Secret):
 
     def require_key(self, provider: str) -> None:
         """Refuse a provider that makes outbound calls where tenant rows are not authenticated."""
-        if self._key is None and provider != "local":
+        if self._key is None and (provider not in providers or providers[provider].outbound):
             raise ConfigurationError(
                 f"a tenant with the KMS provider {provider!r} needs Byok(keystore_key=…): without it, whoever can "
                 "write to the keystore could redirect the tenant's key"

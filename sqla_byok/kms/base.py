@@ -92,6 +92,8 @@ class Kms(Protocol):
     """
 
     provider: ClassVar[str]
+    outbound: ClassVar[bool] = True
+    """Whether its clients call out of this process: then a keystore key must protect the rows that say where."""
 
     @property
     def profile(self) -> str:
