@@ -37,13 +37,14 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.keystore import keystore_metadata
-from sqla_byok.kms import AwsKms, LocalKms
+from sqla_byok.kms import AwsKms, AzureKeyVault, LocalKms
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
 
 __all__ = [
     "AccessDeniedError",
     "AwsKms",
+    "AzureKeyVault",
     "Byok",
     "ByokError",
     "ConfigurationError",
