@@ -64,6 +64,8 @@ _KEY_URL = re.compile(
     rf"https://(?P<host>{_HOST})/keys/(?P<name>{_KEY_NAME.pattern})(?:/[0-9a-z]{{1,64}})?/?", re.IGNORECASE
 )
 _VERSION = re.compile(r"[0-9a-zA-Z]{1,64}")
+_SCOPE = re.compile(r"https://(?:vault|managedhsm)\.[a-z.]+/\.default")
+_VAULT_SCOPE = "https://vault.azure.net/.default"
 _REFERENCE = re.compile(r"[a-z][a-z0-9-]*:\S+")
 _OPTIONAL = ("client_id", "client_secret", "credential", "expires")
 
@@ -379,9 +381,10 @@ class _TokenError(Exception):
 
 
 class _Directory:
-    """A credential for one directory only, whichever directory the vault's challenge names.
+    """A credential for one directory's vaults only, whatever the vault's challenge names.
 
-    A directory may be given by its domain, which the SDK would take for another than the challenge's GUID.
+    A directory may be given by its domain, which the SDK would take for another than the challenge's GUID. And it
+    checks what the token shall be good for only where a vault is in one of Azure's own domains.
     """
 
     def __init__(self, credential: Any = None) -> None:
@@ -396,6 +399,7 @@ class _Directory:
             self.answer = response.http_response
 
     def get_token_info(self, *scopes: str, options: Mapping[str, Any] | None = None) -> Any:
+        scopes = tuple(scope if _SCOPE.fullmatch(scope) else _VAULT_SCOPE for scope in scopes)
         wanted = {name: value for name, value in (options or {}).items() if name != "tenant_id"}
         failure: Exception
         try:
