@@ -70,12 +70,8 @@ def _rsa_key(size: int, number: int) -> rsa.RSAPrivateKey:
 @dataclass
 class _Version:
     name: str
-    size: int
-    number: int
+    private: rsa.RSAPrivateKey
     enabled: bool = True
-
-    def private(self) -> rsa.RSAPrivateKey:
-        return _rsa_key(self.size, self.number)
 
 
 @dataclass
@@ -244,9 +240,9 @@ class AzureServer:
         """Make a new version of the key and return its name; the old ones go on to decrypt."""
         with self._lock:
             found = self._keys[_name(key)]
-            number = self._made[found.size]
+            private = _rsa_key(found.size, self._made[found.size])  # now: a client would not wait for it
             self._made[found.size] += 1
-            found.versions.append(_Version(secrets.token_hex(16), found.size, number))
+            found.versions.append(_Version(secrets.token_hex(16), private))
             return found.versions[-1].name
 
     def disable(self, key: str, version: str | None = None) -> None:
@@ -465,7 +461,7 @@ class AzureServer:
             raise _refusal(403, "Forbidden", "KeyDisabled")
         if operation not in key.key_ops:
             raise _refusal(403, "Forbidden", "KeyOperationForbidden")
-        return _Answer(200, {"kid": kid, "value": _encode(_compute(operation, found.private(), request))})
+        return _Answer(200, {"kid": kid, "value": _encode(_compute(operation, found.private, request))})
 
     def _authenticate(self, host: str, authorization: str) -> None:
         resource = _resource(host)
@@ -506,12 +502,12 @@ def _find(key: _Key | None, version: str) -> _Version | None:
 
 
 def _describe(kid: str, key: _Key, version: _Version) -> dict[str, Any]:
-    numbers = version.private().public_key().public_numbers()
+    numbers = version.private.public_key().public_numbers()
     jwk = {
         "kid": kid,
         "kty": "RSA",
         "key_ops": list(key.key_ops),
-        "n": _encode(numbers.n.to_bytes(version.size // 8, "big")),
+        "n": _encode(numbers.n.to_bytes(key.size // 8, "big")),
         "e": _encode(numbers.e.to_bytes(3, "big")),
     }
     return {

@@ -680,7 +680,7 @@ def test_read_timeout(vault: Vault, url: str) -> None:
     """Protects against a vault that hangs: a timeout is "no answer"."""
     client = vault.connect(url, settings={"read_timeout": 0.1})
     vault.server.delay = 0.4
-    assert "ServiceResponseTimeoutError" in str(no_answer(client))
+    assert "ServiceResponse" in str(no_answer(client))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fills the listen queue as Linux has it")
@@ -694,7 +694,7 @@ def test_connect_timeout(azure_environment: None) -> None:
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         client = reach(listener.getsockname()[1], connect_timeout=0.1)
-        assert "Timeout" in str(no_answer(client))
+        assert "ServiceRequest" in str(no_answer(client))
         for filler in fillers:
             filler.close()
 
