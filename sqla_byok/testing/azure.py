@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["AzureServer"]
 
 _OPERATIONS = ("get", "encrypt", "decrypt", "wrapKey", "unwrapKey")
+_POSTED = {operation.lower(): operation for operation in _OPERATIONS[1:]}  # as it stands at the end of a URL
 _OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
 _RESOURCE = "https://vault.azure.net"
 
@@ -365,7 +366,7 @@ class AzureServer:
         path = urlsplit(target).path
         parts = [part for part in path.split("/") if part]
         try:
-            if parts[:1] == ["keys"]:
+            if parts[:1] == ["keys"] and len(parts) > (2 if method == "POST" else 1):
                 return self._vault(method, parts[1:], headers, body)
             if path.endswith("/v2.0/.well-known/openid-configuration"):
                 return self._discovery(parts[0], headers["Host"])
@@ -434,13 +435,10 @@ class AzureServer:
         host = headers["Host"]
         with self._lock:
             self.headers.append(dict(headers.items()))
-        operation = {
-            "encrypt": "encrypt",
-            "decrypt": "decrypt",
-            "wrapkey": "wrapKey",
-            "unwrapkey": "unwrapKey",
-        }.get(parts[-1].lower(), "get")
-        if method == "POST" and operation != "get":
+        operation = _POSTED.get(parts[-1].lower()) if method == "POST" else "get"
+        if operation is None:
+            raise _refusal(405, "MethodNotAllowed")
+        if operation != "get":
             parts = parts[:-1]
         name, version = parts[0], parts[1] if len(parts) > 1 else ""
         self._authenticate(host, headers.get("Authorization", ""))

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from azure.core.credentials import AccessToken
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
 from azure.identity import ClientSecretCredential
 from azure.keyvault.keys import KeyClient
 from azure.keyvault.keys.crypto import CryptographyClient, EncryptionAlgorithm
@@ -707,13 +707,14 @@ def test_connection_refused(azure_environment: None, waits: list[float]) -> None
     assert len(waits) == 2
 
 
-def test_connection_broken_off(azure_environment: None) -> None:
-    """Protects against a load balancer that drops the connection."""
+@pytest.mark.parametrize("heard", [1, 65536], ids=["reset", "closed"])
+def test_connection_broken_off(azure_environment: None, heard: int) -> None:
+    """Protects against a load balancer that drops the connection: that is no failed handshake."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             connection, _ = listener.accept()
-            connection.recv(1)
+            connection.recv(heard)
             connection.close()
 
         thread = threading.Thread(target=serve, daemon=True)
@@ -1003,6 +1004,24 @@ def test_the_double_speaks_to_the_sdk(vault: Vault, get: bool) -> None:
         with client:
             key = plain_client(vault).get_key("plain")
         assert (key.name, key.key_type, key.properties.enabled) == ("plain", "RSA", False)
+
+
+def test_the_double_refuses_what_the_vault_would(vault: Vault) -> None:
+    """Protects users' tests from a double that is kinder than Azure: names, pages, deleted keys, other tokens."""
+    client = plain_client(vault)
+    vault.server.create_key("decrypt")
+    assert client.get_key("Decrypt").name == "decrypt"
+    vault.server.delete("decrypt")
+    for name in ("decrypt", "other"):
+        with pytest.raises(ResourceNotFoundError):
+            client.get_key(name)
+    with pytest.raises(HttpResponseError, match="MethodNotAllowed"):
+        client.create_rsa_key("new")
+    with pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
+        plain_credential(vault, "wrong").get_token("https://vault.azure.net/.default")
+    vault.server.revoke_tokens()
+    with pytest.raises(ClientAuthenticationError):
+        client.get_key("other")
 
 
 # The description
