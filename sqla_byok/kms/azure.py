@@ -943,8 +943,8 @@ def _read_token_error(error: Exception, answer: Any, *, own: bool) -> tuple[_Mea
 
 def _read_token_refusal(error: Exception, answer: Any, *, own: bool) -> tuple[_Meaning, str]:
     response = answer if answer is not None else getattr(error, "response", None)
-    status = response.status_code if response is not None else 0
-    text = response.text() if response is not None else str(error)
+    text = response.text() if response is not None else " ".join(str(each) for each in _causes(error))
+    status = response.status_code if response is not None else _status_in(text)
     found = re.search(r"AADSTS([0-9]{4,8})", text)
     code = found[0] if found else f"HTTP {status}" if status >= 400 else type(error).__name__
     if status == 429:
@@ -954,6 +954,15 @@ def _read_token_refusal(error: Exception, answer: Any, *, own: bool) -> tuple[_M
     table = _OWN_MEANINGS if own else _VENDOR_MEANINGS
     number = found[1] if found else ""
     return table.get(number) or _TOKEN_MEANINGS.get(number) or _TOKEN_REFUSED, code
+
+
+def _status_in(text: str) -> int:
+    """The HTTP status that MSAL tells of, for a credential of the operator's own, whose answers we do not see.
+
+    Without it an outage of the directory would be a "no" for every customer of the operator's application at once.
+    """
+    found = re.search(r"HTTP Error: ([0-9]{3})", text)
+    return int(found[1]) if found else 0
 
 
 def _retry_after(headers: Any) -> float | None:
