@@ -821,6 +821,7 @@ def test_threads_share_a_client(vault: Vault, url: str, wrapped: Wrapped) -> Non
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(work, range(8))) == {PAYLOAD}
     assert vault.server.calls["decrypt"] == 8
+    assert len(vault.secrets.asked) == 2  # by the client that wrapped, and by this one
 
 
 def test_connections_are_shared(
