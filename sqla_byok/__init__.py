@@ -37,13 +37,15 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.keystore import keystore_metadata
-from sqla_byok.kms import AwsKms, AzureKeyVault, LocalKms
+from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
+from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
 
 __all__ = [
     "AccessDeniedError",
     "AwsKms",
+    "AwsSecretsManagerSalts",
     "AzureKeyVault",
     "Byok",
     "ByokError",
@@ -74,6 +76,7 @@ __all__ = [
     "NotAttachedError",
     "NotEncryptedError",
     "SaltChangedError",
+    "SecretStore",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",

@@ -29,7 +29,7 @@ class KnownSecrets(Secrets):
         self.known = known
         self.asked: list[tuple[str, str]] = []
 
-    def resolve(self, reference: str, *, tenant: str) -> str:
+    def resolve(self, reference: str, tenant: str) -> str:
         self.asked.append((reference, tenant))
         if reference.removeprefix("env:") not in self.known:
             message = f"There is no secret {reference!r} for tenant {tenant!r}."

@@ -12,10 +12,12 @@ The first half of the AAD belongs to the tenant's key (:class:`ValueKey`), the s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from os import urandom
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sqla_byok.crypto.codecs import Codec, UnfitError
@@ -37,7 +39,7 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.crypto.hashes import Scope, hasher
 from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
 
-__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_with", "seal_with"]
+__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_bytes", "open_with", "seal_bytes", "seal_with"]
 
 Seal = Callable[[bytes, bytes, bytes], bytes]
 Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
@@ -74,7 +76,10 @@ class ValueKey(Secret):
 
 
 class Ring(Protocol):
-    """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts."""
+    """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts.
+
+    While search salts are rotated there are several: ``salts`` are the active one's, ``live_salts`` all of them.
+    """
 
     @property
     def tenant(self) -> str: ...
@@ -84,6 +89,8 @@ class Ring(Protocol):
     def openers(self) -> Mapping[bytes, Opener]: ...
     @property
     def salts(self) -> Mapping[tuple[str, Scope], bytes]: ...
+    @property
+    def live_salts(self) -> Sequence[Mapping[tuple[str, Scope], bytes]]: ...
 
 
 def seal_with(
@@ -170,6 +177,42 @@ def open_with(
     return open_
 
 
+# In place of a column's codec: what is sealed outside the columns opens in none of them.
+_BYTES = "sealed-bytes"
+
+
+def seal_bytes(ring: Ring, data: bytes, purpose: str) -> bytes:
+    """Encrypt bytes that live outside the columns.
+
+    :param purpose: bound into the result in place of a column id.
+    :returns: 46 bytes more than the data.
+    """
+    key, nonce = ring.write, urandom(12)
+    return key.header + nonce + key.encrypt(nonce, bytes(data), key.aad + column_aad(purpose, _BYTES))
+
+
+R = TypeVar("R", bound=Ring)
+
+
+def open_bytes(ring: R, sealed: bytes, purpose: str, refuse: Callable[[R, bytes, str], object]) -> bytes:
+    """Decrypt what :func:`seal_bytes` returned.
+
+    :param refuse: raises the error for a key that is not in the keyring.
+    :raises TamperedError: it does not authenticate for this purpose.
+    """
+    opener = ring.openers.get(sealed[_HEADER_PART])
+    if opener is None:
+        refuse(ring, sealed, purpose)
+    else:
+        decrypt, aad = opener
+        with suppress(InvalidTag, ValueError):
+            return decrypt(sealed[_NONCE_PART], sealed[_SEALED_PART], aad + column_aad(purpose, _BYTES))
+    raise TamperedError(
+        f"{purpose}: what was to be unsealed does not authenticate; it was altered, or sealed for another purpose",
+        tenant=ring.tenant,
+    )
+
+
 def hash_with(
     current: Callable[[], Ring | None],
     nobody: Callable[[], NoReturn],
@@ -178,9 +221,11 @@ def hash_with(
     algorithm: str,
     scope: Scope,
     normalize: Callable[[Any], Any] | None = None,
+    slot: int = 0,
 ) -> Callable[[Any], bytes | None]:
     """Build the function that turns a Python value into its search hash (32 bytes).
 
+    :param slot: by which of the live search salts; 0 is the active one.
     :param normalize: applied to the value before it is hashed; ``None`` from it means "no hash".
     :returns: a function that raises :class:`~sqla_byok.errors.EncodeError` for a value that does not fit.
     """
@@ -208,7 +253,7 @@ def hash_with(
             unfit = f"its normalizer raised {type(error).__name__}"
         if unfit is not None:
             raise EncodeError(f"{column}: {unfit}", column=column, tenant=ring.tenant)
-        return digest(text, ring.salts[key])
+        return digest(text, (ring.live_salts[slot] if slot else ring.salts)[key])
 
     return hash_
 

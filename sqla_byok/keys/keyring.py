@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import random
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple, NoReturn, Protocol, cast
 
-from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, SEARCH_SALT, Record, Secret, TenantKey
+from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError
 
-__all__ = ["Clock", "Keyring", "SealedRecord", "SystemClock"]
+__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "SealedRecord", "SystemClock"]
 
-# A derived salt takes some 170 bytes; the cap keeps a tenant within its 16 KiB whatever the number of columns.
+# When a keyring in use is renewed, as parts of revoke_within: early enough for many tries, and spread so widely that
+# tenants that were opened together do not stay together.
+REFRESH_FROM, REFRESH_TO = 0.5, 0.75
+
+# A derived salt takes some 170 bytes; the cap, which a tenant's live search salts share, keeps it within its 16 KiB
+# whatever the number of columns.
 _SALTS_KEPT = 40
+
+
+# What a keyring shares with its successors.
+_TIMES = (
+    "deadline",
+    "wall_deadline",
+    "renewed_until",
+    "wall_renewed_until",
+    "outage_grace",
+    "refresh_at",
+    "refreshing",
+    "one_unit",
+    "used",
+)
 
 
 class Clock(Protocol):
@@ -29,7 +50,7 @@ class Clock(Protocol):
         """Seconds since the epoch."""
         ...
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, /) -> None:
         """Wait; used where generations have to settle."""
         ...
 
@@ -63,19 +84,33 @@ class SealedRecord(NamedTuple):
 
 
 class _Salts(Secret, dict[tuple[str, Scope], bytes]):
-    """Column salts, derived when first asked for; bounded."""
+    """The column salts of one search salt, derived when first asked for; bounded."""
 
-    __slots__ = ("_derive",)
+    __slots__ = ("_kept", "_search_salt", "_tenant")
 
-    def __init__(self, derive: Callable[[str, Scope], bytes]) -> None:
-        self._derive = derive
+    def __init__(self, search_salt: bytes, tenant: str) -> None:
+        self._search_salt: bytes | None = search_salt
+        self._tenant = tenant
+        self._kept = _SALTS_KEPT
 
     def __missing__(self, key: tuple[str, Scope]) -> bytes:
-        salt = self._derive(*key)
-        if len(self) >= _SALTS_KEPT:
+        if self._search_salt is None:
+            _expired(self._tenant)
+        salt = derive_column_salt(self._search_salt, self._tenant, *key)
+        if len(self) >= self._kept:
             super().clear()
         self[key] = salt
+        if not self._kept:  # cleared by another thread, just now
+            super().clear()
         return salt
+
+    def share(self, among: int) -> None:
+        """Keep no more than one's part where several search salts are live."""
+        self._kept = max(1, _SALTS_KEPT // among)
+
+    def clear(self) -> None:
+        self._search_salt, self._kept = None, 0
+        super().clear()
 
 
 class _NoKey:
@@ -91,30 +126,42 @@ class _NoKey:
 
 
 class Keyring(Secret):
-    """One tenant's opened keys.
+    """One tenant's opened keys, as one epoch has them.
 
     It may be used until :attr:`deadline` on the boot-time clock and :attr:`wall_deadline` on the wall clock,
     whichever comes first; :meth:`clear` takes the keys away in place, so that a result that is still being read
-    stops too.
+    stops too. Its generations never change: a newer epoch makes a :meth:`successor`, so that a statement is prepared
+    under one epoch from its first parameter to its last.
 
     :param tenant_key: the opened tenant key.
     :param epoch: the keystore's epoch that ``records`` belong to.
     :param records: the sealed generations, already checked against the manifest.
+    :ivar write: the active data key.
+    :ivar openers: all live data keys.
+    :ivar live_salts: the column salts by each live search salt, the active one first: what a look-up has to try.
+    :ivar salts: those by the active search salt: what is written.
     """
 
     __slots__ = (
         "__weakref__",
-        "_search_salt",
+        "_lineage",
         "_tenant_key",
         "cleared",
         "deadline",
         "epoch",
         "fresh_until",
+        "live_salts",
+        "one_unit",
         "openers",
+        "outage_grace",
+        "refresh_at",
+        "refreshing",
+        "renewed_until",
         "salts",
         "tenant",
         "used",
         "wall_deadline",
+        "wall_renewed_until",
         "write",
         "write_until",
     )
@@ -124,43 +171,49 @@ class Keyring(Secret):
     def __init__(self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord]) -> None:
         self.tenant = tenant_key.tenant
         self.cleared = False
-        self.deadline = self.wall_deadline = self.fresh_until = self.write_until = self.used = 0.0
+        self.refreshing = self.one_unit = False
+        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
+        self.fresh_until = self.write_until = self.used = self.refresh_at = self.outage_grace = 0.0
+        self.epoch = epoch
         self._tenant_key: TenantKey | None = tenant_key
+        self._lineage: list[weakref.ref[Keyring]] = [
+            weakref.ref(self)
+        ]  # shared by a keyring and its successors
         self.openers: dict[bytes, Opener] = {}
-        self.load(epoch, records)
-
-    def load(self, epoch: int, records: Iterable[SealedRecord]) -> None:
-        """Take over the generations of ``epoch``. Needs no KMS call: they are sealed under the tenant key."""
-        tenant_key = self._tenant_key
-        if tenant_key is None:
-            self.expired()
-        openers: dict[bytes, Opener] = {}
-        write = self._no_key()  # never stays: the manifest has exactly one active data key
-        secret = search_salt = None
+        self.write = self._no_key()  # never stays: the manifest has exactly one active data key
+        active: list[_Salts] = []
+        others: list[_Salts] = []
+        secret = None
         try:
             for record in records:
                 secret = tenant_key.open(record.kind, record.generation, record.id, record.sealed)
                 if record.kind == DATA_KEY:
                     key = ValueKey(secret, self.tenant)
-                    openers.update(key.openers)
+                    self.openers.update(key.openers)
                     if record.state == ACTIVE:
-                        write = key
-                elif record.kind == SEARCH_SALT and record.state == ACTIVE:
-                    search_salt = secret
-        except BaseException:
-            search_salt = None
-            raise
+                        self.write = key
+                else:
+                    (active if record.state == ACTIVE else others).append(_Salts(secret, self.tenant))
         finally:
             secret = None  # crash reports show the variables of each frame
-        # Other threads use this keyring meanwhile: they can read what is written before anything is written.
-        self.openers = openers
-        self.write = write
-        self._search_salt: bytes | None = search_salt
-        self.salts = _Salts(self._derive)
-        self.epoch = epoch
+        self.live_salts = (*active, *others)
+        self.salts = self.live_salts[0]
+        for salts in self.live_salts:
+            salts.share(len(self.live_salts))
+
+    def successor(self, epoch: int, records: Iterable[SealedRecord]) -> Keyring:
+        """The keyring of a newer epoch, with the same deadlines. Needs no KMS call: the tenant key is the same.
+
+        Statements under way go on with this one. When either is cleared, both are.
+        """
+        newer = Keyring(self.tenant_key, epoch, records)
+        for name in _TIMES:
+            setattr(newer, name, getattr(self, name))
+        newer._lineage = self._lineage
+        newer._lineage[:] = [*map(weakref.ref, self.kin()), weakref.ref(newer)]
         if self.cleared:  # by another thread, just now
-            self.clear()
-            self.expired()
+            newer.end()
+        return newer
 
     @property
     def tenant_key(self) -> TenantKey:
@@ -169,14 +222,43 @@ class Keyring(Secret):
             self.expired()
         return self._tenant_key
 
+    def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
+        """Count the time anew, from the sending of a KMS call that was answered with yes.
+
+        :param boot: when it was sent, on the boot-time clock.
+        :param wall: when it was sent, in wall time.
+        :param revoke_within: how long the keys may be used after it, in seconds.
+        :param outage_grace: how much longer while the KMS does not answer.
+        """
+        # Spread, so that processes which opened a tenant together do not ask together.
+        refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
+        for ring in self.kin():
+            ring.renewed_until, ring.wall_renewed_until = boot + revoke_within, wall + revoke_within
+            ring.deadline, ring.wall_deadline = ring.renewed_until, ring.wall_renewed_until
+            ring.outage_grace, ring.refresh_at = outage_grace, refresh_at
+
+    def stretch(self, *, to_grace: bool) -> None:
+        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
+        more = self.outage_grace if to_grace else 0.0
+        for ring in self.kin():
+            ring.deadline, ring.wall_deadline = ring.renewed_until + more, ring.wall_renewed_until + more
+
+    def kin(self) -> list[Keyring]:
+        """This keyring and those of the same opening under other epochs, which share its time."""
+        return [ring for each in tuple(self._lineage) if (ring := each()) is not None]
+
     def clear(self) -> None:
         """Take the keys away in place; everything that still holds this keyring fails from now on."""
         self.cleared = True
         self.fresh_until = self.deadline = self.write_until = 0.0
         self.write = self._no_key()
         self.openers = {}
-        self._tenant_key = self._search_salt = None
-        self.salts.clear()
+        self._tenant_key = None
+        for salts in self.live_salts:
+            salts.clear()
+        for ring in self.kin():
+            if not ring.cleared:
+                ring.clear()
 
     def end(self) -> NoReturn:
         """Clear the keyring, whose deadline has passed.
@@ -189,15 +271,14 @@ class Keyring(Secret):
     def _no_key(self) -> ValueKey:
         return cast("ValueKey", _NoKey(self.expired))
 
-    def _derive(self, algorithm: str, scope: Scope) -> bytes:
-        if self._search_salt is None:
-            self.expired()
-        return derive_column_salt(self._search_salt, self.tenant, algorithm, scope)
-
     def expired(self) -> NoReturn:
         """Raise the error of a cleared keyring."""
-        raise KeysExpiredError(
-            f"the keys of tenant {self.tenant!r} expired or were forgotten while they were in use; "
-            "run the statement again to ask the KMS anew",
-            tenant=self.tenant,
-        )
+        _expired(self.tenant)
+
+
+def _expired(tenant: str) -> NoReturn:
+    raise KeysExpiredError(
+        f"the keys of tenant {tenant!r} expired or were forgotten while they were in use; "
+        "run the statement again to ask the KMS anew",
+        tenant=tenant,
+    )

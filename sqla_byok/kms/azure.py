@@ -126,7 +126,8 @@ class AzureKeyVault(Kms):
     credential: str | None
     secret_expires: date | None
     operations: str
-    profile: str = "default"  # a value, so that the base's property is out of the way
+    # A field is a property that nobody can set, as the class is frozen; its value hides the base's property.
+    profile: str = "default"  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(
         self,
@@ -511,8 +512,7 @@ class _AzureClient:
     def _create(self, operation: str, tenant: str) -> _Session:
         kms, secret = self._kms, ""
         if kms.client_secret is not None:
-            secrets: Any = self._operator.secrets
-            secret = secrets.resolve(kms.client_secret, tenant=tenant)
+            secret = self._operator.secrets.resolve(kms.client_secret, tenant)  # its errors are already ours
         try:
             with quiet(*_LOGGERS):
                 return self._connect(secret)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from sqlalchemy import Select, Table
+from sqlalchemy import Select, Table, and_, or_
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
@@ -34,7 +34,9 @@ from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import UnsupportedQueryError
+from sqla_byok.orm import upstream
 from sqla_byok.orm.schema import hash_key
+from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["EncryptedComparator", "HashComparator", "HashComparison", "hash_column_of"]
@@ -57,6 +59,10 @@ _OF_HASHES = {
 }
 _WRAPPERS = (Label, Grouping)
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a searchable encrypted column"
+_ROTATING = (
+    "it cannot be compared with another column or a subquery while its salts are being rotated, since equal values may "
+    "have unequal hashes until their rows are moved; compare it with values"
+)
 _NOT_SEARCHABLE = "it is not searchable; declare it with Encrypted(…, searchable=True) and fill its hashes"
 
 
@@ -105,7 +111,8 @@ class HashComparator(TypeDecorator.Comparator[Any]):
         if op not in _OF_HASHES:
             _refuse(self.expr, f"{_spelled(op)} means nothing on a search hash; {_INSTEAD}")
         plain: Any = super().operate(op, *other, **kwargs)
-        return _over_hashes(plain) if op in _LOOK_UPS and _is_encrypted_column(plain.right) else plain
+        looks_up = op in _LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in _LOOK_UPS
+        return _over_hashes(plain) if looks_up else plain
 
 
 # types.py cannot import this module, since this one needs its classes.
@@ -137,24 +144,57 @@ class HashComparison(BinaryExpression[Any]):
     def _negate(self) -> ColumnElement[Any]:
         return _over_hashes(super()._negate())  # type: ignore[no-untyped-call]
 
-    def rendered(self) -> BinaryExpression[Any]:
+    def rendered(self, live: int) -> ColumnElement[Any]:
         """The comparison of hashes that the database sees.
 
+        :param live: how many search salts the tenant has: one, but for the time in which they are rotated.
         :raises UnsupportedQueryError: if an operand has no hash that could be compared with the others'.
         """
-        column = next(self.encrypted(), None)
-        if column is None:
-            _refuse(self.left, "only an encrypted column itself can be looked up, not an expression over it")
-        _check_searchable(column)
-        left, right = _hashed(self.left, column), _hashed(self.right, column)
+        column, left, right = next(self.encrypted(), None), self.left, self.right
+        if column is not None:
+            _check_searchable(column)
+            left, right = _hashed(left, column), _hashed(right, column)
+        elif not (_is_hash_column(left) or _is_hash_column(right)):
+            _refuse(left, "only an encrypted column itself can be looked up, not an expression over it")
+        return self._over(left, right, self.operator) if live == 1 else self._fanned_out(left, right, live)
+
+    def _fanned_out(self, left: Any, right: Any, live: int) -> ColumnElement[Any]:
+        """The comparison with what a value may be hashed to by each of several search salts.
+
+        NULL as the value finds nothing, and a NULL in the column is not found, as in a comparison with one hash.
+        """
+        if isinstance(_bare(left), BindParameter) and self.operator in _NULL_TESTS:
+            left, right = right, left
+        if not _is_hash_column(left):
+            _refuse(left, _ROTATING)
+        equal, bare = self.operator in (operators.eq, operators.in_op), _bare(right)
+        op = operators.in_op if equal else operators.not_in_op
+        if isinstance(bare, BindParameter) and bare.expanding:
+            parts = [self._over(left, _by_salt(bare, slot), op) for slot in range(live)]
+            return (or_ if equal else and_)(*parts).self_group()
+        hashes: list[Any] = []
+        for value in bare.clauses if isinstance(bare, ClauseList) else (bare,):
+            if isinstance(_bare(value), BindParameter):
+                hashes += [_by_salt(_bare(value), slot) for slot in range(live)]
+            elif isinstance(_bare(value), Null):
+                hashes.append(value)
+            else:
+                _refuse(left, _ROTATING)
+        return self._over(left, ClauseList(*hashes).self_group(against=op), op)
+
+    def _over(self, left: Any, right: Any, op: OperatorType) -> BinaryExpression[Any]:
         return BinaryExpression(
-            left, right, self.operator, type_=self.type, negate=self.negate, modifiers=self.modifiers
+            left, right, op, type_=self.type, negate=self.negate, modifiers=self.modifiers
         )
 
 
 @compiles(HashComparison)
 def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -> Any:
-    return compiler.visit_binary(element.rendered(), **kwargs)
+    # The statement hooks see to it that a statement is compiled anew where the number is another.
+    ring = slot_of(compiler.dialect).binding.get()
+    live = 1 if ring is None else len(ring.live_salts)
+    upstream.note_compared(compiler, live)
+    return compiler.process(element.rendered(live), **kwargs)
 
 
 def _over_hashes(comparison: Any) -> HashComparison:
@@ -196,6 +236,28 @@ def _hashed(operand: Any, column: Any) -> Any:
             f"select {hash_key(_base(source).key)} there too, and instead of subqueryload() use selectinload()",
         )
     return _select_of_hash(bare, source, found) if isinstance(bare, ScalarSelect) else found
+
+
+class _BySalt(ColumnElement[Any]):
+    """A bound value once more, hashed by another of the live search salts. It takes the value of the first."""
+
+    inherit_cache = False  # there only while a statement is compiled
+
+    def __init__(self, bind: Any, slot: int) -> None:
+        self.bind = bind._clone(maintain_key=True)
+        self.bind.type = self.type = bind.type.at(slot)
+        self.slot = slot
+
+
+@compiles(_BySalt)
+def _compile_by_salt(element: _BySalt, compiler: Any, **kwargs: Any) -> Any:
+    return upstream.render_again(element.bind, compiler, f"__byok_salt{element.slot}", **kwargs)
+
+
+def _by_salt(bind: Any, slot: int) -> Any:
+    if not isinstance(bind.type, SearchHash):
+        _refuse(bind, "a search hash is compared with a value of another type; give the value without a type")
+    return _BySalt(bind, slot) if slot else bind
 
 
 def _retyped(bind: Any, hash_type: SearchHash) -> Any:
@@ -255,6 +317,12 @@ def _bare(element: Any) -> Any:
 def _is_encrypted_column(element: Any) -> bool:
     bare = _bare(element)
     return isinstance(getattr(bare, "type", None), Encrypted) and getattr(bare, "table", None) is not None
+
+
+def _is_hash_column(element: Any) -> bool:
+    return isinstance(getattr(_bare(element), "type", None), SearchHash) and not isinstance(
+        _bare(element), BindParameter
+    )
 
 
 def _selected(select: Any) -> Any:

@@ -18,7 +18,13 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
-from sqla_byok.errors import ConfigurationError, KeystoreUnavailableError, TenantMismatchError
+from sqla_byok.errors import (
+    ConfigurationError,
+    KeystoreUnavailableError,
+    NoTenantError,
+    TenantMismatchError,
+    UnsupportedQueryError,
+)
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import upstream
@@ -60,7 +66,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         if tenant is None:
             tenant = current_tenant()
         if tenant is not None:
-            ring = keyrings.warm(tenant)
+            ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
             if ring is None:
                 ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
         is_dml = getattr(clause, "is_dml", None)
@@ -70,9 +76,10 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                _may_write(ring, clock)
                 clause, rows = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
+        if ring is not None and len(ring.live_salts) > 1:
+            clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
         previous = binding.get()
         if enclosing.get() is not previous:
@@ -84,13 +91,17 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
     def before_cursor_execute(
         conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> tuple[str, Any]:
+        ring = binding.get()
+        if ring is not None and ring.one_unit:
+            upstream.hold(conn, ring)
         compiled = context.compiled
         if compiled is None:
             return statement, parameters
-        encrypts, decrypts = upstream.known(compiled, _concerns)
-        if not (encrypts or decrypts):
+        encrypts, decrypts, compared = upstream.known(compiled, _concerns)
+        if not (encrypts or decrypts or compared):
             return statement, parameters
-        ring = binding.get()
+        if encrypts or compared:
+            _may_bind(ring, clock, compared)
         tenant = context.execution_options.get(TENANT_OPTION)
         if tenant is None:
             tenant = current_tenant()
@@ -109,10 +120,10 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         context = getattr(result, "context", None)  # a default's result is a plain value
         if context is None or context.compiled is None or result._soft_closed:
             return
-        _, decrypts = upstream.known(context.compiled, _concerns)
+        _, decrypts, _ = upstream.known(context.compiled, _concerns)
         if decrypts:
             ring = upstream.remembered(context)
-            result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, clock)
+            result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, keyrings)
 
     event.listen(engine, "before_execute", before_execute, retval=True)
     event.listen(engine, "before_cursor_execute", before_cursor_execute, retval=True)
@@ -124,12 +135,24 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
     getattr(logger, "logger", logger).addFilter(_hide_rows)
 
 
-def _concerns(compiled: Any) -> tuple[bool, bool]:
-    """Whether a statement has values to encrypt or hash, and columns to decrypt. Asked once per compiled statement."""
+def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
+    """The keyring of the connection's transaction, for a tenant that wants a KMS call for each."""
+    ring: Keyring | None = upstream.held(conn)
+    if ring is None or ring.tenant != tenant or ring.cleared:
+        return None
+    return ring if clock.boot() < ring.deadline and clock.wall() < ring.wall_deadline else None
+
+
+def _concerns(compiled: Any) -> tuple[bool, bool, int]:
+    """Whether a statement has values to encrypt or hash, and columns to decrypt, and by how many salts it compares.
+
+    Asked once per compiled statement.
+    """
     refuse_embedded(getattr(compiled, "ctes", None) or ())
     binds = getattr(compiled, "binds", {}).values()
     encrypts = any(isinstance(bind.type, Encrypted | SearchHash) for bind in binds)
-    return encrypts, any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
+    decrypts = any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
+    return encrypts, decrypts, upstream.compared(compiled)
 
 
 def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
@@ -158,11 +181,33 @@ def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
         )
 
 
-def _may_write(ring: Keyring | None, clock: Clock) -> None:
-    if ring is not None and clock.boot() >= ring.write_until:
+def _fan_out(clause: Any, live: int) -> Any:
+    """Have a statement compiled for several search salts."""
+    statement = upstream.resolved(clause)
+    return statement.options(upstream.FanOut(live)) if hasattr(statement, "options") else clause
+
+
+def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
+    """Refuse to write and to search by keys that may have changed since the process looked."""
+    if ring is None:
+        if compared:
+            raise NoTenantError(
+                "no tenant is set for this statement, which compares search hashes: nobody could say whether equal "
+                "values have equal hashes; run it in byok.session(tenant, engine)"
+            )
+        return
+    if clock.boot() >= ring.write_until:
+        if ring.cleared:
+            ring.expired()
         raise KeystoreUnavailableError(
-            f"the keystore has not answered for a while; tenant {ring.tenant!r} can be read but not written until it "
-            "does, since its data key may have changed",
+            f"the keystore has not answered for a while; tenant {ring.tenant!r} can be read but not written nor "
+            "searched until it does, since its data key or search salt may have changed",
+            tenant=ring.tenant,
+        )
+    if compared and compared != len(ring.live_salts):
+        raise UnsupportedQueryError(
+            f"the search salts of tenant {ring.tenant!r} are being rotated, and this statement was compiled "
+            "beforehand for another number of them; execute the statement itself",
             tenant=ring.tenant,
         )
 
@@ -170,18 +215,23 @@ def _may_write(ring: Keyring | None, clock: Clock) -> None:
 class _TenantFetch:
     """Stands before a result's cursor strategy: whoever fetches, rows are read under the statement's tenant."""
 
-    __slots__ = ("_clock", "_inner", "_reading", "_ring")
+    __slots__ = ("_inner", "_keyrings", "_reading", "_ring")
 
     def __init__(
-        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], clock: Clock
+        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], keyrings: Keyrings
     ) -> None:
-        self._inner, self._ring, self._reading, self._clock = inner, ring, reading, clock
+        self._inner, self._ring, self._reading, self._keyrings = inner, ring, reading, keyrings
 
     def _enter(self) -> None:
         # After the fetch, which may have awaited, and before the rows are made of it.
-        ring, clock = self._ring, self._clock
-        if ring is not None and (clock.boot() >= ring.deadline or clock.wall() >= ring.wall_deadline):
-            ring.end()
+        ring = self._ring
+        if ring is not None:
+            clock = self._keyrings.clock
+            now = clock.boot()
+            if now >= ring.deadline or clock.wall() >= ring.wall_deadline:
+                ring.end()
+            if now >= ring.refresh_at:
+                self._keyrings.refresh_soon(ring)
         self._reading.set(ring)
 
     @property
@@ -207,7 +257,7 @@ class _TenantFetch:
         self._inner.yield_per(result, cursor, num)
         if result.cursor_strategy is not self:
             result.cursor_strategy = _TenantFetch(
-                result.cursor_strategy, self._ring, self._reading, self._clock
+                result.cursor_strategy, self._ring, self._reading, self._keyrings
             )
 
     def soft_close(self, *args: Any) -> None:

@@ -19,7 +19,13 @@ from sqla_byok.crypto.codecs import Codec
 from sqla_byok.crypto.formats import OVERHEAD
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
 from sqla_byok.crypto.values import hash_with, open_with, seal_with
-from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError
+from sqla_byok.errors import (
+    DeclarationError,
+    DecryptError,
+    EncodeError,
+    TamperedError,
+    UnsupportedQueryError,
+)
 from sqla_byok.orm.slots import slot_of
 
 __all__ = ["Digest", "Encrypted", "SearchHash"]
@@ -229,14 +235,24 @@ class SearchHash(TypeDecorator[Digest]):
     """The type of a hash column: 32 bytes. A Python value bound to it is hashed; a :class:`Digest` is kept.
 
     :param source: the type of the encrypted column that it follows.
+    :param slot: by which of the tenant's live search salts a value is hashed; 0 is the active one.
     """
 
     impl = LargeBinary
     cache_ok = True
 
-    def __init__(self, source: Encrypted[Any]) -> None:
+    def __init__(self, source: Encrypted[Any], slot: int = 0) -> None:
         super().__init__(32)
         self.source = source
+        self.slot = slot
+        self._slots: dict[int, SearchHash] = {slot: self}
+
+    def at(self, slot: int) -> SearchHash:
+        """The same type by another of the live search salts; kept, since SQLAlchemy keeps its processors with it."""
+        found = self._slots.get(slot)
+        if found is None:
+            found = self._slots.setdefault(slot, SearchHash(self.source, slot))
+        return found
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         # BLOB cannot be indexed whole there.
@@ -251,7 +267,7 @@ class SearchHash(TypeDecorator[Digest]):
             return _unbound
         slot, column = slot_of(dialect), source.column_id
         to_plain, codec, _ = _plain(source.type_, dialect)
-        hashed = hash_with(
+        to_hash = hash_with(
             slot.binding.get,
             lambda: slot.nobody(column),
             column,
@@ -259,11 +275,22 @@ class SearchHash(TypeDecorator[Digest]):
             source.hash,
             source.scope,
             source.normalize,
+            self.slot,
         )
-        process = _chain(_checked(to_plain, column, EncodeError), hashed)
+        process = _chain(_checked(to_plain, column, EncodeError), to_hash)
 
         def bind(value: Any) -> bytes | None:
-            return bytes(value) if type(value) is Digest else process(value)
+            if type(value) is not Digest:
+                hashed: bytes | None = process(value)
+                return hashed
+            ring = slot.binding.get()
+            if ring is not None and len(ring.live_salts) > 1:
+                raise UnsupportedQueryError(
+                    f"{column}: a search hash cannot be looked up while the search salts are being rotated, since "
+                    "rows with the same value may have another; look the value up",
+                    column=column,
+                )
+            return bytes(value)
 
         # Where the values themselves are bytes, a digest is a value like any other.
         return _chain(process if codec.name == "bytes" else bind, _driver_binary(dialect))

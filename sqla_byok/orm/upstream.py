@@ -11,18 +11,26 @@ from copy import copy
 from typing import Any, TypeVar
 
 from sqlalchemy import Table
+from sqlalchemy.orm.interfaces import CompileStateOption
+from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.util import immutabledict
 
 __all__ = [
+    "FanOut",
+    "compared",
     "conflict_elements",
     "conflict_values",
     "conflicts",
+    "held",
+    "hold",
     "known",
     "multi_values",
+    "note_compared",
     "pinned",
     "plain_table",
     "remember",
     "remembered",
+    "render_again",
     "resolved",
     "result_types",
     "select_names",
@@ -36,6 +44,46 @@ __all__ = [
 
 T = TypeVar("T")
 Item = tuple[Any, Any]
+
+
+class FanOut(CompileStateOption):
+    """An option that does nothing but enter a statement's cache key.
+
+    :param live: how many search salts the compiled statement looks up.
+    """
+
+    propagate_to_loaders = False
+    _cache_key_traversal = [("live", InternalTraversal.dp_plain_obj)]  # noqa: RUF012 - SQLAlchemy's declaration
+
+    def __init__(self, live: int) -> None:
+        self.live = live
+
+
+def note_compared(compiler: Any, live: int) -> None:
+    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts."""
+    compiler._sqla_byok_live = live
+
+
+def compared(compiled: Any) -> int:
+    """By how many search salts a compiled statement compares; 0 where it compares no search hashes."""
+    live: int = compiled.__dict__.get("_sqla_byok_live", 0)
+    return live
+
+
+def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
+    """Render a copy of a bound value beside the first, under a name of its own and the first's key.
+
+    The key is what SQLAlchemy finds the value by, wherever it was given, so that it serves both.
+    """
+    if kwargs.get("literal_binds"):
+        return compiler.visit_bindparam(bind, **kwargs)
+    first = compiler.binds.get(bind.key)
+    name = bind.key if first is None else compiler.bind_names[first]
+    compiler.bind_names[bind] = f"{name}{suffix}"
+    text = compiler.visit_bindparam(bind, **kwargs)
+    if first is not None:
+        compiler.binds[bind.key] = first
+    return text
 
 
 def resolved(clause: Any) -> Any:
@@ -156,6 +204,17 @@ def remember(context: Any, ring: Any) -> None:
 def remembered(context: Any) -> Any:
     """The keyring that the statement was executed with."""
     return context._sqla_byok
+
+
+def hold(connection: Any, ring: Any) -> None:
+    """Keep a keyring for as long as the connection's transaction lasts."""
+    connection._sqla_byok_unit = (connection.get_transaction(), ring)
+
+
+def held(connection: Any) -> Any:
+    """The keyring that :func:`hold` kept in this transaction; None after its end."""
+    transaction, ring = connection.__dict__.get("_sqla_byok_unit") or (None, None)
+    return ring if transaction is not None and transaction is connection.get_transaction() else None
 
 
 def pinned(connection: Any, tenant: str | None) -> str | None:

@@ -28,7 +28,7 @@ from azure.keyvault.keys.crypto import CryptographyClient, EncryptionAlgorithm
 from azure_fixtures import CLIENT_ID, REFERENCE, SECRET, VENDOR_ID, VENDOR_SECRET, Vault
 
 import sqla_byok.kms.azure as module
-from sqla_byok import errors
+from sqla_byok import Byok, errors
 from sqla_byok.errors import (
     AccessDeniedError,
     ConfigurationError,
@@ -966,6 +966,56 @@ def test_other_callers_log_as_before(vault: Vault, url: str, caplog: pytest.LogC
     assert not [
         r for r in caplog.records[:before] if r.name.partition(".")[0] in ("azure", "msal", "urllib3")
     ]
+
+
+# With all of the library
+
+
+@pytest.mark.parametrize("vendor", [False, True], ids=["own", "vendor"])
+def test_a_tenant_under_its_own_key(
+    vault: Vault, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: bool
+) -> None:
+    """Protects the wiring: profile, secrets and credentials of a Byok reach the vault; its log shows why; no is no."""
+    monkeypatch.setenv("BYOK_ORG42_SECRET", SECRET)
+    monkeypatch.setenv("BYOK_KEYSTORE_KEY", base64.b64encode(bytes(32)).decode())
+    byok = Byok(
+        f"sqlite:///{tmp_path / 'keystore.db'}",
+        keystore_key="env:BYOK_KEYSTORE_KEY",
+        kms_profiles={"default": vault.server.profile()},
+        secret_prefixes=("env:BYOK_ORG42_",),
+        credentials={"vendor-app": vault.vendor_credential},
+    )
+    byok.create_keystore()
+    byok.onboard(TENANT, vault.key(url, **({"credential": "vendor-app"} if vendor else {})))
+    byok.forget_keys()
+    with byok.tenant(TENANT):
+        pass
+    agents = [headers["User-Agent"].partition(" ")[0] for headers in vault.server.headers]
+    assert {"sqla-byok/onboard", "sqla-byok/open"} <= set(agents)
+    vault.server.disable(url)
+    byok.forget_keys()
+    with pytest.raises(KeyDisabledError), byok.tenant(TENANT):
+        pass
+    byok.close()
+
+
+def test_a_secret_that_is_not_the_tenants(
+    vault: Vault, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the vendor's own secrets: a customer cannot name one and have it sent to its directory."""
+    monkeypatch.setenv("DATABASE_URL", SECRET)
+    monkeypatch.setenv("BYOK_KEYSTORE_KEY", base64.b64encode(bytes(32)).decode())
+    byok = Byok(
+        f"sqlite:///{tmp_path / 'keystore.db'}",
+        keystore_key="env:BYOK_KEYSTORE_KEY",
+        kms_profiles={"default": vault.server.profile()},
+        secret_prefixes=("env:BYOK_",),
+    )
+    byok.create_keystore()
+    with pytest.raises(ConfigurationError, match="prefixes"):
+        byok.onboard(TENANT, vault.key(url, client_id=CLIENT_ID, client_secret="env:DATABASE_URL"))
+    assert vault.server.calls == {}
+    byok.close()
 
 
 # The double, with the SDK as it comes

@@ -355,7 +355,7 @@ def test_hashes_in_the_database_are_the_documented_ones(engine: Engine, byok: By
         with byok.tenant(tenant), engine.begin() as connection:
             connection.execute(insert(_hashed).values(id=number, **{column.key: value for column in sources}))
             raw = connection.execute(text(f"SELECT * FROM hashed WHERE id = {number}")).mappings().one()
-            salt = byok._keyrings.get(tenant)._search_salt
+            salt = byok._keyrings.get(tenant).salts._search_salt
         for column in sources:
             stored[tenant, column.key] = bytes(raw[f"{column.key}_hash"])
             expected = _expected_hash(salt, tenant, column.type, f"hashed.{column.key}", value)

@@ -1,0 +1,335 @@
+"""How a tenant's keys change over time: new generations, a new tenant key, a new wrapping.
+
+Several processes work with a tenant's keys, and each looks only now and then whether they changed. So a new data key
+or search salt goes through states, and every change is one transaction that holds if nobody else changed the tenant
+meanwhile::
+
+    pending     each process comes to know it: reads and searches with it, and does not write with it
+    active      what is written; the one that was active before becomes readable
+    readable    still read and searched with, until its rows are moved to the active one
+    retired     not used any more; kept, in case a row was missed
+    (gone)      destroyed
+
+Between the states lies the settle time, which no lock and no transaction spans. What is stored is a whole, valid state
+at any moment, so that a process may die anywhere: whoever comes next goes on from there. No time is stored. A
+generation that is found pending waits the whole settle time once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from sqla_byok.audit import Audit, GenerationChanged
+from sqla_byok.crypto.formats import (
+    ACTIVE,
+    DATA_KEY,
+    KINDS,
+    PENDING,
+    READABLE,
+    RETIRED,
+    Secret,
+    TenantKey,
+    is_reference,
+    new_key,
+    new_search_salt,
+    pack_tenant_key,
+)
+from sqla_byok.errors import ConfigurationError, KeystoreConflictError, KeystoreTamperedError
+from sqla_byok.keys.keyring import Clock, SealedRecord
+from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
+from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
+from sqla_byok.keys.salts import ExternalSalts
+
+__all__ = ["SETTLE", "Generations"]
+
+# A process that looked just before a change was stored writes and searches for WRITE_WITHIN more by what it saw
+# (15 s); a statement that was let through at the last moment has to reach the database, which is given one POLL_EVERY
+# (3 s); and clocks of different machines run at different rates, and threads wait for their turn (3 s). So 21 s after
+# a change nobody works without knowing of it.
+_MARGIN = 3.0
+SETTLE = WRITE_WITHIN + POLL_EVERY + _MARGIN
+
+# Another change of the tenant at the same time, such as of its other kind, is no reason to give up at once.
+_TRIES = 3
+
+TENANT_KEY = "tenant-key"
+WRAPPING = "wrapping"
+
+
+class Generations(Secret):
+    """Changes tenants' generations.
+
+    Every method loads the tenant's row, makes the next one of it and stores that if the row is still the same; after
+    three conflicts in a row it gives up. Each opens the tenant key anew, so that the customer's KMS has its say.
+
+    :param keystore: where the rows are.
+    :param load: gives a tenant's authenticated row.
+    :param unwrap: gives the tenant key of a row, 32 bytes, by a KMS call.
+    :param wrap: wraps a payload under the customer key that a wrapping names (its bytes are ignored), and proves by
+        unwrapping that it comes back.
+    :param salts: keeps the search salts that are kept elsewhere.
+    :param clock: sleeps while a change settles.
+    :param audit: hears of each change, after it was stored.
+    """
+
+    def __init__(
+        self,
+        keystore: Keystore,
+        load: Callable[[str], TenantRow],
+        unwrap: Callable[[TenantRow], bytes],
+        wrap: Callable[[bytes, Wrapping, str], Wrapping],
+        salts: ExternalSalts,
+        clock: Clock,
+        audit: Audit,
+    ) -> None:
+        self._keystore, self._load, self._unwrap, self._wrap = keystore, load, unwrap, wrap
+        self._salts = salts
+        self._clock, self._audit = clock, audit
+
+    def rotate(self, tenant: str, kind: str) -> int:
+        """Make a new generation of a kind, let it settle, and write with it from then on.
+
+        Takes :data:`SETTLE` seconds. Other processes write with the old one for at most WRITE_WITHIN seconds more:
+        call :meth:`settle` before you look which rows are left under it. Where several processes rotate at once, they
+        agree on one new generation.
+
+        :param kind: ``"data-key"`` or ``"search-salt"``.
+        :returns: the new generation.
+        :raises KeystoreConflictError: if other processes keep changing the tenant; calling it again goes on.
+        :raises KmsError: if the customer's KMS refuses or does not answer.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"a generation is of one of {', '.join(KINDS)}")
+        row = self._change(tenant, lambda row: None if _pending(row, kind) else self._published(row, kind))
+        fresh = _pending(row, kind)
+        assert fresh is not None  # noqa: S101 - found or published just now
+        self.settle()
+        self._change(tenant, lambda row: self._activated(row, fresh))
+        return fresh.generation
+
+    def settle(self) -> None:
+        """Wait until no process works without knowing what was stored before this call."""
+        self._clock.sleep(SETTLE)
+
+    def retire(self, tenant: str, kind: str, generation: int) -> None:
+        """Take a readable generation out of use, once no row is left under it.
+
+        Settles first, so that no process still writes with it. The record is kept until :meth:`destroy`; rows that
+        were missed cannot be read or found from now on.
+
+        :raises ConfigurationError: if it is active or pending, or not there. A retired one stays as it is.
+        """
+        self.settle()
+        self._change(tenant, lambda row: self._retired(row, kind, generation))
+
+    def destroy(self, tenant: str, kind: str, generation: int) -> None:
+        """Delete a retired generation. What was written with it is lost; nothing to do if it is gone.
+
+        :raises ConfigurationError: if it is not retired.
+        """
+        self._change(tenant, lambda row: self._destroyed(row, kind, generation))
+
+    def rekey(self, tenant: str) -> int:
+        """Make a new tenant key under the same customer keys, and seal every generation anew under it.
+
+        Rows are not touched. Other processes open the tenant anew at their next look.
+
+        :returns: the new generation of the tenant key.
+        :raises KmsError: if the customer's KMS refuses or does not answer; nothing is changed then.
+        """
+        return self._change(tenant, self._rekeyed).tenant_key_generation
+
+    def rewrap(
+        self, tenant: str, under: Sequence[Wrapping] | None = None, claims: Sequence[str] | None = None
+    ) -> None:
+        """Wrap the same tenant key again: by its customer keys' current versions, or by other customer keys.
+
+        Rows and generations are not touched, and other processes go on with the keys they hold.
+
+        :param under: which customer keys (provider and config); those it has unless given.
+        :param claims: what belongs to this tenant only; as before unless given.
+        :raises KmsError: if a KMS refuses or does not answer; nothing is changed then.
+        :raises ConfigurationError: if a claim is another tenant's.
+        """
+        self._change(
+            tenant, lambda row: self._rewrapped(row, row.wrappings if under is None else under), claims
+        )
+
+    # -- one change ----------------------------------------------------------------------------------------------
+
+    def _change(
+        self,
+        tenant: str,
+        make: Callable[[TenantRow], TenantRow | None],
+        claims: Sequence[str] | None = None,
+    ) -> TenantRow:
+        """Store what ``make`` makes of the tenant's row. None from it: there is nothing to do.
+
+        No secret is in this frame: ``make`` gives rows, whose keys are wrapped and sealed.
+        """
+        tries = 0
+        while True:
+            old = self._load(tenant)
+            new = make(old)
+            if new is None:
+                return old
+            try:
+                self._keystore.replace(old, new, claims)
+            except KeystoreConflictError:
+                tries += 1
+                if tries == _TRIES:
+                    raise
+            else:
+                self._tell(old, new)
+                return new
+
+    def _tell(self, old: TenantRow, new: TenantRow) -> None:
+        def tell(kind: str, generation: int, state: str) -> None:
+            self._audit.tell(GenerationChanged(new.tenant, kind, generation, state, new.epoch))
+
+        if new.tenant_key_id != old.tenant_key_id:
+            tell(TENANT_KEY, new.tenant_key_generation, ACTIVE)
+        elif new.wrappings != old.wrappings:
+            tell(WRAPPING, new.tenant_key_generation, ACTIVE)
+        before, after = _states(old), _states(new)
+        for key, state in after.items():
+            if before.get(key) != state:
+                tell(*key, state)
+        for key in before.keys() - after.keys():
+            tell(*key, "destroyed")
+
+    # -- what a row becomes; each frame here may hold a secret, none touches the database --------------------------
+
+    def _published(self, row: TenantRow, kind: str) -> TenantRow:
+        tenant_key = self._open(row)
+        generation = 1 + max(record.generation for record in row.generations if record.kind == kind)
+        secret = new_key() if kind == DATA_KEY else new_search_salt()
+        active = next(each for each in row.generations if each.kind == kind and each.state == ACTIVE)
+        elsewhere = self._salts.where(tenant_key, active)
+        if elsewhere is None:
+            record_id, sealed = tenant_key.seal(kind, generation, secret)
+        else:
+            record_id, sealed = self._salts.store(tenant_key, generation, secret, elsewhere)
+        fresh = SealedRecord(kind, generation, record_id, PENDING, sealed)
+        return _next(row, tenant_key, generations=[*row.generations, fresh])
+
+    def _activated(self, row: TenantRow, fresh: SealedRecord) -> TenantRow | None:
+        found = _find(row.generations, fresh.kind, fresh.generation)
+        if found is None or found.id != fresh.id:
+            raise KeystoreConflictError(
+                f"the {fresh.kind} of tenant {row.tenant!r} that was to become active is not there any more: the "
+                "keystore was changed or restored meanwhile; rotate again",
+                tenant=row.tenant,
+            )
+        if found.state != PENDING:
+            return None  # another process was faster
+        generations = [
+            record._replace(state=ACTIVE if record == found else READABLE)
+            if record == found or (record.kind == fresh.kind and record.state == ACTIVE)
+            else record
+            for record in row.generations
+        ]
+        return _next(row, self._open(row), generations=generations)
+
+    def _retired(self, row: TenantRow, kind: str, generation: int) -> TenantRow | None:
+        if _find(row.retired, kind, generation):
+            return None
+        found = _find(row.generations, kind, generation)
+        if found is None or found.state != READABLE:
+            state = "not there" if found is None else found.state
+            raise ConfigurationError(
+                f"{kind} {generation} of tenant {row.tenant!r} is {state}: only a readable generation can be retired",
+                tenant=row.tenant,
+            )
+        return _next(
+            row,
+            self._open(row),
+            generations=[record for record in row.generations if record != found],
+            retired=[*row.retired, found._replace(state=RETIRED)],
+        )
+
+    def _destroyed(self, row: TenantRow, kind: str, generation: int) -> TenantRow | None:
+        live = _find(row.generations, kind, generation)
+        if live is not None:
+            raise ConfigurationError(
+                f"{kind} {generation} of tenant {row.tenant!r} is {live.state}: only a retired generation can be "
+                "destroyed",
+                tenant=row.tenant,
+            )
+        found = _find(row.retired, kind, generation)
+        if found is None:
+            return None
+        left = [record for record in row.retired if record != found]
+        return _next(row, self._open(row), retired=left)
+
+    def _rekeyed(self, row: TenantRow) -> TenantRow:
+        old = self._open(row)
+        secret, generation = new_key(), row.tenant_key_generation + 1
+        payload = pack_tenant_key(secret, row.tenant, generation)
+        wrappings = [self._wrap(payload, wrapping, row.tenant) for wrapping in row.wrappings]
+        new = TenantKey(secret, row.tenant, generation)
+        row = replace(row, wrappings=wrappings, tenant_key_id=new.id, tenant_key_generation=generation)
+        return _next(
+            row,
+            new,
+            generations=[self._resealed(record, old, new) for record in row.generations],
+            retired=[self._resealed(record, old, new) for record in row.retired],
+        )
+
+    def _resealed(self, record: SealedRecord, old: TenantKey, new: TenantKey) -> SealedRecord:
+        if is_reference(record.sealed):
+            return self._salts.renewed(record, old, new)
+        secret = old.open(record.kind, record.generation, record.id, record.sealed)
+        _, sealed = new.seal(record.kind, record.generation, secret)
+        return record._replace(sealed=sealed)
+
+    def _rewrapped(self, row: TenantRow, under: Sequence[Wrapping]) -> TenantRow:
+        secret = self._unwrap(row)
+        tenant_key = _checked(TenantKey(secret, row.tenant, row.tenant_key_generation), row)
+        payload = pack_tenant_key(secret, row.tenant, row.tenant_key_generation)
+        wrappings = [self._wrap(payload, wrapping, row.tenant) for wrapping in under]
+        return _next(replace(row, wrappings=wrappings), tenant_key)
+
+    def _open(self, row: TenantRow) -> TenantKey:
+        return _checked(TenantKey(self._unwrap(row), row.tenant, row.tenant_key_generation), row)
+
+
+def _checked(tenant_key: TenantKey, row: TenantRow) -> TenantKey:
+    if tenant_key.id != row.tenant_key_id:
+        raise KeystoreTamperedError(
+            f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
+        )
+    tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
+    return tenant_key
+
+
+def _next(
+    row: TenantRow,
+    tenant_key: TenantKey,
+    *,
+    generations: Sequence[SealedRecord] | None = None,
+    retired: Sequence[SealedRecord] | None = None,
+) -> TenantRow:
+    """The row of the next epoch, with the manifest of its generations."""
+    live = row.generations if generations is None else generations
+    epoch = row.epoch + 1
+    return replace(
+        row,
+        epoch=epoch,
+        manifest_tag=tenant_key.manifest_tag(epoch, [record.record for record in live]),
+        generations=live,
+        retired=row.retired if retired is None else retired,
+    )
+
+
+def _pending(row: TenantRow, kind: str) -> SealedRecord | None:
+    return next((each for each in row.generations if each.kind == kind and each.state == PENDING), None)
+
+
+def _find(records: Sequence[SealedRecord], kind: str, generation: int) -> SealedRecord | None:
+    return next((each for each in records if (each.kind, each.generation) == (kind, generation)), None)
+
+
+def _states(row: TenantRow) -> dict[tuple[str, int], str]:
+    return {(each.kind, each.generation): each.state for each in (*row.generations, *row.retired)}
