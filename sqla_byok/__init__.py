@@ -38,6 +38,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keystore import keystore_metadata
 from sqla_byok.kms import AwsKms, LocalKms
+from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
 
@@ -73,6 +74,7 @@ __all__ = [
     "NotAttachedError",
     "NotEncryptedError",
     "SaltChangedError",
+    "Sealed",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
 
 from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, SEARCH_SALT, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError
+
+if TYPE_CHECKING:
+    from sqla_byok.keys.keystore import Wrapping
+    from sqla_byok.kms import KmsClient
 
 __all__ = ["Clock", "Keyring", "SealedRecord", "SystemClock"]
 
@@ -107,6 +111,7 @@ class Keyring(Secret):
         "_search_salt",
         "_tenant_key",
         "cleared",
+        "client",
         "deadline",
         "epoch",
         "fresh_until",
@@ -115,6 +120,7 @@ class Keyring(Secret):
         "tenant",
         "used",
         "wall_deadline",
+        "wrapping",
         "write",
         "write_until",
     )
@@ -126,6 +132,9 @@ class Keyring(Secret):
         self.cleared = False
         self.deadline = self.wall_deadline = self.fresh_until = self.write_until = self.used = 0.0
         self._tenant_key: TenantKey | None = tenant_key
+        # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
+        self.wrapping: Wrapping | None = None
+        self.client: KmsClient | None = None
         self.openers: dict[bytes, Opener] = {}
         self.load(epoch, records)
 
@@ -175,7 +184,7 @@ class Keyring(Secret):
         self.fresh_until = self.deadline = self.write_until = 0.0
         self.write = self._no_key()
         self.openers = {}
-        self._tenant_key = self._search_salt = None
+        self._tenant_key = self._search_salt = self.client = None
         self.salts.clear()
 
     def end(self) -> NoReturn:

@@ -19,6 +19,7 @@ from sqla_byok.errors import (
     KeystoreTamperedError,
     KeystoreUnavailableError,
     KmsNoAnswerError,
+    KmsRefusedError,
     KmsUnavailableError,
     UnknownTenantError,
 )
@@ -144,6 +145,24 @@ class Keyrings(Secret):
         """Which open tenant a value's header belongs to, for error messages."""
         return next((ring.tenant for ring in list(self._rings.values()) if header in ring.openers), None)
 
+    def direct(self, ring: Keyring) -> tuple[KmsClient, Wrapping]:
+        """What calls the customer key of an open tenant, and a wrapping under it. Makes no call to the KMS.
+
+        The client is kept with the keyring, and goes with it.
+
+        :raises KeysExpiredError: if the keyring was cleared.
+        """
+        wrapping, client = ring.wrapping, ring.client
+        if ring.cleared or wrapping is None:
+            ring.expired()
+        if client is None:
+            client = ring.client = self._client(wrapping)
+        return client, wrapping
+
+    def refused(self, tenant: str, error: KmsRefusedError) -> None:
+        """Drop the keys of a tenant whose KMS said "no" when it was asked for something else than opening."""
+        self.forget(tenant)
+
     def close(self) -> None:
         """Forget all keys and end the worker threads."""
         with self._lock:
@@ -235,6 +254,7 @@ class Keyrings(Secret):
                     return False
                 self._check(ring.tenant_key, row)
                 ring.load(row.epoch, row.generations)
+                ring.wrapping, ring.client = row.wrappings[0], None
         except KeystoreUnavailableError:
             # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look.
             _log.warning("the keystore does not answer; tenant %r goes on with the keys it has", ring.tenant)
@@ -254,6 +274,7 @@ class Keyrings(Secret):
         tenant_key = TenantKey(self._unwrap(row), tenant, row.tenant_key_generation)
         self._check(tenant_key, row)
         ring = Keyring(tenant_key, row.epoch, row.generations)
+        ring.wrapping = row.wrappings[0]
         # Counted from the sending of the call: what the KMS said is that old by now.
         ring.deadline = boot + row.revoke_within_ms / 1000
         ring.wall_deadline = wall + row.revoke_within_ms / 1000

@@ -14,9 +14,15 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect
 
-from sqla_byok.crypto.formats import HEADER_SIZE
+from sqla_byok.crypto.formats import HEADER_SIZE, is_direct
 from sqla_byok.crypto.values import Ring, explain_foreign
-from sqla_byok.errors import NotAttachedError, NoTenantError, TenantMismatchError, UnknownDataKeyError
+from sqla_byok.errors import (
+    DecryptError,
+    NotAttachedError,
+    NoTenantError,
+    TenantMismatchError,
+    UnknownDataKeyError,
+)
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 
@@ -60,6 +66,13 @@ class Slot:
         keyring = cast("Keyring", ring)  # the hooks put nothing else there
         if keyring.cleared:
             keyring.expired()
+        if is_direct(blob):
+            raise DecryptError(
+                f"{column}: a stored value was encrypted by the customer's KMS itself; only a column declared with "
+                "mode='direct' reads it",
+                tenant=ring.tenant,
+                column=column,
+            )
         owner = self.keyrings.owner_of(blob[:HEADER_SIZE]) if self.keyrings is not None else None
         if owner is not None:
             raise TenantMismatchError(
