@@ -10,7 +10,7 @@ opens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from sqlalchemy import inspect
 from sqlalchemy.orm import object_session
@@ -46,6 +46,9 @@ class Pending:
 
     def __repr__(self) -> str:
         return f"<a value of {self.cell.column}, not yet encrypted by the customer's KMS>"
+
+    def __str__(self) -> NoReturn:
+        raise TypeError(f"{self!r} is not for the database")  # PyMySQL sends str() of what it does not know
 
 
 def writer(slot: Slot, column: str, seal: _Process, final: _Process | None) -> _Process:
