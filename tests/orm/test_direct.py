@@ -38,6 +38,7 @@ from sqlalchemy import (
     LargeBinary,
     String,
     create_engine,
+    event,
     func,
     insert,
     select,
@@ -70,7 +71,7 @@ from sqla_byok import (
     UnknownDataKeyError,
 )
 from sqla_byok.keys.direct import AT_ONCE
-from sqla_byok.orm import direct
+from sqla_byok.orm import direct, types
 
 __all__ = ["local_kms", "meter"]  # fixtures
 
@@ -500,6 +501,30 @@ def test_the_mode_is_checked_shown_and_kept_apart() -> None:
     assert (direct.copy().mode, direct.bound_to("c.d").mode) == ("direct", "direct")
     assert repr(direct) == "Encrypted(String(length=5), column_id='a.b', mode='direct')"
     assert "mode" not in repr(envelope)
+
+
+def test_drivers_that_want_their_own_binary(
+    local: Byok, tmp_path: Path, meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a driver wants around bytes is put around what the KMS made, and taken off before the KMS is asked."""
+    monkeypatch.setattr(types, "_PLAIN_BYTES", frozenset())
+    engine = create_engine(f"sqlite:///{tmp_path / 'wrapped.db'}")
+    Base.metadata.create_all(engine)
+    local.attach(engine)
+    with local.session("t1", engine) as session:
+        sent: list[type] = []
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def see(conn: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> None:
+            sent.extend(type(value) for row in parameters if isinstance(row, tuple) for value in row)
+
+        session.execute(insert(patients), [{"kind": "plain", "ssn": "a"}, {"kind": "plain", "ssn": "b"}])
+        session.commit()
+        assert memoryview in sent
+        assert bytes not in sent
+        assert session.scalars(select(Patient.ssn).order_by(Patient.id)).all() == ["a", "b"]
+    assert (len(meter.encrypted), len(meter.decrypted)) == (2, 2)
+    engine.dispose()
 
 
 def test_mysql_has_room_for_what_a_kms_makes() -> None:
