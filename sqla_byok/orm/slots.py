@@ -14,9 +14,15 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect
 
-from sqla_byok.crypto.formats import HEADER_SIZE
+from sqla_byok.crypto.formats import HEADER_SIZE, is_direct
 from sqla_byok.crypto.values import Ring, explain_foreign
-from sqla_byok.errors import NotAttachedError, NoTenantError, TenantMismatchError, UnknownDataKeyError
+from sqla_byok.errors import (
+    DecryptError,
+    NotAttachedError,
+    NoTenantError,
+    TenantMismatchError,
+    UnknownDataKeyError,
+)
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 
@@ -68,6 +74,13 @@ def refuse_foreign(keyrings: Keyrings, where: str, ring: Keyring, blob: bytes) -
     explain_foreign(blob, where, ring.tenant)
     if ring.cleared:
         ring.expired()
+    if is_direct(blob):
+        raise DecryptError(
+            f"{where}: a stored value was encrypted by the customer's KMS itself; only a column declared with "
+            "mode='direct' reads it",
+            tenant=ring.tenant,
+            column=where,
+        )
     owner = keyrings.owner_of(blob[:HEADER_SIZE])
     if owner is not None:
         raise TenantMismatchError(
