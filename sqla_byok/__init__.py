@@ -40,7 +40,7 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.keystore import keystore_metadata
-from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, LocalKms
+from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
@@ -49,6 +49,7 @@ __all__ = [
     "AccessDeniedError",
     "AwsKms",
     "AwsSecretsManagerSalts",
+    "AzureKeyVault",
     "Byok",
     "ByokError",
     "ConfigurationError",

@@ -68,9 +68,6 @@ class Session(NamedTuple):
         return f"<Session {self.access_key}>"
 
 
-@lru_cache(
-    maxsize=32
-)  # customers choose regions; a client takes about 9 MB, so not any number of them is kept
 def connection(region: str | None, settings: Profile) -> Connection:
     """The one connection of a region and profile. Makes no call.
 
@@ -78,6 +75,13 @@ def connection(region: str | None, settings: Profile) -> Connection:
     :raises MissingExtraError: boto3 is not installed.
     """
     _import_boto3()
+    return _kept(region, settings)
+
+
+@lru_cache(
+    maxsize=32
+)  # customers choose regions; a client takes about 9 MB, so not any number of them is kept
+def _kept(region: str | None, settings: Profile) -> Connection:
     return Connection(region, settings)
 
 
@@ -189,7 +193,7 @@ def _import_boto3() -> tuple[Any, Any]:
         from boto3.session import Session as Boto3Session
         from botocore.config import Config
     except ImportError as error:
-        raise MissingExtraError('AwsKms needs boto3: pip install "sqla-byok[aws]"') from error
+        raise MissingExtraError('Calls to AWS need boto3: pip install "sqla-byok[aws]"') from error
     return Boto3Session, Config
 
 
@@ -263,13 +267,13 @@ _NO_REGION = Meaning(
     CredentialInvalidError,
     "operator",
     "no AWS region is configured",
-    "Set AWS_REGION for this process, or name the whole ARN.",
+    "Set AWS_DEFAULT_REGION for this process, or name the whole ARN.",
 )
 _THROTTLED = Meaning(
     ThrottledError,
     "operator",
     "the request quota is used up",
-    "Try again later, or raise the quota of our own account, which pays for all tenants' calls.",
+    "Try again later, or raise the quota of the account that calls: ours for all tenants, or that of a tenant's role.",
 )
 _FAULT = Meaning(KmsUnavailableError, "operator", "it has a fault of its own", "Try again later.")
 _NO_CONNECTION = Meaning(

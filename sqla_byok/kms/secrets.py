@@ -223,9 +223,9 @@ class Secrets:
         return ", ".join(texts) or "none"
 
     def _real_path(self, name: str, folder: str, tenant: str) -> str:
-        # The folder holds the tenant's id by now, which may be "..".
+        # The folder holds the tenant's id by now, which may be "..": then the name is not normal either.
         root, path = os.path.realpath(folder), os.path.realpath(name)
-        if _is_normal(folder[:-1]) and _is_normal(name) and path.startswith(root + "/"):
+        if _is_normal(name) and path.startswith(root + "/"):
             return path
         raise ConfigurationError(
             f"Tenant {tenant!r} may not use this reference to a secret: the file is not in the directory that the "
@@ -279,12 +279,15 @@ def _read_regular(path: str) -> tuple[str | None, str]:
     try:
         # Without waiting, should it be a pipe; links were followed before, and the result was checked.
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None, "it is not a regular file"
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(_MOST + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         return None, f"the file cannot be read ({type(error).__name__})"
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None, "it is not a regular file"
-        content = file.read(_MOST + 1)
     if len(content) > _MOST:
         return None, f"the file has more than {_MOST:,} bytes"
     try:
