@@ -31,7 +31,7 @@ class Clock(Protocol):
         """Seconds since the epoch."""
         ...
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, /) -> None:
         """Wait; used where generations have to settle."""
         ...
 
