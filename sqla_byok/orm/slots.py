@@ -16,7 +16,13 @@ from sqlalchemy import Dialect
 
 from sqla_byok.crypto.formats import HEADER_SIZE
 from sqla_byok.crypto.values import Ring, explain_foreign
-from sqla_byok.errors import NotAttachedError, NoTenantError, TenantMismatchError, UnknownDataKeyError
+from sqla_byok.errors import (
+    KeystoreUnavailableError,
+    NotAttachedError,
+    NoTenantError,
+    TenantMismatchError,
+    UnknownDataKeyError,
+)
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 
@@ -67,6 +73,13 @@ class Slot:
                 tenant=ring.tenant,
                 column=column,
                 owner=owner,
+            )
+        if self.keyrings is not None and self.keyrings.clock.boot() >= keyring.write_until:
+            raise KeystoreUnavailableError(
+                f"{column}: a stored value was sealed under a data key that this process does not know; it may be "
+                f"newer than its last look at the keystore, which has not answered for a while for tenant {ring.tenant!r}",
+                tenant=ring.tenant,
+                column=column,
             )
         raise UnknownDataKeyError(
             f"{column}: a stored value was sealed under a data key that tenant {ring.tenant!r} does not have; it is "
