@@ -176,7 +176,9 @@ def _fan_out(clause: Any, live: int) -> Any:
     statement = upstream.resolved(clause)
     if getattr(statement, "is_insert", False):
         _refuse_upsert(statement)
-    return statement.options(upstream.FanOut(live)) if hasattr(statement, "options") else clause
+    # A sequence and DDL come here as well.
+    compares = getattr(statement, "is_select", False) or getattr(statement, "is_dml", False)
+    return statement.options(upstream.FanOut(live)) if compares else clause
 
 
 def _refuse_upsert(statement: Any) -> None:

@@ -77,7 +77,7 @@ class Slot:
         if self.keyrings is not None and self.keyrings.clock.boot() >= keyring.write_until:
             raise KeystoreUnavailableError(
                 f"{column}: a stored value was sealed under a data key that this process does not know; it may be "
-                f"newer than its last look at the keystore, which has not answered for a while for tenant {ring.tenant!r}",
+                f"newer than its last look at the keystore, which has not answered for a while; tenant {ring.tenant!r}",
                 tenant=ring.tenant,
                 column=column,
             )

@@ -30,6 +30,7 @@ from sqla_byok import (
     ConfigurationError,
     Encrypted,
     KeyDisabledError,
+    KeysExpiredError,
     KeystoreConflictError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
@@ -370,6 +371,30 @@ async def test_from_asyncio(world: World) -> None:
     assert await byok.arekey("t1") == 2
     await byok.arewrap("t1")
     assert byok._keystore is not None
+
+
+@pytest.mark.parametrize("end", ["forgotten", "deadline", "rekeyed"])
+def test_what_is_read_by_an_earlier_epoch_ends_with_the_tenant(world: World, end: str) -> None:
+    """A result that began before a rotation is read on after it, and stops when the keys go, as any other."""
+    one = world.one
+    one.write(*"ABCDEF")
+    with one.engine.execution_options(byok_tenant="t1").connect() as connection:
+        rows = iter(connection.execution_options(yield_per=1).execute(_mrns))
+        assert next(rows)[0] == "A"
+        for expected in "BC":
+            world.two.byok.rotate_data_key("t1")
+            one.look()
+            one.look()
+            assert next(rows)[0] == expected
+        if end == "forgotten":
+            one.byok.forget_keys("t1")
+        elif end == "rekeyed":
+            world.two.byok.rekey("t1")
+            one.look()
+        else:
+            one.clock.turn(300)
+        with pytest.raises(KeysExpiredError):
+            next(rows)
 
 
 # -- retiring and destroying -----------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import sqlalchemy
 from keys_tools import TurnableClock
 from orm.search_forms import ENCRYPTED, FORMS, PLAIN, ids, rows, statements
 from sqlalchemy import (
+    DDL,
     Column,
     Engine,
     ForeignKey,
     Integer,
     MetaData,
+    Sequence,
     String,
     Table,
     and_,
@@ -29,6 +31,7 @@ from sqlalchemy import (
     lambda_stmt,
     or_,
     select,
+    text,
     union_all,
     update,
 )
@@ -45,6 +48,7 @@ from sqlalchemy.orm import (
     subqueryload,
     with_loader_criteria,
 )
+from sqlalchemy.schema import CreateSequence, DropSequence
 from sqlalchemy.types import TypeDecorator
 
 from sqla_byok import (
@@ -525,6 +529,23 @@ def test_other_ways_to_search(world: World, stage: str) -> None:
                     wrong[name] = found
         assert sorted(_by_closure(session, "B")) == [2, 4]
     assert wrong == {}
+
+
+def test_statements_that_search_nothing(world: World, engine: Engine) -> None:
+    """Text, functions, DDL and sequences run for a tenant whose salts are being rotated as for any other."""
+    world.rotate("readable", lambda other: None)
+    with world.one.session() as session:
+        connection = session.connection()
+        assert connection.scalar(text("SELECT 1")) == 1
+        assert connection.execute(text("SELECT 1").columns(id=Integer)).all() == [(1,)]
+        assert connection.scalar(func.lower("A")) == "a"
+        if engine.dialect.supports_sequences:
+            sequence = Sequence("numbers")
+            connection.execute(CreateSequence(sequence))
+            assert connection.scalar(sequence) == 1
+            connection.execute(DropSequence(sequence))
+        _slow.create(connection)
+        connection.execute(DDL("DROP TABLE slow"))
 
 
 @pytest.mark.parametrize("name", ["sqlite", "postgresql"])
