@@ -23,7 +23,7 @@ comma := ,
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-2.0 check format bench docs smoke clean
+.PHONY: help demo test test-2.0 check format bench bench-kms plots docs smoke clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,12 @@ format: $(VENV)/check.stamp ## put the code in the house's format
 
 bench: $(VENV)/test.stamp ## measure, side by side with plain SQLAlchemy
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+bench-kms: $(VENV)/test.stamp ## count KMS calls and their time, envelope beside direct mode
+	$(VENV)/bin/python benchmarks/kms.py $(ARGS)
+
+plots: $(VENV)/docs.stamp ## draw the plots of the documentation again
+	$(VENV)/bin/python benchmarks/plot.py
 
 docs: $(VENV)/docs.stamp ## build the documentation into site/
 	$(VENV)/bin/mkdocs build --strict $(ARGS)

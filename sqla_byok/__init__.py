@@ -1,4 +1,7 @@
-"""Bring Your Own Key for SQLAlchemy: columns encrypted under each customer's own key, and searchable."""
+"""Bring Your Own Key for SQLAlchemy: columns encrypted under each customer's own key, and searchable.
+
+PYTEST_DONT_REWRITE: else pytest, which finds a plugin in this distribution, warns where this is imported before it.
+"""
 
 from sqla_byok.errors import (
     AccessDeniedError,
@@ -37,13 +40,16 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.keystore import keystore_metadata
-from sqla_byok.kms import AwsKms, LocalKms
+from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
+from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
 
 __all__ = [
     "AccessDeniedError",
     "AwsKms",
+    "AwsSecretsManagerSalts",
+    "AzureKeyVault",
     "Byok",
     "ByokError",
     "ConfigurationError",
@@ -73,6 +79,7 @@ __all__ = [
     "NotAttachedError",
     "NotEncryptedError",
     "SaltChangedError",
+    "SecretStore",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",

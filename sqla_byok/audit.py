@@ -8,11 +8,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
-__all__ = ["Audit", "Event", "GenerationChanged", "KeyStateChanged", "KeysOpened", "KmsCalled"]
+__all__ = [
+    "Actor",
+    "Audit",
+    "Event",
+    "GenerationChanged",
+    "KeyStateChanged",
+    "KeysOpened",
+    "KmsCalled",
+    "acting",
+]
 
 _log = logging.getLogger("sqla_byok.audit")
+
+
+class Actor(NamedTuple):
+    """On whose behalf the program works, and what for, where it said."""
+
+    name: str | None = None
+    purpose: str | None = None
+
+
+NOBODY = Actor()
+
+acting: ContextVar[Actor] = ContextVar("byok_acting", default=NOBODY)
+"""Who is named in the audit for what this thread or task opens."""
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,8 @@ class CredentialInvalidError(KmsRefusedError):
 class WrongKeyError(KmsRefusedError):
     """The wrapped tenant key is not this key's, is not this tenant's, or is damaged."""
 
+    action_by = "operator"
+
 
 class KmsNoAnswerError(KmsError):
     """The KMS did not answer. Nothing is known about the key; the call may be tried again."""

@@ -4,53 +4,92 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
-import json
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
-from sqla_byok.audit import Audit
-from sqla_byok.crypto.formats import (
-    ACTIVE,
-    DATA_KEY,
-    SEARCH_SALT,
-    Secret,
-    TenantKey,
-    check_tenant,
-    new_key,
-    new_search_salt,
-    pack_tenant_key,
-)
+from sqla_byok.audit import Actor, Audit, Event, acting
+from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT, Secret, check_tenant
+from sqla_byok.crypto.values import open_bytes, seal_bytes
 from sqla_byok.errors import (
+    ByokError,
     ConfigurationError,
     KeystoreTamperedError,
     NotAttachedError,
-    TenantExistsError,
-    WrongKeyError,
+    NoTenantError,
 )
+from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.database import open_database
 from sqla_byok.keys.generations import Generations
-from sqla_byok.keys.keyring import Clock, SealedRecord, SystemClock
+from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
+from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
-from sqla_byok.kms import Kms, KmsClient, describe
+from sqla_byok.keys.keystore import Keystore, Wrapping
+from sqla_byok.keys.onboarding import Onboarding, Proof
+from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.kms import Kms, Operator, Salts, providers
+from sqla_byok.kms.profiles import Profile
+from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.orm.hooks import TENANT_OPTION, attach
-from sqla_byok.orm.slots import slot_of
+from sqla_byok.orm.slots import refuse_foreign, slot_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-__all__ = ["Byok"]
+__all__ = ["Byok", "Outcome", "Status"]
 
-_CLIENTS_KEPT = 1_000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What :meth:`Byok.each_tenant` got for one tenant.
+
+    :param tenant: whose turn it was.
+    :param value: what the function returned; None where it did not come to that.
+    :param error: why not, such as a :class:`KeyDisabledError`.
+    """
+
+    tenant: str
+    value: T | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the tenants of this process are.
+
+    :param tenants: how many there are in the keystore.
+    :param fresh: how many are open, and their KMS has agreed within ``revoke_within``.
+    :param grace: how many are served on although their KMS does not answer, within their ``outage_grace``.
+    :param dark: how many cannot be opened, as far as this process has tried.
+    :param changed_recently: how many became dark, came into grace, or came out of either in the last five minutes. Many
+        at once are hardly as many customers' decision: look at ``causes``.
+    :param causes: how many tenants' last KMS call failed, by exception and by who must act (``"customer"`` or
+        ``"operator"``).
+    :param breakers: for how many tenants the KMS is left alone for some seconds after repeated failures.
+    :param waiting: how many threads and tasks wait for a tenant to be opened.
+    :param warnings: what somebody should do soon, such as renew a credential that expires within 30 days.
+    """
+
+    tenants: int
+    fresh: int
+    grace: int
+    dark: int
+    changed_recently: int
+    causes: Mapping[tuple[str, str], int]
+    breakers: int
+    waiting: int
+    warnings: tuple[str, ...]
 
 
 class Byok(Secret):
@@ -76,12 +115,23 @@ class Byok(Secret):
         another key. Without it only :class:`LocalKms` tenants may be onboarded. Make one with
         ``python -c "import base64, os; print(base64.b64encode(os.urandom(32)).decode())"`` and keep it outside the
         database.
-    :param revoke_within: seconds, 1 to 86,400: what a tenant is onboarded with unless told otherwise. Keys are used no
-        longer than this after the customer's KMS last said yes.
+    :param revoke_within: seconds, 1 to 86,400, or 0: what a tenant is onboarded with unless told otherwise. Keys are
+        used no longer than this after the customer's KMS last said yes. 0 is a KMS call for each unit of work: each
+        transaction, for 60 seconds at most.
+    :param outage_grace: seconds, 0 to 3,600: what a tenant is onboarded with unless told otherwise. How much longer its
+        keys may be used while its KMS does not answer at all. Raise it only with the customer's consent.
     :param max_tenants: how many tenants stay open in memory.
+    :param default_kms: your own customer key, for tenants that bring none. They can move to their own, and back, by
+        :meth:`rewrap`.
     :param single_tenant: the tenant of every statement that has no other, for an application that serves only one.
-    :param kms_profiles: what KMS clients are to use, by profile name: endpoints, timeouts, proxies. From code only;
-        the keystore and the customer name a profile, never its content.
+    :param kms_profiles: how KMS are reached, by profile name; see :class:`~sqla_byok.kms.profiles.Profile`. From code
+        only; the keystore and the customer name a profile, never its content.
+    :param credentials: factories of credentials by name, for ``AzureKeyVault(credential="name")``. Each takes the
+        customer's directory id and returns a credential of azure-identity.
+    :param secret_prefixes: under which prefixes references to secrets are resolved, such as ``"env:BYOK_"``; none
+        unless given. ``{tenant}`` in a prefix stands for the tenant.
+    :param secret_stores: places for secrets of your own, by the scheme that references to them begin with.
+    :param on_event: called with each audit event (:mod:`sqla_byok.audit`), in the thread in which it happened.
     :param clock: where time is read; for tests.
     :raises ConfigurationError: if a parameter cannot be used.
     """
@@ -92,26 +142,46 @@ class Byok(Secret):
         *,
         keystore_key: str | None = None,
         revoke_within: float = 300.0,
+        outage_grace: float = 0.0,
         max_tenants: int = 10_000,
+        default_kms: Kms | None = None,
         single_tenant: str | None = None,
         kms_profiles: Mapping[str, Mapping[str, Any]] | None = None,
+        credentials: Mapping[str, Callable[[str], Any]] | None = None,
+        secret_prefixes: Sequence[str] = (),
+        secret_stores: Mapping[str, SecretStore] | None = None,
+        on_event: Callable[[Event], object] | None = None,
         clock: Clock | None = None,
     ) -> None:
         if max_tenants < 1:
             raise ConfigurationError("max_tenants takes at least 1")
         if single_tenant is not None:
             check_tenant(single_tenant)
-        self._revoke_within_ms = _milliseconds(revoke_within)
-        self._profiles = {"default": {}, **(kms_profiles or {})}
-        self._clients: dict[Kms, KmsClient] = {}
+        self._revoke_within_ms = _revoke_within(revoke_within)
+        self._outage_grace_ms = _outage_grace(outage_grace)
+        profiles = {"default": {}, **(kms_profiles or {})}
+        for settings in profiles.values():
+            Profile.parse(settings)
         self._single_tenant = single_tenant
         self._tenant: ContextVar[_Scope | None] = ContextVar("byok_tenant", default=None)
+        clock = clock or SystemClock()
+        self._audit = Audit(*(() if on_event is None else (on_event,)))
+        secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
         self._database = open_database(keystore)
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
-        self._keyrings = Keyrings(self._keystore, self._client_of, clock or SystemClock(), max_tenants)
-        rings = self._keyrings
+        operator = Operator(secrets, credentials or {})
+        salts = ExternalSalts(profiles, operator)
+        self._customer_keys = CustomerKeys(profiles, operator, self._audit)
+        self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
+        self._keyrings = Keyrings(self._keystore, self._customer_keys, salts, clock, max_tenants, self._audit)
         self._generations = Generations(
-            self._keystore, rings._row, rings._unwrap, self._wrap, rings.clock, Audit()
+            self._keystore,
+            self._keyrings.row,
+            self._keyrings.unwrap,
+            self._customer_keys.rewrap,
+            salts,
+            clock,
+            self._audit,
         )
 
     # -- setting up --------------------------------------------------------------------------------------------------
@@ -138,102 +208,214 @@ class Byok(Secret):
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
             attach(sync_engine, self._keyrings, self._current_tenant)
 
-    def onboard(self, tenant: str, kms: Kms, *, revoke_within: float | None = None) -> None:
+    @staticmethod
+    def register_kms(provider: type[Kms]) -> None:
+        """Make a KMS provider of your own known, before the first tenant that uses it is onboarded or opened.
+
+        :param provider: a class derived from :class:`sqla_byok.kms.base.Kms`, with a ``provider`` name of its own.
+        :raises ConfigurationError: the name is taken by another class, or is none.
+        """
+        name = getattr(provider, "provider", None)
+        if not isinstance(name, str) or not 1 <= len(name) <= 40:
+            raise ConfigurationError("a KMS class needs a provider name of 1 to 40 characters")
+        if providers.setdefault(name, provider) is not provider:
+            raise ConfigurationError(f"there is another KMS provider of the name {name!r}")
+
+    def external_id(self, tenant: str) -> str:
+        """The external id with which the role of ``AwsKms(…, role_arn=…)`` is assumed for this tenant.
+
+        The customer names it in the trust policy of its role, before it is onboarded. It is no secret.
+
+        :returns: 32 hexadecimal digits, always the same for the same tenant and ``keystore_key``.
+        :raises ConfigurationError: without ``keystore_key``.
+        """
+        return self._keystore.external_id(tenant)
+
+    def onboard(
+        self,
+        tenant: str,
+        kms: Kms | None = None,
+        *,
+        revoke_within: float | None = None,
+        outage_grace: float | None = None,
+        salts: Salts | None = None,
+    ) -> None:
         """Give a tenant its keys, wrapped by its customer key.
 
         The key is proved by a real encrypt and decrypt before anything is stored. Nothing is kept in memory: the
         first use opens the tenant from the stored row. Onboarding again with the same key is fine and changes nothing.
 
         :param tenant: the name by which the tenant is known, 1 to 255 bytes in NFC.
-        :param kms: the customer key, such as ``AwsKms("arn:aws:kms:…")``.
-        :param revoke_within: seconds, 1 to 86,400; the Byok's own value unless given.
-        :raises TenantExistsError: if the tenant is there with another key or deadline.
-        :raises KmsError: if the KMS refuses or does not answer; each outcome has its own class.
-        :raises ConfigurationError: without ``keystore_key``, for any key but LocalKms.
+        :param kms: the customer key, such as ``AwsKms("arn:aws:kms:…")``; without it, Byok's ``default_kms``.
+        :param revoke_within: seconds, 0 or 1 to 86,400; the Byok's own value unless given.
+        :param outage_grace: seconds, 0 to 3,600; the Byok's own value unless given.
+        :param salts: where the search salt is kept, such as :class:`AwsSecretsManagerSalts`; in the keystore unless
+            given.
+        :raises TenantExistsError: if the tenant is there with another key, deadline, grace or place for its salts.
+        :raises KmsError: if the KMS refuses or does not answer; each outcome has its own class, and says who must do
+            what.
+        :raises ConfigurationError: without ``keystore_key``, for any key but LocalKms; if the key, role or secret is
+            another tenant's; if there is no key to take.
         """
         check_tenant(tenant)
-        self._keystore.require_key(kms.provider)
-        milliseconds = self._revoke_within_ms if revoke_within is None else _milliseconds(revoke_within)
-        config = json.dumps(kms.config(), sort_keys=True)
-        if self._is_onboarded(tenant, kms, config, milliseconds):
-            return
-        try:
-            self._keystore.insert(self._new_row(tenant, kms, config, milliseconds))
-        except TenantExistsError:
-            # Somebody else onboarded it just now; theirs stands.
-            if self._is_onboarded(tenant, kms, config, milliseconds):
-                return
-        else:
-            return
-        raise TenantExistsError(
-            f"the keystore's database takes {tenant!r} for the same name as another tenant's, perhaps since they "
-            "differ in trailing blanks only; choose another name",
-            tenant=tenant,
+        self._onboarding.onboard(
+            tenant,
+            kms,
+            self._revoke_within_ms if revoke_within is None else _revoke_within(revoke_within),
+            self._outage_grace_ms if outage_grace is None else _outage_grace(outage_grace),
+            salts,
         )
 
-    async def aonboard(self, tenant: str, kms: Kms, *, revoke_within: float | None = None) -> None:
+    async def aonboard(
+        self,
+        tenant: str,
+        kms: Kms | None = None,
+        *,
+        revoke_within: float | None = None,
+        outage_grace: float | None = None,
+        salts: Salts | None = None,
+    ) -> None:
         """:meth:`onboard` from asyncio."""
-        await asyncio.to_thread(self.onboard, tenant, kms, revoke_within=revoke_within)
+        await asyncio.to_thread(
+            self.onboard, tenant, kms, revoke_within=revoke_within, outage_grace=outage_grace, salts=salts
+        )
 
-    def tenants(self) -> list[str]:
-        """The names of all onboarded tenants, sorted. Opens none of them."""
-        return self._keystore.tenants()
+    def update_credentials(self, tenant: str, kms: Kms) -> None:
+        """Reach the same customer key in another way: with a new client secret, another role, another profile.
 
-    async def atenants(self) -> list[str]:
-        """:meth:`tenants` from asyncio."""
-        return await asyncio.to_thread(self.tenants)
+        The new way is proved on the stored tenant key before it is stored. Nobody notices: processes that have the
+        tenant open go on, and take the new way at their next call.
 
-    # -- working for a tenant ----------------------------------------------------------------------------------------
-
-    def tenant(self, tenant: str) -> _Within:
-        """Work for one tenant within a block, in this thread or task: ``with`` or ``async with``.
-
-        Entering opens the tenant's keys where they are not in memory: one KMS call, for which a plain ``with`` in
-        a coroutine would hold up the event loop. Blocks nest; a session's or engine's execution option
-        ``byok_tenant`` goes before the block.
-
-        A :class:`~sqlalchemy.orm.Session` serves one tenant: do not carry one from a block into another
-        tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
-        :meth:`session` has neither trap.
-
-        :raises UnknownTenantError: on entering, if the tenant was never onboarded.
-        :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
+        :param kms: the same key with what is to change.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises ConfigurationError: if it is another key; :meth:`rewrap` moves a tenant to one.
+        :raises KmsError: if the key cannot be used in the new way; the old one stays.
         """
-        return _Within(tenant, self._tenant, self._keyrings)
+        self._onboarding.update_credentials(tenant, kms)
 
-    @contextmanager
-    def session(self, tenant: str, engine: Engine, **options: Any) -> Iterator[Session]:
-        """A session whose every statement, lazy load and flush works on one tenant's data.
+    async def aupdate_credentials(self, tenant: str, kms: Kms) -> None:
+        """:meth:`update_credentials` from asyncio."""
+        await asyncio.to_thread(self.update_credentials, tenant, kms)
+
+    # -- looking after tenants ---------------------------------------------------------------------------------------
+
+    def tenants(self, state: str | None = None) -> list[str]:
+        """The names of the onboarded tenants, sorted. Opens none of them.
+
+        :param state: only those that are ``"fresh"``, ``"grace"``, ``"dark"`` or ``"closed"`` in this process; see
+            :class:`Status`. A tenant that was not used here is closed, whatever its KMS would say.
+        :raises ConfigurationError: for another state.
+        """
+        if state not in (None, FRESH, GRACE, DARK, CLOSED):
+            raise ConfigurationError('a state is one of "fresh", "grace", "dark" and "closed"')
+        names = self._keystore.tenants()
+        return (
+            names if state is None else [name for name in names if self._keyrings.health.state(name) == state]
+        )
+
+    async def atenants(self, state: str | None = None) -> list[str]:
+        """:meth:`tenants` from asyncio."""
+        return await asyncio.to_thread(self.tenants, state)
+
+    def each_tenant(
+        self,
+        work: Callable[[str], T],
+        *,
+        tenants: Iterable[str] | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> list[Outcome[T]]:
+        """Do something for each tenant in its own block, and go on past those that are dark.
 
         ::
 
-            with byok.session("org-42", engine) as session:
-                session.scalars(select(Patient).where(Patient.mrn == "A-1")).one()
+            for outcome in byok.each_tenant(lambda tenant: count_overdue(tenant)):
+                print(outcome.tenant, outcome.error or outcome.value)
 
-        The tenant is opened before a connection is taken from the pool. The same holds for a session of your own over
-        ``engine.execution_options(byok_tenant="org-42")``.
-
-        :param engine: an attached engine.
-        :param options: what :class:`~sqlalchemy.orm.Session` takes.
-        :raises NotAttachedError: if the engine was not given to :meth:`attach`.
+        :param work: called with the tenant's name within ``with byok.tenant(name)``. Its errors of this library are
+            collected; any other ends the round.
+        :param tenants: whose turn it is; all of them unless given.
         """
-        self._require_attached(engine)
-        self._keyrings.get(tenant)
-        with Session(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
-            yield session
+        outcomes = []
+        for name in self.tenants() if tenants is None else tenants:
+            try:
+                with self.tenant(name, actor=actor, reason=reason):
+                    outcomes.append(Outcome(name, work(name)))
+            except ByokError as error:
+                outcomes.append(Outcome[T](name, error=error))
+        return outcomes
 
-    @asynccontextmanager
-    async def asession(self, tenant: str, engine: AsyncEngine, **options: Any) -> AsyncIterator[AsyncSession]:
-        """:meth:`session` for asyncio.
+    async def aeach_tenant(
+        self,
+        work: Callable[[str], Awaitable[T]],
+        *,
+        tenants: Iterable[str] | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> list[Outcome[T]]:
+        """:meth:`each_tenant` for asyncio; ``work`` is a coroutine function."""
+        outcomes = []
+        for name in await self.atenants() if tenants is None else tenants:
+            try:
+                async with self.tenant(name, actor=actor, reason=reason):
+                    outcomes.append(Outcome(name, await work(name)))
+            except ByokError as error:
+                outcomes.append(Outcome[T](name, error=error))
+        return outcomes
 
-        :param options: what :class:`~sqlalchemy.ext.asyncio.AsyncSession` takes.
+    def preload(self, tenants: Iterable[str] | None = None, *, within: float = 10.0) -> list[Outcome[None]]:
+        """Open tenants side by side, so that their first requests find them open. What fails is told, never raised.
+
+        :param tenants: which ones; all of them unless given.
+        :param within: how many seconds to take at most.
         """
-        from sqlalchemy.ext.asyncio import AsyncSession  # needs greenlet, which only asyncio needs
+        try:
+            names = self.tenants() if tenants is None else list(tenants)
+        except ByokError as error:
+            return [Outcome("", error=error)]
+        return [Outcome(name, error=error) for name, error in self._keyrings.preload(names, within).items()]
 
-        self._require_attached(getattr(engine, "sync_engine", None))
-        await self._keyrings.aget(tenant)
-        async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
-            yield session
+    async def apreload(
+        self, tenants: Iterable[str] | None = None, *, within: float = 10.0
+    ) -> list[Outcome[None]]:
+        """:meth:`preload` from asyncio."""
+        return await asyncio.to_thread(self.preload, tenants, within=within)
+
+    def probe(self, tenant: str) -> Proof:
+        """Prove the tenant's key by a call to its KMS, whatever is in memory.
+
+        :returns: how long it took, and what somebody should do soon.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if the KMS refuses or does not answer; each outcome has its own class.
+        """
+        return self._onboarding.probe(tenant)
+
+    async def aprobe(self, tenant: str) -> Proof:
+        """:meth:`probe` from asyncio."""
+        return await asyncio.to_thread(self.probe, tenant)
+
+    def status(self) -> Status:
+        """How the tenants of this process are, and what somebody should do soon. Calls no KMS."""
+        health, states = self._keyrings.health, list(self._keyrings.health.states().values())
+        return Status(
+            tenants=len(self._keystore.tenants()),
+            fresh=states.count(FRESH),
+            grace=states.count(GRACE),
+            dark=states.count(DARK),
+            changed_recently=health.changed_recently(),
+            causes=health.causes(),
+            breakers=health.breakers(),
+            waiting=self._keyrings.waiting(),
+            warnings=tuple(
+                warning
+                for name, expires in self._expiries()
+                for warning in self._onboarding.warnings(name, expires)
+            ),
+        )
+
+    async def astatus(self) -> Status:
+        """:meth:`status` from asyncio."""
+        return await asyncio.to_thread(self.status)
 
     # -- changing keys -----------------------------------------------------------------------------------------------
 
@@ -264,14 +446,20 @@ class Byok(Secret):
     def rewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """Wrap the tenant key by the current version of its customer key, or by another customer key.
 
+        Rows are not touched, and nobody notices. A tenant of ``default_kms`` that brings its own key moves to it in
+        this way, and back with ``rewrap(tenant, default_kms)``. Both KMS have to agree: the old one opens, the new one
+        wraps and is proved by unwrapping.
+
         :param kms: the other customer key.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if a KMS refuses or does not answer; nothing is changed then.
+        :raises ConfigurationError: if the key, role or secret is another tenant's.
         """
         if kms is None:
             self._generations.rewrap(tenant)
             return
-        self._keystore.require_key(kms.provider)
-        under = Wrapping(kms.provider, json.dumps(kms.config(), sort_keys=True), b"", "")
-        self._generations.rewrap(tenant, [under], kms.claims())
+        kms, claims = self._onboarding.bound(tenant, kms)
+        self._generations.rewrap(tenant, [Wrapping(kms.provider, stored_config(kms), b"", "")], claims)
 
     async def arewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """:meth:`rewrap` from asyncio."""
@@ -280,7 +468,8 @@ class Byok(Secret):
     def forget_keys(self, tenant: str | None = None) -> None:
         """Take one tenant's keys, or all, out of memory at once; results still being read fail from here on.
 
-        Other processes keep theirs until their own deadline.
+        The next use asks the KMS, also where repeated failures would have left it alone for some seconds. Other
+        processes keep their keys until their own deadline.
         """
         self._keyrings.forget(tenant)
 
@@ -293,11 +482,143 @@ class Byok(Secret):
         """:meth:`close` from asyncio."""
         await asyncio.to_thread(self.close)
 
+    # -- working for a tenant ----------------------------------------------------------------------------------------
+
+    def tenant(self, tenant: str, *, actor: str | None = None, reason: str | None = None) -> _Within:
+        """Work for one tenant within a block, in this thread or task: ``with`` or ``async with``.
+
+        Entering opens the tenant's keys where they are not in memory: one KMS call, for which a plain ``with`` in
+        a coroutine would hold up the event loop. Blocks nest; a session's or engine's execution option
+        ``byok_tenant`` goes before the block.
+
+        A :class:`~sqlalchemy.orm.Session` serves one tenant: do not carry one from a block into another
+        tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
+        :meth:`session` has neither trap.
+
+        :param actor: who asks, for the audit.
+        :param reason: what for.
+        :raises UnknownTenantError: on entering, if the tenant was never onboarded.
+        :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
+        """
+        return _Within(tenant, self._tenant, self._keyrings, Actor(actor, reason))
+
+    @contextmanager
+    def session(
+        self,
+        tenant: str,
+        engine: Engine,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        **options: Any,
+    ) -> Iterator[Session]:
+        """A session whose every statement, lazy load and flush works on one tenant's data.
+
+        ::
+
+            with byok.session("org-42", engine) as session:
+                session.scalars(select(Patient).where(Patient.mrn == "A-1")).one()
+
+        The tenant is opened before a connection is taken from the pool. The same holds for a session of your own over
+        ``engine.execution_options(byok_tenant="org-42")``.
+
+        :param engine: an attached engine.
+        :param actor: who asks, for the audit of the opening.
+        :param reason: what for.
+        :param options: what :class:`~sqlalchemy.orm.Session` takes.
+        :raises NotAttachedError: if the engine was not given to :meth:`attach`.
+        """
+        self._require_attached(engine)
+        with _acting(actor, reason):
+            self._keyrings.enter(tenant)
+        with Session(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
+            yield session
+
+    @asynccontextmanager
+    async def asession(
+        self,
+        tenant: str,
+        engine: AsyncEngine,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        **options: Any,
+    ) -> AsyncIterator[AsyncSession]:
+        """:meth:`session` for asyncio.
+
+        :param options: what :class:`~sqlalchemy.ext.asyncio.AsyncSession` takes.
+        """
+        from sqlalchemy.ext.asyncio import AsyncSession  # needs greenlet, which only asyncio needs
+
+        self._require_attached(getattr(engine, "sync_engine", None))
+        with _acting(actor, reason):
+            await self._keyrings.aenter(tenant)
+        async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
+            yield session
+
+    def seal(self, data: bytes, purpose: str) -> bytes:
+        """Encrypt bytes under the current tenant's data key, for a place outside the columns: a task's argument, a
+        cache, a file.
+
+        ::
+
+            with byok.tenant("org-42"):
+                message = byok.seal(b"result ready for A-1", "mail-task")
+
+        :param data: what to encrypt.
+        :param purpose: what it is for, 1 to 200 characters; it opens for the same tenant and purpose only.
+        :returns: 46 bytes more than the data.
+        :raises NoTenantError: outside ``byok.tenant()``, without ``single_tenant``.
+        :raises KmsError: if the tenant has to be opened and its KMS refuses or does not answer.
+        :raises ConfigurationError: if the purpose is empty or too long.
+        """
+        return seal_bytes(self._ring(), data, _purpose(purpose))
+
+    async def aseal(self, data: bytes, purpose: str) -> bytes:
+        """:meth:`seal` from asyncio."""
+        return seal_bytes(await self._aring(), data, _purpose(purpose))
+
+    def unseal(self, sealed: bytes, purpose: str) -> bytes:
+        """Decrypt what :meth:`seal` returned, for the same tenant and purpose.
+
+        :raises TamperedError: it does not authenticate: altered, or sealed for another purpose.
+        :raises TenantMismatchError: it is another tenant's.
+        :raises NotEncryptedError: it is nothing that was sealed.
+        :raises NoTenantError: outside ``byok.tenant()``, without ``single_tenant``.
+        :raises KmsError: if the tenant has to be opened and its KMS refuses or does not answer.
+        :raises ConfigurationError: if the purpose is empty or too long.
+        """
+        return open_bytes(self._ring(), sealed, _purpose(purpose), self._refuse)
+
+    async def aunseal(self, sealed: bytes, purpose: str) -> bytes:
+        """:meth:`unseal` from asyncio."""
+        return open_bytes(await self._aring(), sealed, _purpose(purpose), self._refuse)
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _current_tenant(self) -> str | None:
         scope = self._tenant.get()
         return self._single_tenant if scope is None else scope.tenant
+
+    def _required_tenant(self) -> str:
+        tenant = self._current_tenant()
+        if tenant is None:
+            raise NoTenantError("no tenant is set; do this within 'with byok.tenant(tenant)'")
+        return tenant
+
+    def _ring(self) -> Keyring:
+        return self._keyrings.get(self._required_tenant())
+
+    async def _aring(self) -> Keyring:
+        return await self._keyrings.aget(self._required_tenant())
+
+    def _refuse(self, ring: Keyring, blob: bytes, where: str) -> None:
+        refuse_foreign(self._keyrings, where, ring, blob)
+
+    def _expiries(self) -> Iterator[tuple[str, date | None]]:
+        for tenant, provider, config in self._keystore.configs():
+            with suppress(KeystoreTamperedError, ConfigurationError):
+                yield tenant, self._customer_keys.describe(Wrapping(provider, config, b"", "")).expires()
 
     def _require_attached(self, engine: object) -> None:
         if not isinstance(engine, Engine):
@@ -308,80 +629,6 @@ class Byok(Secret):
         if slot_of(engine.dialect).keyrings is not self._keyrings:
             raise NotAttachedError("give the engine to Byok.attach() before you open a session on it")
 
-    def _is_onboarded(self, tenant: str, kms: Kms, config: str, revoke_within_ms: int) -> bool:
-        row = self._keystore.load(tenant)
-        if row is None:
-            return False
-        known = [(wrapping.provider, wrapping.config) for wrapping in row.wrappings[:1]]
-        if known != [(kms.provider, config)] or row.revoke_within_ms != revoke_within_ms:
-            raise TenantExistsError(
-                f"tenant {tenant!r} is onboarded already, with another key or deadline; onboarding never overwrites",
-                tenant=tenant,
-            )
-        return True
-
-    def _new_row(self, tenant: str, kms: Kms, config: str, revoke_within_ms: int) -> TenantRow:
-        """New keys for a tenant, under a customer key that has proved itself.
-
-        Made here, so that no frame that touches the database holds a secret which a crash report could show.
-        """
-        secret, generation = new_key(), 1
-        payload = pack_tenant_key(secret, tenant, generation)
-        client = self._client(kms)
-        wrapped = client.wrap(payload, tenant=tenant)
-        if not hmac.compare_digest(client.unwrap(wrapped, tenant=tenant), payload):
-            raise WrongKeyError(
-                f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
-            )
-        tenant_key = TenantKey(secret, tenant, generation)
-        generations = [
-            _first(tenant_key, DATA_KEY, new_key()),
-            _first(tenant_key, SEARCH_SALT, new_search_salt()),
-        ]
-        return TenantRow(
-            tenant=tenant,
-            revoke_within_ms=revoke_within_ms,
-            outage_grace_ms=0,
-            tenant_key_id=tenant_key.id,
-            tenant_key_generation=generation,
-            epoch=1,
-            manifest_tag=tenant_key.manifest_tag(1, [record.record for record in generations]),
-            wrappings=[Wrapping(kms.provider, config, wrapped.blob, wrapped.key_version)],
-            generations=generations,
-        )
-
-    def _wrap(self, payload: bytes, under: Wrapping, tenant: str) -> Wrapping:
-        client = self._client_of(under)
-        wrapped = client.wrap(payload, tenant=tenant)
-        if not hmac.compare_digest(client.unwrap(wrapped, tenant=tenant), payload):
-            raise WrongKeyError(
-                f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
-            )
-        return Wrapping(under.provider, under.config, wrapped.blob, wrapped.key_version)
-
-    def _client_of(self, wrapping: Wrapping) -> KmsClient:
-        try:
-            kms = describe(wrapping.provider, json.loads(wrapping.config))
-        except (AttributeError, TypeError, ValueError):
-            raise KeystoreTamperedError(
-                "the keystore's row does not describe a customer key; restore it"
-            ) from None
-        return self._client(kms)
-
-    def _client(self, kms: Kms) -> KmsClient:
-        client = self._clients.get(kms)
-        if client is None:
-            settings = self._profiles.get(kms.profile)
-            if settings is None:
-                raise ConfigurationError(
-                    f"there is no KMS profile {kms.profile!r}; name it in Byok(kms_profiles=…)"
-                )
-            client = kms.connect(settings)
-            if len(self._clients) >= _CLIENTS_KEPT:
-                self._clients.clear()
-            self._clients[kms] = client
-        return client
-
 
 class _Scope(NamedTuple):
     """Whose turn it is in a thread or task, and whose it is again afterwards."""
@@ -389,33 +636,47 @@ class _Scope(NamedTuple):
     tenant: str
     outer: _Scope | None
     block: _Within
+    before: Actor
 
 
 class _Within:
     """The block of :meth:`Byok.tenant`. Holds no state, so one may be entered by several threads and tasks."""
 
-    __slots__ = ("_keyrings", "_name", "_variable")
+    __slots__ = ("_actor", "_keyrings", "_name", "_variable")
 
-    def __init__(self, name: str, variable: ContextVar[_Scope | None], keyrings: Keyrings) -> None:
-        self._name, self._variable, self._keyrings = name, variable, keyrings
+    def __init__(
+        self, name: str, variable: ContextVar[_Scope | None], keyrings: Keyrings, actor: Actor
+    ) -> None:
+        self._name, self._variable, self._keyrings, self._actor = name, variable, keyrings, actor
 
     def __enter__(self) -> None:
-        self._keyrings.get(self._name)
-        self._variable.set(_Scope(self._name, self._variable.get(), self))
+        with _acting(*self._actor):
+            self._keyrings.enter(self._name)
+        self._begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._variable.set(self._without_me(self._variable.get()))
+        scope = self._variable.get()
+        if scope is not None and scope.block is self:
+            acting.set(scope.before)
+        self._variable.set(self._without_me(scope))
 
     async def __aenter__(self) -> None:
-        await self._keyrings.aget(self._name)
-        self._variable.set(_Scope(self._name, self._variable.get(), self))
+        with _acting(*self._actor):
+            await self._keyrings.aenter(self._name)
+        self._begin()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.__exit__(kind, error, trace)
+
+    def _begin(self) -> None:
+        before = acting.get()
+        self._variable.set(_Scope(self._name, self._variable.get(), self, before))
+        if self._actor != before:
+            acting.set(self._actor)
 
     def _without_me(self, scope: _Scope | None) -> _Scope | None:
         # Generators can leave blocks in another order than they entered them, or in another task.
@@ -424,15 +685,33 @@ class _Within:
         return scope._replace(outer=self._without_me(scope.outer))
 
 
-def _first(tenant_key: TenantKey, kind: str, secret: bytes) -> SealedRecord:
-    record_id, sealed = tenant_key.seal(kind, 1, secret)
-    return SealedRecord(kind, 1, record_id, ACTIVE, sealed)
+@contextmanager
+def _acting(actor: str | None, reason: str | None) -> Iterator[None]:
+    token = acting.set(Actor(actor, reason))
+    try:
+        yield
+    finally:
+        acting.reset(token)
 
 
-def _milliseconds(seconds: float) -> int:
-    if not 1 <= seconds <= 86_400:
-        raise ConfigurationError("revoke_within takes 1 to 86,400 seconds")
+def _revoke_within(seconds: float) -> int:
+    if seconds != 0 and not 1 <= seconds <= 86_400:
+        raise ConfigurationError(
+            "revoke_within takes 1 to 86,400 seconds, or 0 for a KMS call per unit of work"
+        )
     return round(seconds * 1000)
+
+
+def _outage_grace(seconds: float) -> int:
+    if not 0 <= seconds <= 3_600:
+        raise ConfigurationError("outage_grace takes 0 to 3,600 seconds")
+    return round(seconds * 1000)
+
+
+def _purpose(purpose: str) -> str:
+    if not 1 <= len(purpose) <= 200:
+        raise ConfigurationError("a purpose has 1 to 200 characters")
+    return purpose
 
 
 def _resolve_key(reference: str | None) -> bytes | None:

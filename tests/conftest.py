@@ -12,7 +12,7 @@ from databases import ASYNC, KINDS, SYNC, Database, Databases, NotFoundError
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-pytest_plugins = ["kms_server", "byok_fixtures", "canary"]
+pytest_plugins = ["kms_server", "azure_fixtures", "byok_fixtures", "canary"]
 
 # (file, function): where a driver does what blockbuster takes for blocking, and why that is no fault of ours.
 MAY_BLOCK = [

@@ -6,12 +6,27 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from databases import SYNC
-from sqlalchemy import URL, Engine, Table, create_engine, insert, make_url, select, update
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    insert,
+    make_url,
+    select,
+    update,
+)
 
-from sqla_byok import LocalKms, keystore_metadata
+from sqla_byok import Byok, Encrypted, LocalKms, keystore_metadata
 from sqla_byok.crypto.formats import (
     ACTIVE,
     DATA_KEY,
@@ -149,3 +164,60 @@ def publish_data_key(
             )
             connection.execute(update(wrappings).where(wrappings.c.tenant == tenant).values(row_tag=mac))
     return key_id
+
+
+_metadata = MetaData()
+patient = Table(
+    "patient",
+    _metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Encrypted(String(50))),
+)
+insert_patient = insert(patient)
+names = select(patient.c.name).order_by(patient.c.id)
+
+
+class World:
+    """A Byok with a clock to turn, a keystore to reach into, and a data engine."""
+
+    def __init__(self, folder: Path, kms: CountingKms, keystore_key: str | None, **options: Any) -> None:
+        self.kms, self.clock, self.folder = kms, TurnableClock(), folder
+        url = f"sqlite:///{folder / 'keystore.db'}"
+        self.byok = Byok(keystore=url, keystore_key=keystore_key, clock=self.clock, **options)
+        self.byok.create_keystore()
+        self.hand = hand_in(url)
+        self.engine = create_engine(f"sqlite:///{folder / 'data.db'}")
+        _metadata.create_all(self.engine)
+        self.byok.attach(self.engine)
+        for tenant in ("t1", "t2", "t3"):
+            self.byok.onboard(tenant, kms)
+        kms.unwraps.clear()
+
+    @property
+    def calls(self) -> list[str]:
+        """The tenants for whom the KMS was asked, in order."""
+        return self.kms.unwraps
+
+    def open(self, tenant: str = "t1") -> None:
+        with self.byok.tenant(tenant):
+            pass
+
+    def write(self, *names: str, tenant: str = "t1") -> None:
+        with self.engine.execution_options(byok_tenant=tenant).begin() as connection:
+            connection.execute(insert(patient), [{"name": name} for name in names])
+
+    def read(self, tenant: str = "t1") -> list[Any]:
+        with self.connect(tenant) as connection:
+            return list(connection.scalars(names))
+
+    def connect(self, tenant: str = "t1") -> Connection:
+        return self.engine.execution_options(byok_tenant=tenant).connect()
+
+    def alter(self, name: str, **values: Any) -> None:
+        with self.hand.begin() as connection:
+            connection.execute(update(table(name)).where(table(name).c.tenant == "t1").values(values))
+
+    def close(self) -> None:
+        self.byok.close()
+        self.hand.dispose()
+        self.engine.dispose()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import sqlalchemy
@@ -19,6 +20,9 @@ assert package.parent == Path(sysconfig.get_path("purelib")), f"not the installe
 assert (package / "py.typed").is_file(), "type checkers would ignore the package's annotations"
 for foreign in ("tests", "docs", "examples", "benchmarks"):
     assert not (package.parent / foreign).exists(), f"the wheel ships {foreign}/"
+
+plugins = [each.value for each in entry_points(group="pytest11") if each.name == "sqla_byok"]
+assert [find_spec(name) is not None for name in plugins] == [True], "pytest would not find the plugin"
 
 
 class Base(DeclarativeBase):

@@ -610,7 +610,7 @@ SHOWN = [
     Work("repr of the Byok and its parts", lambda w: repr([w.byok, w.byok._keystore, w.byok._keyrings, vars(w.byok)])),
     Work("repr of the keyring", lambda w: repr([ring(w), ring(w).tenant_key, ring(w).write])),
     Work("repr of the keyring's salts", lambda w: repr(ring(w).salts)),
-    Work("repr of the KMS and its client", lambda w: repr(list(w.byok._clients.items()))),
+    Work("repr of what calls the KMS", lambda w: repr([w.byok._customer_keys, vars(w.byok._customer_keys)])),
     Work("repr of the keystore's row", lambda w: repr(w.byok._keystore.load("t1"))),
 ]  # fmt: skip
 
@@ -702,6 +702,7 @@ class AwsWorld:
         self.byok.create_keystore()
         self.tenant_key = planted.next_key()
         self.byok.onboard("t1", AwsKms(self.arn))
+        self.other = server.create_key()
         assert self.tenant_key in planted.keys
 
     def byok_at(self, url: str) -> Byok:
@@ -719,7 +720,7 @@ class AwsWorld:
 
     def onboard(self, url: str | None = None) -> None:
         """Onboard another tenant."""
-        self.byok_at(url or self.server.url).onboard("t2", AwsKms(self.arn))
+        self.byok_at(url or self.server.url).onboard("t2", AwsKms(self.other))
 
     def fail(self, operation: str, code: str, status: int = 400) -> None:
         """Fail the operation with a message that repeats the key as it was sent, or is to be sent."""
@@ -747,7 +748,7 @@ AWS = [
     AwsFailure("nobody answers, open", lambda w: w.open(closed_port()), KmsUnavailableError),
     AwsFailure("nobody answers, onboard", lambda w: w.onboard(closed_port()), KmsUnavailableError),
     AwsFailure("key disabled, open", lambda w: (w.server.disable(w.arn), w.open()), KeyDisabledError),
-    AwsFailure("key deleted, onboard", lambda w: (w.server.delete(w.arn), w.onboard()), KeyDeletedError),
+    AwsFailure("key deleted, onboard", lambda w: (w.server.delete(w.other), w.onboard()), KeyDeletedError),
     AwsFailure("denied, repeats the key, onboard", lambda w: (w.fail("Encrypt", "AccessDeniedException"), w.onboard()),
                AccessDeniedError),
     AwsFailure("denied, repeats the key, round trip",

@@ -19,6 +19,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_byok import Byok, Encrypted, LocalKms, TenantExistsError, UnknownTenantError
 from sqla_byok.keys.keyrings import POLL_EVERY
+from sqla_byok.kms import Kms, providers
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -237,18 +238,24 @@ def test_a_forked_process_uses_and_opens_tenants(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_in_the_middle_of_an_opening(tmp_path: Path, customer_key: Path) -> None:
+def test_a_fork_in_the_middle_of_an_opening(
+    tmp_path: Path, customer_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The child does not wait for an answer that only its parent's thread would get, nor for a lock it held."""
     asked, release = threading.Event(), threading.Event()
     real, parent = LocalKms(customer_key), os.getpid()
 
-    class SlowKms:
+    class SlowKms(Kms):
         provider, profile = "local", "default"
 
         def config(self) -> dict[str, str]:
             return real.config()
 
-        def connect(self, settings: Any) -> Any:
+        @classmethod
+        def from_config(cls, config: Any) -> Any:
+            return cls()
+
+        def connect(self, settings: Any, operator: Any = None, *, reason: str = "open") -> Any:
             return self
 
         def wrap(self, payload: bytes, *, tenant: str) -> Any:
@@ -263,7 +270,7 @@ def test_a_fork_in_the_middle_of_an_opening(tmp_path: Path, customer_key: Path) 
     byok = Byok(keystore=f"sqlite:///{tmp_path / 'k.db'}")
     byok.create_keystore()
     byok.onboard("t1", real)
-    byok._clients[real] = SlowKms()
+    monkeypatch.setitem(providers, "local", SlowKms)
 
     def enter() -> None:
         with byok.tenant("t1"):

@@ -29,7 +29,7 @@ from sqla_byok import (
     UnknownTenantError,
     WrongKeyError,
 )
-from sqla_byok.kms import Wrapped
+from sqla_byok.kms import Kms, Wrapped
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 
@@ -71,9 +71,9 @@ def test_the_quickstart_in_memory(ready: Byok, memory: Engine) -> None:
         assert session.scalars(select(Patient.mrn).where(Patient.mrn == "A-1")).one() == "A-1"
 
 
-@pytest.mark.parametrize("seconds", [0, 0.999, 86_400.1, -1, math.nan, math.inf])
+@pytest.mark.parametrize("seconds", [0.999, 86_400.1, -1, math.nan, math.inf])
 def test_deadlines_that_cannot_be_had(ready: Byok, customer_key: Path, seconds: float) -> None:
-    """There is no "at once" and no "forever"; nothing is onboarded with one."""
+    """There is no "forever", and no deadline that a call alone would exceed; nothing is onboarded with one."""
     with pytest.raises(ConfigurationError, match="1 to 86,400 seconds"):
         Byok(keystore="sqlite://", revoke_within=seconds)
     with pytest.raises(ConfigurationError, match="1 to 86,400 seconds"):
@@ -120,7 +120,7 @@ def keystore_reference(tmp_path: Path) -> str:
     return f"file:{tmp_path / 'ks.key'}"
 
 
-class _ForgetfulKms:
+class _ForgetfulKms(Kms):
     """A KMS that gives something else back."""
 
     provider, profile = "local", "default"
@@ -128,7 +128,7 @@ class _ForgetfulKms:
     def config(self) -> dict[str, str]:
         return {"path": "/nowhere"}
 
-    def connect(self, settings: Any) -> Any:
+    def connect(self, settings: Any, operator: Any = None, *, reason: str = "open") -> Any:
         return self
 
     def wrap(self, payload: bytes, *, tenant: str) -> Wrapped:
@@ -141,7 +141,7 @@ class _ForgetfulKms:
 def test_a_key_is_proved_before_anything_is_stored(ready: Byok, tmp_path: Path) -> None:
     """A KMS that does not give back what it was given, or is not there, leaves no tenant."""
     with pytest.raises(WrongKeyError, match="another key than it was given"):
-        ready.onboard("t2", _ForgetfulKms())  # type: ignore[arg-type]
+        ready.onboard("t2", _ForgetfulKms())  # type: ignore[abstract]
     with pytest.raises(KeyDeletedError, match="missing"):
         ready.onboard("t2", LocalKms(tmp_path / "nowhere.key"))
     assert ready.tenants() == ["t1"]
@@ -239,10 +239,3 @@ def test_errors_of_byok_keep_their_tenant_in_a_task_queue(ready: Byok, customer_
         ready.onboard("t1", LocalKms(customer_key), revoke_within=5)
     again = pickle.loads(pickle.dumps(raised.value))  # noqa: S301 - made here
     assert (type(again), str(again), again.tenant) == (type(raised.value), str(raised.value), "t1")
-
-
-def test_a_thousand_keys_are_not_a_thousand_clients(ready: Byok, tmp_path: Path) -> None:
-    """The clients that Byok keeps are bounded."""
-    for number in range(2_100):
-        ready._client(LocalKms(tmp_path / f"{number}.key"))
-    assert len(ready._clients) <= 1_000

@@ -86,7 +86,7 @@ async def test_a_session_of_one_tenant(abyok: Byok, data: AsyncEngine) -> None:
 async def test_a_foreign_row_and_no_tenant(abyok: Byok, data: AsyncEngine) -> None:
     """Refused as with sync engines, before and after a warm tenant."""
     async with abyok.asession("t2", data) as session:
-        with pytest.raises(TenantMismatchError, match="a row of tenant 't1' was read for tenant 't2'"):
+        with pytest.raises(TenantMismatchError, match="a value of tenant 't1' was read for tenant 't2'"):
             (await session.execute(of("t1"))).all()
         assert (await session.scalars(select(Patient.id).where(Patient.mrn == "t1-1"))).all() == []
     async with AsyncSession(data) as session:

@@ -60,6 +60,7 @@ __all__ = [
     "column_aad",
     "data_key_id",
     "enc",
+    "is_reference",
     "kdf",
     "lp",
     "new_key",
@@ -106,6 +107,7 @@ _PAYLOAD_VERSION = b"\x01"
 PAYLOAD_SIZE = len(_PAYLOAD_VERSION) + KEY_SIZE + hashlib.sha256().digest_size
 
 _SEALED_MAGIC = b"\xb2\x01"
+_REFERENCE_MAGIC = b"\xb2\x02"
 _SEALED_BODY = len(_SEALED_MAGIC) + NONCE_SIZE
 SEALED_SIZE = _SEALED_BODY + KEY_SIZE + TAG_SIZE
 
@@ -311,6 +313,33 @@ class TenantKey(Secret):
             )
         return secret
 
+    def seal_reference(self, kind: str, generation: int, record_id: bytes, location: bytes) -> bytes:
+        """Seal where a secret is kept, to stand in the place of its sealed record.
+
+        :param record_id: the id of the secret, 16 bytes; the manifest lists it as that of any other.
+        :param location: any bytes.
+        :returns: 30 bytes more than the location.
+        """
+        nonce = os.urandom(NONCE_SIZE)
+        body = self._cipher.encrypt(nonce, location, self._reference_aad(kind, generation, record_id))
+        return _REFERENCE_MAGIC + nonce + body
+
+    def open_reference(self, kind: str, generation: int, record_id: bytes, sealed: bytes) -> bytes:
+        """Open what :meth:`seal_reference` sealed, before anybody is sent there.
+
+        :raises KeystoreTamperedError: anything of it does not fit; nothing of it was used.
+        """
+        nonce, body = sealed[len(_REFERENCE_MAGIC) : _SEALED_BODY], sealed[_SEALED_BODY:]
+        try:
+            return self._cipher.decrypt(nonce, body, self._reference_aad(kind, generation, record_id))
+        except (InvalidTag, ValueError):
+            pass
+        raise KeystoreTamperedError(
+            f"The reference to a salt of tenant {self.tenant!r} does not open under its tenant key: its row was "
+            "altered, or moved from another tenant or generation. Restore the row from a backup.",
+            tenant=self.tenant,
+        )
+
     def manifest_tag(self, epoch: int, records: Iterable[Record]) -> bytes:
         """Authenticate which generations there are, and in which state.
 
@@ -358,12 +387,22 @@ class TenantKey(Secret):
             "sqla-byok/1/sealed", kind, self.tenant, self.id, u32(generation), record_id
         )
 
+    def _reference_aad(self, kind: str, generation: int, record_id: bytes) -> bytes:
+        return _REFERENCE_MAGIC + enc(
+            "sqla-byok/1/sealed-reference", kind, self.tenant, self.id, u32(generation), record_id
+        )
+
     def _manifest_tag(self, epoch: int, records: Sequence[Record]) -> bytes:
         fields: list[bytes | str] = ["sqla-byok/1/manifest", self.tenant, self.id]
         fields += (u64(epoch), u32(len(records)))
         for record in sorted(records, key=lambda record: (record.kind.encode(), record.generation)):
             fields += (record.kind, u32(record.generation), record.id, record.state)
         return hmac.digest(self._manifest_key, enc(*fields), "sha256")
+
+
+def is_reference(sealed: object) -> bool:
+    """Whether it says where a secret is kept, and is not the sealed secret itself."""
+    return isinstance(sealed, bytes) and sealed.startswith(_REFERENCE_MAGIC)
 
 
 def _record_id(kind: str, secret: bytes, tenant: str) -> bytes:

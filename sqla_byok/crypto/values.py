@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from os import urandom
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sqla_byok.crypto.codecs import Codec, UnfitError
@@ -37,7 +39,7 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.crypto.hashes import Scope, hasher
 from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
 
-__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_with", "seal_with"]
+__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_bytes", "open_with", "seal_bytes", "seal_with"]
 
 Seal = Callable[[bytes, bytes, bytes], bytes]
 Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
@@ -173,6 +175,42 @@ def open_with(
         )
 
     return open_
+
+
+# In place of a column's codec: what is sealed outside the columns opens in none of them.
+_BYTES = "sealed-bytes"
+
+
+def seal_bytes(ring: Ring, data: bytes, purpose: str) -> bytes:
+    """Encrypt bytes that live outside the columns.
+
+    :param purpose: bound into the result in place of a column id.
+    :returns: 46 bytes more than the data.
+    """
+    key, nonce = ring.write, urandom(12)
+    return key.header + nonce + key.encrypt(nonce, bytes(data), key.aad + column_aad(purpose, _BYTES))
+
+
+R = TypeVar("R", bound=Ring)
+
+
+def open_bytes(ring: R, sealed: bytes, purpose: str, refuse: Callable[[R, bytes, str], object]) -> bytes:
+    """Decrypt what :func:`seal_bytes` returned.
+
+    :param refuse: raises the error for a key that is not in the keyring.
+    :raises TamperedError: it does not authenticate for this purpose.
+    """
+    opener = ring.openers.get(sealed[_HEADER_PART])
+    if opener is None:
+        refuse(ring, sealed, purpose)
+    else:
+        decrypt, aad = opener
+        with suppress(InvalidTag, ValueError):
+            return decrypt(sealed[_NONCE_PART], sealed[_SEALED_PART], aad + column_aad(purpose, _BYTES))
+    raise TamperedError(
+        f"{purpose}: what was to be unsealed does not authenticate; it was altered, or sealed for another purpose",
+        tenant=ring.tenant,
+    )
 
 
 def hash_with(

@@ -180,7 +180,8 @@ class _SharedConnection(Database):
     refused while a transaction is open.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, owned: bool = False) -> None:
+        self._owned = owned
         # Kept checked out: giving it back to the pool would roll back whatever the application has open.
         self._held: PoolProxiedConnection = engine.raw_connection()
         dbapi: Any = self._held.dbapi_connection
@@ -221,7 +222,9 @@ class _SharedConnection(Database):
         self._lock = threading.RLock()
 
     def close(self) -> None:
-        """The connection is the application's, and stays open."""
+        """An application's connection stays open."""
+        if self._owned and self._held.is_valid:
+            self._held.invalidate()
 
 
 def open_database(target: str | URL | Engine | AsyncEngine) -> Database:
@@ -249,7 +252,7 @@ def open_database(target: str | URL | Engine | AsyncEngine) -> Database:
         )
     if not isinstance(target, Engine):
         engine = create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
-        return _SharedConnection(engine)
+        return _SharedConnection(engine, owned=True)
     if isinstance(target.pool, SingletonThreadPool):
         raise ConfigurationError(
             "this in-memory SQLite engine gives each thread a database of its own; create it with "

@@ -30,6 +30,7 @@ from sqla_byok.crypto.formats import (
     RETIRED,
     Secret,
     TenantKey,
+    is_reference,
     new_key,
     new_search_salt,
     pack_tenant_key,
@@ -38,6 +39,7 @@ from sqla_byok.errors import ConfigurationError, KeystoreConflictError, Keystore
 from sqla_byok.keys.keyring import Clock, SealedRecord
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
+from sqla_byok.keys.salts import ExternalSalts
 
 __all__ = ["SETTLE", "Generations"]
 
@@ -66,6 +68,7 @@ class Generations(Secret):
     :param unwrap: gives the tenant key of a row, 32 bytes, by a KMS call.
     :param wrap: wraps a payload under the customer key that a wrapping names (its bytes are ignored), and proves by
         unwrapping that it comes back.
+    :param salts: keeps the search salts that are kept elsewhere.
     :param clock: sleeps while a change settles.
     :param audit: hears of each change, after it was stored.
     """
@@ -76,10 +79,12 @@ class Generations(Secret):
         load: Callable[[str], TenantRow],
         unwrap: Callable[[TenantRow], bytes],
         wrap: Callable[[bytes, Wrapping, str], Wrapping],
+        salts: ExternalSalts,
         clock: Clock,
         audit: Audit,
     ) -> None:
         self._keystore, self._load, self._unwrap, self._wrap = keystore, load, unwrap, wrap
+        self._salts = salts
         self._clock, self._audit = clock, audit
 
     def rotate(self, tenant: str, kind: str) -> int:
@@ -199,9 +204,13 @@ class Generations(Secret):
     def _published(self, row: TenantRow, kind: str) -> TenantRow:
         tenant_key = self._open(row)
         generation = 1 + max(record.generation for record in row.generations if record.kind == kind)
-        record_id, sealed = tenant_key.seal(
-            kind, generation, new_key() if kind == DATA_KEY else new_search_salt()
-        )
+        secret = new_key() if kind == DATA_KEY else new_search_salt()
+        active = next(each for each in row.generations if each.kind == kind and each.state == ACTIVE)
+        elsewhere = self._salts.where(tenant_key, active)
+        if elsewhere is None:
+            record_id, sealed = tenant_key.seal(kind, generation, secret)
+        else:
+            record_id, sealed = self._salts.store(tenant_key, generation, secret, elsewhere)
         fresh = SealedRecord(kind, generation, record_id, PENDING, sealed)
         return _next(row, tenant_key, generations=[*row.generations, fresh])
 
@@ -264,9 +273,16 @@ class Generations(Secret):
         return _next(
             row,
             new,
-            generations=[_resealed(record, old, new) for record in row.generations],
-            retired=[_resealed(record, old, new) for record in row.retired],
+            generations=[self._resealed(record, old, new) for record in row.generations],
+            retired=[self._resealed(record, old, new) for record in row.retired],
         )
+
+    def _resealed(self, record: SealedRecord, old: TenantKey, new: TenantKey) -> SealedRecord:
+        if is_reference(record.sealed):
+            return self._salts.renewed(record, old, new)
+        secret = old.open(record.kind, record.generation, record.id, record.sealed)
+        _, sealed = new.seal(record.kind, record.generation, secret)
+        return record._replace(sealed=sealed)
 
     def _rewrapped(self, row: TenantRow, under: Sequence[Wrapping]) -> TenantRow:
         secret = self._unwrap(row)
@@ -305,12 +321,6 @@ def _next(
         generations=live,
         retired=row.retired if retired is None else retired,
     )
-
-
-def _resealed(record: SealedRecord, old: TenantKey, new: TenantKey) -> SealedRecord:
-    secret = old.open(record.kind, record.generation, record.id, record.sealed)
-    _, sealed = new.seal(record.kind, record.generation, secret)
-    return record._replace(sealed=sealed)
 
 
 def _pending(row: TenantRow, kind: str) -> SealedRecord | None:

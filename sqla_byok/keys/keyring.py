@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,11 +14,29 @@ from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError
 
-__all__ = ["Clock", "Keyring", "SealedRecord", "SystemClock"]
+__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "SealedRecord", "SystemClock"]
+
+# When a keyring in use is renewed, as parts of revoke_within: early enough for many tries, and spread so widely that
+# tenants that were opened together do not stay together.
+REFRESH_FROM, REFRESH_TO = 0.5, 0.75
 
 # A derived salt takes some 170 bytes; the cap, which a tenant's live search salts share, keeps it within its 16 KiB
 # whatever the number of columns.
 _SALTS_KEPT = 40
+
+
+# What a keyring shares with its successors.
+_TIMES = (
+    "deadline",
+    "wall_deadline",
+    "renewed_until",
+    "wall_renewed_until",
+    "outage_grace",
+    "refresh_at",
+    "refreshing",
+    "one_unit",
+    "used",
+)
 
 
 class Clock(Protocol):
@@ -132,11 +151,17 @@ class Keyring(Secret):
         "epoch",
         "fresh_until",
         "live_salts",
+        "one_unit",
         "openers",
+        "outage_grace",
+        "refresh_at",
+        "refreshing",
+        "renewed_until",
         "salts",
         "tenant",
         "used",
         "wall_deadline",
+        "wall_renewed_until",
         "write",
         "write_until",
     )
@@ -146,12 +171,13 @@ class Keyring(Secret):
     def __init__(self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord]) -> None:
         self.tenant = tenant_key.tenant
         self.cleared = False
-        self.deadline = self.wall_deadline = self.fresh_until = self.write_until = self.used = 0.0
+        self.refreshing = self.one_unit = False
+        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
+        self.fresh_until = self.write_until = self.used = self.refresh_at = self.outage_grace = 0.0
         self.epoch = epoch
         self._tenant_key: TenantKey | None = tenant_key
-        self._lineage: list[weakref.ref[Keyring]] = [
-            weakref.ref(self)
-        ]  # shared by a keyring and its successors
+        # Shared by a keyring and its successors.
+        self._lineage: list[weakref.ref[Keyring]] = [weakref.ref(self)]
         self.openers: dict[bytes, Opener] = {}
         self.write = self._no_key()  # never stays: the manifest has exactly one active data key
         active: list[_Salts] = []
@@ -180,9 +206,10 @@ class Keyring(Secret):
         Statements under way go on with this one. When either is cleared, both are.
         """
         newer = Keyring(self.tenant_key, epoch, records)
-        newer.deadline, newer.wall_deadline, newer.used = self.deadline, self.wall_deadline, self.used
+        for name in _TIMES:
+            setattr(newer, name, getattr(self, name))
         newer._lineage = self._lineage
-        newer._lineage[:] = [*(each for each in self._lineage if each() is not None), weakref.ref(newer)]
+        newer._lineage[:] = [*map(weakref.ref, self.kin()), weakref.ref(newer)]
         if self.cleared:  # by another thread, just now
             newer.end()
         return newer
@@ -194,6 +221,31 @@ class Keyring(Secret):
             self.expired()
         return self._tenant_key
 
+    def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
+        """Count the time anew, from the sending of a KMS call that was answered with yes.
+
+        :param boot: when it was sent, on the boot-time clock.
+        :param wall: when it was sent, in wall time.
+        :param revoke_within: how long the keys may be used after it, in seconds.
+        :param outage_grace: how much longer while the KMS does not answer.
+        """
+        # Spread, so that processes which opened a tenant together do not ask together.
+        refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
+        for ring in self.kin():
+            ring.renewed_until, ring.wall_renewed_until = boot + revoke_within, wall + revoke_within
+            ring.deadline, ring.wall_deadline = ring.renewed_until, ring.wall_renewed_until
+            ring.outage_grace, ring.refresh_at = outage_grace, refresh_at
+
+    def stretch(self, *, to_grace: bool) -> None:
+        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
+        more = self.outage_grace if to_grace else 0.0
+        for ring in self.kin():
+            ring.deadline, ring.wall_deadline = ring.renewed_until + more, ring.wall_renewed_until + more
+
+    def kin(self) -> list[Keyring]:
+        """This keyring and those of the same opening under other epochs, which share its time."""
+        return [ring for each in tuple(self._lineage) if (ring := each()) is not None]
+
     def clear(self) -> None:
         """Take the keys away in place; everything that still holds this keyring fails from now on."""
         self.cleared = True
@@ -203,10 +255,9 @@ class Keyring(Secret):
         self._tenant_key = None
         for salts in self.live_salts:
             salts.clear()
-        for each in tuple(self._lineage):
-            found = each()
-            if found is not None and not found.cleared:
-                found.clear()
+        for ring in self.kin():
+            if not ring.cleared:
+                ring.clear()
 
     def end(self) -> NoReturn:
         """Clear the keyring, whose deadline has passed.

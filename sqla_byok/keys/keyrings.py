@@ -1,4 +1,11 @@
-"""The keyrings in memory: opening them once, trusting them for as long as the tenant allows, dropping them."""
+"""The keyrings in memory: opening them once, trusting them for as long as the tenant allows, dropping them.
+
+A keyring is used until its deadline, and looked after only while it is used:
+
+- every POLL_EVERY seconds the keystore is asked whether the tenant's generations changed;
+- from half of ``revoke_within`` on, the KMS is asked again in the background;
+- "no" drops it at once; "no answer" leaves it until its deadline, and for the tenant's ``outage_grace`` beyond.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +15,13 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as NotDoneError
+from contextlib import suppress
+from typing import NamedTuple
 
+from sqla_byok.audit import Actor, Audit, KeysOpened, acting
 from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
 from sqla_byok.errors import (
     ByokError,
@@ -18,13 +29,17 @@ from sqla_byok.errors import (
     KeystoreRolledBackError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
+    KmsError,
     KmsNoAnswerError,
     KmsUnavailableError,
     UnknownTenantError,
 )
-from sqla_byok.keys.keyring import Clock, Keyring
-from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
-from sqla_byok.kms import KmsClient, Wrapped
+from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
+from sqla_byok.keys.health import CLOSED, DARK, GRACE, Health
+from sqla_byok.keys.keyring import Clock, Keyring, SealedRecord
+from sqla_byok.keys.keystore import Keystore, TenantRow
+from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.kms.base import request_id
 
 __all__ = ["Keyrings"]
 
@@ -36,10 +51,19 @@ _log = logging.getLogger("sqla_byok")
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
 
-# KMS calls under way at once, for asyncio; a thread that opens a tenant runs its own.
-_OPENING_AT_ONCE = 8
+# For how many tenants one query looks.
+_LOOKED_AT_ONCE = 500
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
+_REFRESHING_AT_ONCE = 8
+
+# Who may wait for one tenant whose last KMS call failed: a dead vault must not gather an application's threads.
+_WAITING_FOR_FAILING = 16
+
+# With revoke_within=0: how long one unit of work may go on with its keys, and how soon it must begin after they were
+# opened for it.
+UNIT_WITHIN = 60.0
+_UNIT_BEGINS_WITHIN = 1.0
 
 
 def _own(error: ByokError, leads: bool) -> ByokError:
@@ -47,31 +71,61 @@ def _own(error: ByokError, leads: bool) -> ByokError:
     return error if leads else copy.copy(error)
 
 
+class _Opening(Future["Keyring | None"]):
+    """An opening under way. Gives the keyring to all who wait for it, or None: "look again"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = 0
+
+
+class _Opened(NamedTuple):
+    """What an unwrap gave, and when it was sent."""
+
+    row: TenantRow
+    tenant_key: TenantKey
+    records: Sequence[SealedRecord]
+    boot: float
+    wall: float
+    request_id: str | None
+
+
 class Keyrings(Secret):
     """Every open tenant of a process.
 
     :param keystore: where the sealed keys are.
-    :param client: gives the KMS client for a wrapping.
+    :param customer_keys: asks the tenants' KMS.
+    :param salts: reads the search salts that are kept elsewhere.
     :param clock: where time is read.
     :param capacity: how many tenants stay open; beyond it the longest unused one goes.
+    :param audit: hears of openings and changes of state.
     """
 
     def __init__(
-        self, keystore: Keystore, client: Callable[[Wrapping], KmsClient], clock: Clock, capacity: int
+        self,
+        keystore: Keystore,
+        customer_keys: CustomerKeys,
+        salts: ExternalSalts,
+        clock: Clock,
+        capacity: int,
+        audit: Audit,
     ) -> None:
         self._keystore = keystore
-        self._client = client
+        self._customer_keys = customer_keys
+        self._salts = salts
         self.clock = clock
         self._boot, self._wall = clock.boot, clock.wall
         self._capacity = capacity
+        self._audit = audit
+        self.health = Health(clock, audit)
         self._rings: dict[str, Keyring] = {}
+        self._units: dict[str, Keyring] = {}  # opened for one unit of work that has not begun
         self._evicted: weakref.WeakSet[Keyring] = weakref.WeakSet()
-        # Each gives the keyring to all who wait for it, or None: "look again".
-        self._opening: dict[str, Future[Keyring | None]] = {}
+        self._opening: dict[str, _Opening] = {}
         self._highest: dict[str, int] = {}
         # Apart, so that customers' vaults that do not answer hold up nobody whose keys are in memory.
-        self._openers: ThreadPoolExecutor | None = None
-        self._pollers: ThreadPoolExecutor | None = None
+        self._executors: dict[str, ThreadPoolExecutor] = {}
+        self._background: set[Future[None]] = set()
         self._next_sweep = 0.0
         self._lock = threading.Lock()  # for the books above; never held over I/O, and not by warm()
         if hasattr(os, "register_at_fork"):
@@ -89,32 +143,33 @@ class Keyrings(Secret):
         ring.used = now
         return ring
 
-    def get(self, tenant: str) -> Keyring:
+    def get(self, tenant: str, reason: str = "open") -> Keyring:
         """The tenant's keyring, opened with one KMS call if it is not in memory.
 
+        :param reason: what the audit and the customer's log are told.
         :raises UnknownTenantError: if the keystore has no such tenant.
         :raises KmsError: if the KMS refuses or does not answer.
         :raises KeystoreError: if the keystore does not answer, or does not authenticate.
         """
-        ring = self.warm(tenant)
+        ring = self.warm(tenant) or self._unit(tenant)
         while ring is None:
             opening, leads = self._join(tenant)
             if leads:
-                self._lead(tenant, opening)
+                self._lead(tenant, opening, reason, acting.get())
             try:
                 ring = opening.result()
             except ByokError as error:
                 raise _own(error, leads) from None
         return ring
 
-    async def aget(self, tenant: str) -> Keyring:
+    async def aget(self, tenant: str, reason: str = "open") -> Keyring:
         """The same from asyncio: the keystore and the KMS are asked in a thread, and the event loop goes on."""
-        ring = self.warm(tenant)
+        ring = self.warm(tenant) or self._unit(tenant)
         while ring is None:
             opening, leads = self._join(tenant)
             if leads:
                 try:
-                    self._workers(tenant).submit(self._lead, tenant, opening)
+                    self._workers(tenant).submit(self._lead, tenant, opening, reason, acting.get())
                 except RuntimeError:  # the interpreter is shutting down
                     self._settle(tenant, opening)
                     opening.set_result(None)
@@ -126,49 +181,106 @@ class Keyrings(Secret):
                 raise _own(error, leads) from None
         return ring
 
+    def enter(self, tenant: str) -> None:
+        """Open the tenant for a block that begins now."""
+        self._begin(self.get(tenant))
+
+    async def aenter(self, tenant: str) -> None:
+        """The same from asyncio."""
+        self._begin(await self.aget(tenant))
+
+    def preload(self, tenants: Iterable[str], within: float) -> dict[str, Exception | None]:
+        """Open tenants side by side. What fails is told, not raised.
+
+        :param within: how long to wait for all of them, in seconds.
+        :returns: for each tenant None where it is open now, or why it is not.
+        """
+        names = list(dict.fromkeys(tenants))
+        outcomes: dict[str, Exception | None] = {
+            name: KmsUnavailableError(f"tenant {name!r} was not open in time", tenant=name) for name in names
+        }
+        pool = ThreadPoolExecutor(_REFRESHING_AT_ONCE, thread_name_prefix="byok-preload")
+        opening = {pool.submit(self.get, name, "preload"): name for name in names}
+        with suppress(NotDoneError):
+            for done in as_completed(opening, timeout=within):
+                error = done.exception()
+                outcomes[opening[done]] = error if isinstance(error, Exception) else None
+        pool.shutdown(wait=False, cancel_futures=True)
+        return outcomes
+
     def forget(self, tenant: str | None = None) -> None:
         """Take the keys of one tenant, or of all, out of memory at once; what is being opened is opened anew."""
         with self._lock:
+            books = (self._rings, self._units)
             if tenant is None:
-                dropped = [*self._rings.values(), *self._evicted]
-                self._rings.clear()
+                dropped = [*(ring for book in books for ring in book.values()), *self._evicted]
+                for book in books:
+                    book.clear()
                 self._opening.clear()
             else:
                 dropped = [ring for ring in self._evicted if ring.tenant == tenant]
-                if tenant in self._rings:
-                    dropped.append(self._rings.pop(tenant))
+                dropped += [book.pop(tenant) for book in books if tenant in book]
                 self._opening.pop(tenant, None)
+        self.health.forget(tenant)
         for ring in dropped:
-            ring.clear()
+            self._end(ring, CLOSED)
+
+    def refused(self, ring: Keyring, error: KmsError) -> None:
+        """Note what the tenant's KMS said to a call that was not an opening. "No" drops the keyring."""
+        self.health.failed(ring.tenant, error)
+        if not isinstance(error, KmsNoAnswerError):
+            self._drop(ring, error)
 
     def owner_of(self, header: bytes) -> str | None:
         """Which open tenant a value's header belongs to, for error messages."""
         return next((ring.tenant for ring in list(self._rings.values()) if header in ring.openers), None)
 
+    def rings(self) -> list[Keyring]:
+        """The keyrings in memory that can be used."""
+        return [ring for ring in list(self._rings.values()) if self._live(ring)]
+
+    def waiting(self) -> int:
+        """How many wait for a tenant that is being opened."""
+        with self._lock:
+            return sum(opening.waiting for opening in self._opening.values())
+
+    def drain(self) -> None:
+        """Wait for what is under way in the background."""
+        while True:
+            with self._lock:
+                under_way = list(self._background)
+            if not under_way:
+                return
+            for future in under_way:
+                future.exception()
+
     def close(self) -> None:
         """Forget all keys and end the worker threads."""
         with self._lock:
-            executors = [executor for executor in (self._openers, self._pollers) if executor is not None]
-            self._openers = self._pollers = None
-        for executor in executors:
+            executors, self._executors = self._executors, {}
+        for executor in executors.values():
             executor.shutdown()
         self.forget()
 
     # -- opening, by the one caller that leads ------------------------------------------------------------------
 
-    def _join(self, tenant: str) -> tuple[Future[Keyring | None], bool]:
+    def _join(self, tenant: str) -> tuple[_Opening, bool]:
         """The opening that is under way, or a new one that the caller has to lead."""
         with self._lock:
             opening = self._opening.get(tenant)
-            if opening is not None:
+            if opening is None:
+                opening = self._opening[tenant] = _Opening()
+                return opening, True
+            error = self.health.failing(tenant)
+            if error is None or opening.waiting < _WAITING_FOR_FAILING:
+                opening.waiting += 1
                 return opening, False
-            opening = self._opening[tenant] = Future()
-            return opening, True
+        raise self.health.again(error, POLL_EVERY)
 
-    def _lead(self, tenant: str, opening: Future[Keyring | None]) -> None:
+    def _lead(self, tenant: str, opening: _Opening, reason: str, actor: Actor) -> None:
         opening.set_running_or_notify_cancel()
         try:
-            ring = self._renew(tenant, opening)
+            ring = self._renew(tenant, opening, reason, actor)
         except BaseException as error:
             self._settle(tenant, opening)
             if isinstance(error, Exception):
@@ -180,35 +292,76 @@ class Keyrings(Secret):
         self._settle(tenant, opening)
         opening.set_result(ring)
 
-    def _settle(self, tenant: str, opening: Future[Keyring | None]) -> None:
+    def _settle(self, tenant: str, opening: _Opening) -> None:
         with self._lock:
             if self._opening.get(tenant) is opening:
                 del self._opening[tenant]
 
-    def _renew(self, tenant: str, opening: Future[Keyring | None]) -> Keyring | None:
+    def _renew(self, tenant: str, opening: _Opening, reason: str, actor: Actor) -> Keyring | None:
         self._sweep()
         ring = self._rings.get(tenant)
-        if ring is not None:
+        if ring is not None and self._live(ring):
             now = self._boot()
-            if self._live(ring):
-                current = ring if now < ring.fresh_until else self._poll(ring, now)
-                # Asked again after the poll, which may have taken long.
-                if current is not None and self._live(current):
-                    current.used = now
-                    return current
-                ring = current or ring
+            current = ring if now < ring.fresh_until else self._poll(ring, now)
+            # Asked again after the poll, which may have taken long.
+            if current is not None and self._live(current):
+                current.used = now
+                self.refresh_soon(current)
+                return current
+            ring = current or ring
             self._drop(ring)
-        ring = self._open(tenant)
-        with self._lock:
-            if self._opening.get(tenant) is opening:
-                self._make_room()
-                self._rings[tenant] = ring
+            ring = None
+        try:
+            opened = self._open(tenant, reason)
+        except ByokError as error:
+            if ring is not None and self._goes_on(ring, error):
                 return ring
-        ring.clear()  # forgotten while it was opened
-        return None
+            raise
+        self._audit.tell(KeysOpened(tenant, reason, actor.name, actor.purpose, opened.request_id))
+        return self._admit(self._ring_of(opened), opening, ring)
+
+    def _admit(self, ring: Keyring, opening: _Opening, old: Keyring | None) -> Keyring | None:
+        """Let everybody find a keyring that was opened just now, unless it was forgotten meanwhile."""
+        with self._lock:
+            admitted = self._opening.get(ring.tenant) is opening
+            if admitted:
+                self._rings.pop(ring.tenant, None)
+                if ring.one_unit:
+                    self._evicted.add(ring)  # whose unit it is holds it
+                else:
+                    self._make_room()
+                    self._rings[ring.tenant] = ring
+        if old is not None:
+            old.clear()
+        if not admitted:
+            ring.clear()
+            return None
+        return ring
+
+    def _goes_on(self, ring: Keyring, error: ByokError) -> bool:
+        """Whether keys whose time is up are used on, since their KMS did not answer and the tenant allows it."""
+        if isinstance(error, KeystoreUnavailableError):
+            return False  # says nothing about the key
+        if isinstance(error, KmsNoAnswerError) and not ring.cleared:
+            ring.stretch(to_grace=error.retryable)
+            if self._live(ring):
+                self._looked(ring, self._boot())
+                self.health.enter(ring.tenant, GRACE, error)
+                return True
+        self._drop(ring, error)
+        return False
 
     def _live(self, ring: Keyring) -> bool:
         return not ring.cleared and self._boot() < ring.deadline and self._wall() < ring.wall_deadline
+
+    def _over(self, ring: Keyring) -> bool:
+        """Whether not even an outage of the KMS could let the keys be used again."""
+        grace = ring.outage_grace
+        return (
+            ring.cleared
+            or self._boot() >= ring.renewed_until + grace
+            or self._wall() >= ring.wall_renewed_until + grace
+        )
 
     def _sweep(self) -> None:
         """Take the keys of idle tenants out of memory once their time is up; at most once a second."""
@@ -217,44 +370,69 @@ class Keyrings(Secret):
             return
         self._next_sweep = now + 1.0
         with self._lock:
-            ended = [ring for ring in (*self._rings.values(), *self._evicted) if not self._live(ring)]
+            ended = [ring for ring in (*self._rings.values(), *self._evicted) if self._over(ring)]
+            ended += [ring for ring in self._units.values() if not self._live(ring)]
             for ring in ended:
-                if self._rings.get(ring.tenant) is ring:
-                    del self._rings[ring.tenant]
+                for book in (self._rings, self._units):
+                    if book.get(ring.tenant) is ring:
+                        del book[ring.tenant]
         for ring in ended:
-            ring.clear()
+            self._end(ring, CLOSED)
 
-    def _drop(self, ring: Keyring) -> None:
+    def _drop(self, ring: Keyring, error: ByokError | None = None) -> None:
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 del self._rings[ring.tenant]
         ring.clear()
+        if error is not None:
+            self.health.enter(ring.tenant, DARK, error)
+
+    def _end(self, ring: Keyring, state: str) -> None:
+        ring.clear()
+        if ring.tenant not in self._rings and self.health.failing(ring.tenant) is None:
+            self.health.enter(ring.tenant, state)
 
     def _poll(self, ring: Keyring, now: float) -> Keyring | None:
         """Take over what changed in the keystore. None where the tenant has to be opened anew."""
         try:
-            if self._keystore.epoch(ring.tenant) != ring.epoch:
-                row = self._row(ring.tenant)
+            others = self._due_soon(ring, now)
+            epochs = self._keystore.epochs([ring.tenant, *(each.tenant for each in others)])
+            for each in others:
+                if epochs.get(each.tenant) == each.epoch:
+                    self._looked(each, now)
+            if epochs.get(ring.tenant) != ring.epoch:
+                row = self.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
-                self._check(ring.tenant_key, row)
-                ring = self._succeed(ring, row)
+                ring = self._succeed(ring, row, self._checked(ring.tenant_key, row))
         except KeystoreUnavailableError:
             # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look.
             _log.warning("the keystore does not answer; tenant %r goes on with the keys it has", ring.tenant)
             ring.fresh_until = min(ring.deadline, self._boot() + POLL_EVERY)
         except KeysExpiredError:
             return None  # forgotten meanwhile
-        except Exception:
-            self._drop(ring)
+        except Exception as error:
+            self._drop(ring, error if isinstance(error, ByokError) else None)
             raise
         else:
             self._looked(ring, now)
         return None if ring.cleared else ring
 
-    def _succeed(self, ring: Keyring, row: TenantRow) -> Keyring:
+    def _due_soon(self, ring: Keyring, now: float) -> list[Keyring]:
+        """Other tenants in use that will soon be looked after: one query looks for many."""
+        due = [
+            each
+            for each in list(self._rings.values())
+            if each is not ring
+            and now - each.used < POLL_EVERY
+            and each.fresh_until - now < POLL_EVERY / 2
+            and self._live(each)
+        ]
+        return due[:_LOOKED_AT_ONCE]
+
+    def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
-        newer = ring.successor(row.epoch, row.generations)
+        newer = ring.successor(row.epoch, records)
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 self._rings[ring.tenant] = newer
@@ -262,17 +440,37 @@ class Keyrings(Secret):
                 self._evicted.add(newer)
         return newer
 
-    def _open(self, tenant: str) -> Keyring:
-        row = self._row(tenant)
+    # -- asking the KMS -------------------------------------------------------------------------------------------
+
+    def _open(self, tenant: str, reason: str) -> _Opened:
+        """One KMS call, and all that has to be true before its answer is used."""
+        row = self.row(tenant)
+        try:
+            self.health.admit(tenant)
+            with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
+                return self._ask(row, reason)
+        except KmsError as error:
+            if tenant not in self._rings:
+                self.health.enter(tenant, DARK, error)
+            raise
+
+    def _ask(self, row: TenantRow, reason: str) -> _Opened:
         boot, wall = self._boot(), self._wall()
-        tenant_key = TenantKey(self._unwrap(row), tenant, row.tenant_key_generation)
-        self._check(tenant_key, row)
-        ring = Keyring(tenant_key, row.epoch, row.generations)
-        # Counted from the sending of the call: what the KMS said is that old by now.
-        ring.deadline = boot + row.revoke_within_ms / 1000
-        ring.wall_deadline = wall + row.revoke_within_ms / 1000
-        ring.used = boot
-        self._looked(ring, boot)
+        try:
+            tenant_key = TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
+            asked = request_id.get()
+            return _Opened(row, tenant_key, self._checked(tenant_key, row), boot, wall, asked)
+        except KmsError as error:
+            self.health.failed(row.tenant, error)
+            raise
+
+    def _ring_of(self, opened: _Opened) -> Keyring:
+        """A keyring of what was opened. Its time counts from the sending of the call: the answer is that old by now."""
+        row, tenant = opened.row, opened.row.tenant
+        ring = Keyring(opened.tenant_key, row.epoch, opened.records)
+        self._trust(ring, opened)
+        ring.used = opened.boot
+        self._looked(ring, opened.boot)
         if not self._live(ring):
             ring.clear()
             raise KmsUnavailableError(
@@ -281,22 +479,77 @@ class Keyrings(Secret):
             )
         return ring
 
-    def _unwrap(self, row: TenantRow) -> bytes:
+    def _trust(self, ring: Keyring, opened: _Opened) -> None:
+        row = opened.row
+        ring.one_unit = row.revoke_within_ms == 0
+        revoke_within = UNIT_WITHIN if ring.one_unit else row.revoke_within_ms / 1000
+        ring.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
+        self.health.succeeded(ring.tenant)
+
+    def refresh_soon(self, ring: Keyring) -> None:
+        """Ask the KMS again in the background, where it is time to."""
+        if self._boot() < ring.refresh_at or ring.cleared:
+            return
+        with self._lock:
+            current = self._rings.get(ring.tenant)
+            if current is None or current not in ring.kin() or current.refreshing:
+                return
+            current.refreshing = True
+            pool = self._pool("refresh", _REFRESHING_AT_ONCE)
+        try:
+            future = pool.submit(self._refresh, current)
+        except RuntimeError:  # closed just now
+            current.refreshing = False
+            return
+        with self._lock:
+            self._background.add(future)
+        future.add_done_callback(self._background.discard)
+
+    def _refresh(self, ring: Keyring) -> None:
+        try:
+            opened = self._open(ring.tenant, "refresh")
+            if opened.tenant_key.id != ring.tenant_key.id:
+                self._drop(ring)  # rekeyed: the next use opens it anew
+                return
+            current = self._rings.get(ring.tenant, ring)
+            if current in ring.kin() and current.epoch < opened.row.epoch:
+                current = self._succeed(current, opened.row, opened.records)
+            self._trust(current, opened)
+            self._looked(current, opened.boot)
+            self._audit.tell(KeysOpened(ring.tenant, "refresh", request_id=opened.request_id))
+        except KmsNoAnswerError as error:
+            ring.stretch(to_grace=error.retryable)
+            ring.refresh_at = self._boot() + self.health.retry_in(ring.tenant)
+            if self._boot() >= ring.renewed_until:
+                self.health.enter(ring.tenant, GRACE, error)
+        except KeystoreUnavailableError:
+            ring.refresh_at = self._boot() + POLL_EVERY
+        except KeysExpiredError:
+            pass  # forgotten meanwhile
+        except ByokError as error:
+            self._drop(ring, error)
+        except Exception as error:  # noqa: BLE001 - nobody waits for it; its text could carry anything
+            self._drop(ring)
+            _log.error("tenant %r was dropped: %s while its KMS was asked", ring.tenant, type(error).__name__)
+        finally:
+            for each in ring.kin():
+                each.refreshing = False
+
+    def unwrap(self, row: TenantRow, reason: str = "rotate") -> bytes:
         """One KMS call; the next wrapping is tried only on "no answer", never on "no"."""
         unanswered: KmsNoAnswerError | None = None
         for wrapping in row.wrappings:
             try:
-                payload = self._client(wrapping).unwrap(
-                    Wrapped(wrapping.wrapped, wrapping.kms_key_version), tenant=row.tenant
-                )
+                payload = self._customer_keys.unwrap(wrapping, row.tenant, reason)
                 return unpack_tenant_key(payload, row.tenant, row.tenant_key_generation)
             except KmsNoAnswerError as error:
-                unanswered = unanswered or error
+                unanswered = error if unanswered is None else unanswered
         if unanswered is None:
             raise KeystoreTamperedError(f"tenant {row.tenant!r} has no wrapped tenant key", tenant=row.tenant)
         raise unanswered
 
-    def _row(self, tenant: str) -> TenantRow:
+    def row(self, tenant: str) -> TenantRow:
+        """The tenant's authenticated row, no older than the newest that this process has seen."""
         row = self._keystore.load(tenant)
         if row is None:
             raise UnknownTenantError(
@@ -311,17 +564,21 @@ class Keyrings(Secret):
             )
         return row
 
-    def _check(self, tenant_key: TenantKey, row: TenantRow) -> None:
+    def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
+        """The row's generations, once the tenant key has authenticated the list of them."""
         if tenant_key.id != row.tenant_key_id:
             raise KeystoreTamperedError(
                 f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
             )
         tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
         self._highest[row.tenant] = max(row.epoch, self._highest.get(row.tenant, 0))
+        return self._salts.resolve(tenant_key, row.generations)
 
-    @staticmethod
-    def _looked(ring: Keyring, now: float) -> None:
-        ring.fresh_until = min(ring.deadline, now + POLL_EVERY)
+    def _looked(self, ring: Keyring, now: float) -> None:
+        soon = now + POLL_EVERY
+        if now < ring.refresh_at:
+            soon = min(soon, ring.refresh_at)
+        ring.fresh_until = min(ring.deadline, soon)
         ring.write_until = now + WRITE_WITHIN
 
     def _make_room(self) -> None:
@@ -330,23 +587,46 @@ class Keyrings(Secret):
             # Not cleared: a statement that runs right now may hold it. Nobody else finds it any more.
             self._evicted.add(self._rings.pop(oldest.tenant))
 
+    # -- units of work, for tenants with revoke_within=0 ----------------------------------------------------------
+
+    def _begin(self, ring: Keyring) -> None:
+        """Keep the keys of a tenant that is asked for each unit of work until the unit's first statement."""
+        if ring.one_unit:
+            with self._lock:
+                self._units[ring.tenant] = ring
+
+    def _unit(self, tenant: str) -> Keyring | None:
+        if tenant not in self._units:
+            return None
+        with self._lock:
+            ring = self._units.pop(tenant, None)
+        if ring is None or not self._live(ring):
+            return None
+        opened_at = ring.renewed_until - UNIT_WITHIN
+        return ring if self._boot() - opened_at < _UNIT_BEGINS_WITHIN else None
+
+    # -- threads ----------------------------------------------------------------------------------------------------
+
     def _workers(self, tenant: str) -> ThreadPoolExecutor:
         """Who asks the keystore about an open tenant, or the KMS about one that is not."""
         with self._lock:
             ring = self._rings.get(tenant)
             if ring is not None and self._live(ring):
-                self._pollers = self._pollers or ThreadPoolExecutor(
-                    _POLLING_AT_ONCE, thread_name_prefix="byok-poll"
-                )
-                return self._pollers
-            self._openers = self._openers or ThreadPoolExecutor(
-                _OPENING_AT_ONCE, thread_name_prefix="byok-open"
-            )
-            return self._openers
+                return self._pool("poll", _POLLING_AT_ONCE)
+            return self._pool("open", CALLS_AT_ONCE)
+
+    def _pool(self, name: str, size: int) -> ThreadPoolExecutor:
+        pool = self._executors.get(name)
+        if pool is None:
+            pool = self._executors[name] = ThreadPoolExecutor(size, thread_name_prefix=f"byok-{name}")
+        return pool
 
     def _after_fork(self) -> None:
         # The parent's threads and connections are not ours; its opened keys are, with their deadlines.
         self._lock = threading.Lock()
-        self._opening = {}
-        self._openers = self._pollers = None
+        self._opening, self._executors, self._background = {}, {}, set()
+        for ring in self._rings.values():
+            ring.refreshing = False
+        self.health.after_fork()
+        self._customer_keys.after_fork()
         self._keystore.database.after_fork()

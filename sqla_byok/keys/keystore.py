@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 
-from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, check_tenant, row_tag
+from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, TenantKey, check_tenant, kdf, row_tag
 from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
@@ -45,12 +45,13 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.database import Database
 from sqla_byok.keys.keyring import SealedRecord
+from sqla_byok.kms import providers
 
 __all__ = ["Keystore", "TenantRow", "Wrapping", "keystore_metadata"]
 
 WRITE_FORMAT = 1
 
-_CREATE_TRIES = 3
+_CREATE_TRIES = 10  # each may lose the race for another of the tables
 
 keystore_metadata = MetaData()
 """The keystore's tables. Add it to ``target_metadata`` in Alembic's ``env.py``, or call ``Byok.create_keystore()``."""
@@ -160,6 +161,30 @@ class TenantRow:
     generations: Sequence[SealedRecord]
     retired: Sequence[SealedRecord] = ()
 
+    def next(
+        self,
+        tenant_key: TenantKey,
+        *,
+        wrappings: Sequence[Wrapping] | None = None,
+        generations: Sequence[SealedRecord] | None = None,
+    ) -> TenantRow:
+        """The tenant's next state, one epoch on.
+
+        :param tenant_key: the tenant key, which authenticates the list of generations.
+        :param wrappings: its wrappings, where they change.
+        :param generations: its generations, where they change.
+        """
+        records = self.generations if generations is None else generations
+        return replace(
+            self,
+            tenant_key_id=tenant_key.id,
+            tenant_key_generation=tenant_key.generation,
+            epoch=self.epoch + 1,
+            manifest_tag=tenant_key.manifest_tag(self.epoch + 1, [record.record for record in records]),
+            wrappings=self.wrappings if wrappings is None else wrappings,
+            generations=records,
+        )
+
     def tag(self, key: bytes, wrapping: Wrapping) -> bytes:
         """The tag that authenticates this tenant's row with one of its wrappings."""
         return row_tag(
@@ -216,6 +241,22 @@ class Keystore(Secret):
         self.database = database
         self._key = key
 
+    @property
+    def authenticates(self) -> bool:
+        """Whether there is a keystore key."""
+        return self._key is not None
+
+    def external_id(self, tenant: str) -> str:
+        """The external id by which we assume the tenant's role: ours to choose, and another for each tenant.
+
+        :returns: 32 hexadecimal digits, the same for the same tenant as long as the keystore key is.
+        :raises ConfigurationError: there is no keystore key.
+        """
+        check_tenant(tenant)
+        if self._key is None:
+            raise ConfigurationError("an external id needs Byok(keystore_key=…), from which it is derived")
+        return kdf(self._key, 16, "sqla-byok/1/external-id", tenant).hex()
+
     def create(self) -> None:
         """Create the tables that are missing, and pin the write format."""
 
@@ -254,7 +295,7 @@ class Keystore(Secret):
         except IntegrityError:
             exists = True
         if exists:
-            self._refuse_claimed(row.tenant, claims)
+            self.check_claims(row.tenant, claims)
             raise TenantExistsError(f"tenant {row.tenant!r} is already in the keystore", tenant=row.tenant)
 
     def replace(self, old: TenantRow, new: TenantRow, claims: Sequence[str] | None = None) -> None:
@@ -295,7 +336,7 @@ class Keystore(Secret):
         except IntegrityError:
             claimed = True
         if claimed:
-            self._refuse_claimed(old.tenant, claims or ())
+            self.check_claims(old.tenant, claims or ())
             raise KeystoreConflictError(
                 f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
                 tenant=old.tenant,
@@ -320,7 +361,20 @@ class Keystore(Secret):
         for claim in claims:
             connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=row.tenant))
 
-    def _refuse_claimed(self, tenant: str, claims: Sequence[str]) -> None:
+    def claimed(self, tenant: str, claims: Sequence[str]) -> bool:
+        """Whether all of it belongs to the tenant."""
+        mine = self.database.read(
+            lambda connection: connection.scalars(
+                select(_claim.c.claim).where(_claim.c.tenant == tenant)
+            ).all()
+        )
+        return {_claim_hash(claim) for claim in claims} <= {bytes(claim) for claim in mine}
+
+    def check_claims(self, tenant: str, claims: Sequence[str]) -> None:
+        """Refuse what belongs to another tenant.
+
+        :raises ConfigurationError: a claim is another tenant's.
+        """
         for claim in claims:
             owner = self.database.read(
                 lambda connection, claim=claim: connection.scalar(  # type: ignore[misc]
@@ -355,15 +409,25 @@ class Keystore(Secret):
             )
         return row
 
-    def epoch(self, tenant: str) -> int | None:
-        """The tenant's epoch, or ``None`` if the tenant is not there."""
-        name = check_tenant(tenant)
+    def epochs(self, tenants: Sequence[str]) -> dict[str, int]:
+        """The epochs of those tenants that are there, in one query."""
+        names = set(tenants)
         rows = self.database.read(
             lambda connection: connection.execute(
-                select(_tenant.c.tenant, _tenant.c.epoch).where(_tenant.c.tenant == tenant)
+                select(_tenant.c.tenant, _tenant.c.epoch).where(_tenant.c.tenant.in_(names))
             ).all()
         )
-        return next((epoch for found, epoch in rows if found.encode() == name), None)
+        # Compared again: databases collate.
+        return {name: epoch for name, epoch in rows if name in names}
+
+    def configs(self) -> list[tuple[str, str, str]]:
+        """Tenant, provider and config of every wrapping, not authenticated: to be shown, never to be used."""
+        rows = self.database.read(
+            lambda connection: connection.execute(
+                select(_wrapping.c.tenant, _wrapping.c.provider, _wrapping.c.config)
+            ).all()
+        )
+        return [(row[0], row[1], row[2]) for row in rows]
 
     def tenants(self) -> list[str]:
         """The names of all tenants, sorted."""
@@ -376,7 +440,7 @@ class Keystore(Secret):
 
     def require_key(self, provider: str) -> None:
         """Refuse a provider that makes outbound calls where tenant rows are not authenticated."""
-        if self._key is None and provider != "local":
+        if self._key is None and (provider not in providers or providers[provider].outbound):
             raise ConfigurationError(
                 f"a tenant with the KMS provider {provider!r} needs Byok(keystore_key=…): without it, whoever can "
                 "write to the keystore could redirect the tenant's key"

@@ -6,12 +6,27 @@ from collections.abc import Mapping
 
 from sqla_byok.errors import ConfigurationError
 from sqla_byok.kms.aws import AwsKms
-from sqla_byok.kms.base import Kms, KmsClient, Operator, Wrapped
+from sqla_byok.kms.aws_salts import AwsSecretsManagerSalts
+from sqla_byok.kms.azure import AzureKeyVault
+from sqla_byok.kms.base import Kms, KmsClient, Operator, Salts, SaltsClient, Wrapped
 from sqla_byok.kms.local import LocalKms
 
-__all__ = ["AwsKms", "Kms", "KmsClient", "LocalKms", "Operator", "Wrapped", "describe", "providers"]
+__all__ = [
+    "AwsKms",
+    "AwsSecretsManagerSalts",
+    "AzureKeyVault",
+    "Kms",
+    "KmsClient",
+    "LocalKms",
+    "Operator",
+    "Salts",
+    "SaltsClient",
+    "Wrapped",
+    "describe",
+    "providers",
+]
 
-providers: dict[str, type[Kms]] = {AwsKms.provider: AwsKms, LocalKms.provider: LocalKms}
+providers: dict[str, type[Kms]] = {each.provider: each for each in (AwsKms, AzureKeyVault, LocalKms)}
 """The built-in providers by the name that the keystore stores."""
 
 

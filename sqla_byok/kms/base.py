@@ -13,7 +13,7 @@ from sqla_byok.kms.secrets import Secrets
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Kms", "KmsClient", "Operator", "Wrapped", "request_id"]
+__all__ = ["Kms", "KmsClient", "Operator", "Salts", "SaltsClient", "Wrapped", "request_id"]
 
 request_id: ContextVar[str | None] = ContextVar("byok_kms_request_id", default=None)
 """What the provider called the last call of this thread or task, for the audit; a client sets it after each call."""
@@ -92,11 +92,13 @@ class Kms(Protocol):
     """
 
     provider: ClassVar[str]
+    outbound: ClassVar[bool] = True
+    """Whether its clients call out of this process: then a keystore key must protect the rows that say where."""
 
     @property
     def profile(self) -> str:
         """The name of the operator's settings for this key; the settings themselves stand in code only."""
-        ...
+        return "default"
 
     def config(self) -> dict[str, str]:
         """What the keystore stores: enough for :meth:`from_config`, never a secret."""
@@ -131,6 +133,69 @@ class Kms(Protocol):
         :param operator: secrets and credentials; none of either unless given.
         :param reason: why the key is called: ``onboard``, ``open``, ``refresh``, ``probe``, ``rewrap``, ``direct``.
             Providers that can show it in the customer's own log do.
+        :raises ConfigurationError: a setting is unknown or has the wrong type.
+        :raises MissingExtraError: the provider's SDK is not installed.
+        """
+        ...
+
+
+class SaltsClient(Protocol):
+    """Reads and makes the texts of one tenant's search salts, outside the keystore. Safe to use from several threads.
+
+    Both methods raise :class:`~sqla_byok.errors.SaltChangedError` where a salt is gone or has not the form that it
+    was stored in, and otherwise what :class:`KmsClient` raises, without ``tenant``.
+    """
+
+    def read(self, name: str) -> str:
+        """The text of the salt that :meth:`Salts.name` names."""
+        ...
+
+    def create(self, name: str, text: str) -> str:
+        """Store *text* under *name* unless there is something already, and return what is there now."""
+        ...
+
+
+class Salts(Protocol):
+    """A description of where a tenant's search salts are kept: a small frozen value without secrets, as :class:`Kms`.
+
+    ``format`` says what is stored there: ``"sealed"``, the salt's sealed record in base64, or ``"raw"``, the salt.
+    """
+
+    provider: ClassVar[str]
+
+    @property
+    def profile(self) -> str:
+        """The name of the operator's settings for it."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """``"sealed"`` or ``"raw"``."""
+        ...
+
+    def config(self) -> dict[str, str]:
+        """What the keystore stores: enough for :meth:`from_config`, never a secret."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, str]) -> Self:
+        """The description that *config* came from.
+
+        :raises ConfigurationError: *config* is not what :meth:`config` returns.
+        """
+        ...
+
+    def claims(self) -> Sequence[str]:
+        """What of it may belong to one tenant only, each as a text."""
+        ...
+
+    def name(self, generation: int) -> str:
+        """Under which name the salt of a generation is kept."""
+        ...
+
+    def connect(self, settings: Mapping[str, Any], operator: Operator | None = None) -> SaltsClient:
+        """A client for it. Makes no call.
+
         :raises ConfigurationError: a setting is unknown or has the wrong type.
         :raises MissingExtraError: the provider's SDK is not installed.
         """

@@ -24,7 +24,7 @@ from sqla_byok.errors import (
     KmsRefusedError,
     WrongKeyError,
 )
-from sqla_byok.kms.base import Kms, Operator, Wrapped
+from sqla_byok.kms.base import Kms, Operator, Wrapped, request_id
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,6 +67,7 @@ class LocalKms(Kms):
     """
 
     provider: ClassVar[str] = "local"
+    outbound: ClassVar[bool] = False
     path: str
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -132,7 +133,11 @@ class _LocalClient:
         self._path = path
 
     def wrap(self, payload: bytes, *, tenant: str) -> Wrapped:
-        """See :meth:`sqla_byok.kms.base.KmsClient.wrap`."""
+        """See :meth:`sqla_byok.kms.base.KmsClient.wrap`; takes up to 4,096 bytes."""
+        if len(payload) > _ROOM:
+            raise self._refused(
+                KmsRefusedError, tenant, f"takes no more than {_ROOM} bytes. Use a smaller payload"
+            )
         aead, context = self._open(tenant)
         nonce = os.urandom(_NONCE_SIZE)
         return Wrapped(_HEADER + nonce + aead.encrypt(nonce, payload, context))
@@ -162,6 +167,7 @@ class _LocalClient:
         return _ROOM
 
     def _open(self, tenant: str) -> tuple[AESGCM, bytes]:
+        request_id.set(None)
         context = _encode(_LABEL, tenant.encode())
         key = HKDF(SHA256(), 32, salt=None, info=context).derive(self._key(tenant))
         return AESGCM(key), context

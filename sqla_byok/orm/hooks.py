@@ -66,7 +66,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         if tenant is None:
             tenant = current_tenant()
         if tenant is not None:
-            ring = keyrings.warm(tenant)
+            ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
             if ring is None:
                 ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
         is_dml = getattr(clause, "is_dml", None)
@@ -91,13 +91,15 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
     def before_cursor_execute(
         conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> tuple[str, Any]:
+        ring = binding.get()
+        if ring is not None and ring.one_unit:
+            upstream.hold(conn, ring)
         compiled = context.compiled
         if compiled is None:
             return statement, parameters
         encrypts, decrypts, compared = upstream.known(compiled, _concerns)
         if not (encrypts or decrypts or compared):
             return statement, parameters
-        ring = binding.get()
         if encrypts or compared:
             _may_bind(ring, clock, compared)
         tenant = context.execution_options.get(TENANT_OPTION)
@@ -121,7 +123,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         _, decrypts, _ = upstream.known(context.compiled, _concerns)
         if decrypts:
             ring = upstream.remembered(context)
-            result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, clock)
+            result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, keyrings)
 
     event.listen(engine, "before_execute", before_execute, retval=True)
     event.listen(engine, "before_cursor_execute", before_cursor_execute, retval=True)
@@ -131,6 +133,14 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
     logger: Any = engine.logger
     # With echo=True there is a wrapper of SQLAlchemy's own around it.
     getattr(logger, "logger", logger).addFilter(_hide_rows)
+
+
+def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
+    """The keyring of the connection's transaction, for a tenant that wants a KMS call for each."""
+    ring: Keyring | None = upstream.held(conn)
+    if ring is None or ring.tenant != tenant or ring.cleared:
+        return None
+    return ring if clock.boot() < ring.deadline and clock.wall() < ring.wall_deadline else None
 
 
 def _concerns(compiled: Any) -> tuple[bool, bool, int]:
@@ -226,18 +236,23 @@ def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
 class _TenantFetch:
     """Stands before a result's cursor strategy: whoever fetches, rows are read under the statement's tenant."""
 
-    __slots__ = ("_clock", "_inner", "_reading", "_ring")
+    __slots__ = ("_inner", "_keyrings", "_reading", "_ring")
 
     def __init__(
-        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], clock: Clock
+        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], keyrings: Keyrings
     ) -> None:
-        self._inner, self._ring, self._reading, self._clock = inner, ring, reading, clock
+        self._inner, self._ring, self._reading, self._keyrings = inner, ring, reading, keyrings
 
     def _enter(self) -> None:
         # After the fetch, which may have awaited, and before the rows are made of it.
-        ring, clock = self._ring, self._clock
-        if ring is not None and (clock.boot() >= ring.deadline or clock.wall() >= ring.wall_deadline):
-            ring.end()
+        ring = self._ring
+        if ring is not None:
+            clock = self._keyrings.clock
+            now = clock.boot()
+            if now >= ring.deadline or clock.wall() >= ring.wall_deadline:
+                ring.end()
+            if now >= ring.refresh_at:
+                self._keyrings.refresh_soon(ring)
         self._reading.set(ring)
 
     @property
@@ -263,7 +278,7 @@ class _TenantFetch:
         self._inner.yield_per(result, cursor, num)
         if result.cursor_strategy is not self:
             result.cursor_strategy = _TenantFetch(
-                result.cursor_strategy, self._ring, self._reading, self._clock
+                result.cursor_strategy, self._ring, self._reading, self._keyrings
             )
 
     def soft_close(self, *args: Any) -> None:

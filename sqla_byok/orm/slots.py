@@ -26,7 +26,7 @@ from sqla_byok.errors import (
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 
-__all__ = ["Slot", "slot_of"]
+__all__ = ["Slot", "refuse_foreign", "slot_of"]
 
 
 class Slot:
@@ -61,32 +61,40 @@ class Slot:
     def refuse(self, column: str, ring: Ring | None, blob: bytes) -> NoReturn:
         """Raise the error for a stored value whose key is not in the keyring of the result being read."""
         explain_foreign(blob, column, None if ring is None else ring.tenant)
-        if ring is None:
+        if ring is None or self.keyrings is None:
             self.nobody(column)
-        keyring = cast("Keyring", ring)  # the hooks put nothing else there
-        if keyring.cleared:
-            keyring.expired()
-        owner = self.keyrings.owner_of(blob[:HEADER_SIZE]) if self.keyrings is not None else None
-        if owner is not None:
-            raise TenantMismatchError(
-                f"{column}: a row of tenant {owner!r} was read for tenant {ring.tenant!r}; filter the query by tenant",
-                tenant=ring.tenant,
-                column=column,
-                owner=owner,
-            )
-        if self.keyrings is not None and self.keyrings.clock.boot() >= keyring.write_until:
-            raise KeystoreUnavailableError(
-                f"{column}: a stored value was sealed under a data key that this process does not know; it may be "
-                f"newer than its last look at the keystore, which has not answered for a while; tenant {ring.tenant!r}",
-                tenant=ring.tenant,
-                column=column,
-            )
-        raise UnknownDataKeyError(
-            f"{column}: a stored value was sealed under a data key that tenant {ring.tenant!r} does not have; it is "
-            "another tenant's row, or its generation was retired",
+        refuse_foreign(self.keyrings, column, cast("Keyring", ring), blob)  # the hooks put nothing else there
+
+
+def refuse_foreign(keyrings: Keyrings, where: str, ring: Keyring, blob: bytes) -> NoReturn:
+    """Raise the error for a value whose key is not in the keyring that was to open it.
+
+    :param where: the column id, or what else says what the value is.
+    """
+    explain_foreign(blob, where, ring.tenant)
+    if ring.cleared:
+        ring.expired()
+    owner = keyrings.owner_of(blob[:HEADER_SIZE])
+    if owner is not None:
+        raise TenantMismatchError(
+            f"{where}: a value of tenant {owner!r} was read for tenant {ring.tenant!r}; filter the query by tenant",
             tenant=ring.tenant,
-            column=column,
+            column=where,
+            owner=owner,
         )
+    if keyrings.clock.boot() >= ring.write_until:
+        raise KeystoreUnavailableError(
+            f"{where}: a stored value was sealed under a data key that this process does not know for tenant "
+            f"{ring.tenant!r}; it may be newer than the last look at the keystore, which has not answered for a while",
+            tenant=ring.tenant,
+            column=where,
+        )
+    raise UnknownDataKeyError(
+        f"{where}: a stored value was sealed under a data key that tenant {ring.tenant!r} does not have; it is "
+        "another tenant's, or its generation was retired",
+        tenant=ring.tenant,
+        column=where,
+    )
 
 
 _slots: WeakKeyDictionary[Dialect, Slot] = WeakKeyDictionary()

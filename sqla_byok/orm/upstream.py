@@ -21,6 +21,8 @@ __all__ = [
     "conflict_elements",
     "conflict_values",
     "conflicts",
+    "held",
+    "hold",
     "known",
     "multi_values",
     "note_compared",
@@ -210,6 +212,17 @@ def remember(context: Any, ring: Any) -> None:
 def remembered(context: Any) -> Any:
     """The keyring that the statement was executed with."""
     return context._sqla_byok
+
+
+def hold(connection: Any, ring: Any) -> None:
+    """Keep a keyring for as long as the connection's transaction lasts."""
+    connection._sqla_byok_unit = (connection.get_transaction(), ring)
+
+
+def held(connection: Any) -> Any:
+    """The keyring that :func:`hold` kept in this transaction; None after its end."""
+    transaction, ring = connection.__dict__.get("_sqla_byok_unit") or (None, None)
+    return ring if transaction is not None and transaction is connection.get_transaction() else None
 
 
 def pinned(connection: Any, tenant: str | None) -> str | None:

@@ -12,28 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from keys_tools import KEYSTORE_KEY, CountingKms, TurnableClock, hand_in, publish_data_key, table
+from keys_tools import (
+    KEYSTORE_KEY,
+    CountingKms,
+    TurnableClock,
+    World,
+    hand_in,
+    names,
+    patient,
+    publish_data_key,
+    table,
+)
 from sqlalchemy import (
-    Column,
-    Connection,
     Engine,
-    Integer,
     LargeBinary,
-    MetaData,
-    String,
-    Table,
-    create_engine,
     delete,
     event,
     insert,
     select,
     type_coerce,
-    update,
 )
 
 from sqla_byok import (
     Byok,
-    Encrypted,
     KeyDisabledError,
     KeysExpiredError,
     KeystoreRolledBackError,
@@ -43,63 +44,10 @@ from sqla_byok import (
     LocalKms,
     UnknownTenantError,
 )
+from sqla_byok.keys.customer import CALLS_AT_ONCE
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 
-_metadata = MetaData()
-_patient = Table(
-    "patient",
-    _metadata,
-    Column("id", Integer, primary_key=True),
-    Column("name", Encrypted(String(50))),
-)
-_headers = select(type_coerce(_patient.c.name, LargeBinary)).order_by(_patient.c.id)
-_names = select(_patient.c.name).order_by(_patient.c.id)
-
-
-class World:
-    """A Byok with a clock to turn, a keystore to reach into, and a data engine."""
-
-    def __init__(self, folder: Path, kms: CountingKms, keystore_key: str | None, **options: Any) -> None:
-        self.kms, self.clock = kms, TurnableClock()
-        url = f"sqlite:///{folder / 'keystore.db'}"
-        self.byok = Byok(keystore=url, keystore_key=keystore_key, clock=self.clock, **options)
-        self.byok.create_keystore()
-        self.hand = hand_in(url)
-        self.engine = create_engine(f"sqlite:///{folder / 'data.db'}")
-        _metadata.create_all(self.engine)
-        self.byok.attach(self.engine)
-        for tenant in ("t1", "t2", "t3"):
-            self.byok.onboard(tenant, kms)
-        kms.unwraps.clear()
-
-    @property
-    def calls(self) -> list[str]:
-        """The tenants for whom the KMS was asked, in order."""
-        return self.kms.unwraps
-
-    def open(self, tenant: str = "t1") -> None:
-        with self.byok.tenant(tenant):
-            pass
-
-    def write(self, *names: str, tenant: str = "t1") -> None:
-        with self.engine.execution_options(byok_tenant=tenant).begin() as connection:
-            connection.execute(insert(_patient), [{"name": name} for name in names])
-
-    def read(self, tenant: str = "t1") -> list[Any]:
-        with self.connect(tenant) as connection:
-            return list(connection.scalars(_names))
-
-    def connect(self, tenant: str = "t1") -> Connection:
-        return self.engine.execution_options(byok_tenant=tenant).connect()
-
-    def alter(self, name: str, **values: Any) -> None:
-        with self.hand.begin() as connection:
-            connection.execute(update(table(name)).where(table(name).c.tenant == "t1").values(values))
-
-    def close(self) -> None:
-        self.byok.close()
-        self.hand.dispose()
-        self.engine.dispose()
+_headers = select(type_coerce(patient.c.name, LargeBinary)).order_by(patient.c.id)
 
 
 @pytest.fixture
@@ -120,10 +68,14 @@ def _refuse() -> None:
 def test_the_deadline_by_either_clock(world: World, clock: str) -> None:
     """At revoke_within the next statement asks the KMS again, whichever clock says so, and not before."""
     world.write("Ada")
-    for moved, calls in ((299.9, ["t1"]), (0.2, ["t1", "t1"]), (299.9, ["t1", "t1"]), (0.2, ["t1"] * 3)):
-        setattr(world.clock, clock, getattr(world.clock, clock) + moved)
-        assert world.read() == ["Ada"]
-        assert world.calls == calls
+    ring = world.byok._keyrings.get("t1")
+    setattr(world.clock, clock, getattr(world.clock, clock) + 299.9)
+    assert world.byok._keyrings._live(ring)
+    setattr(world.clock, clock, getattr(world.clock, clock) + 0.2)
+    assert not world.byok._keyrings._live(ring)
+    assert world.calls == ["t1"]
+    assert world.read() == ["Ada"]
+    assert world.calls == ["t1", "t1"]
 
 
 def test_a_wall_clock_set_back_gains_nothing(world: World) -> None:
@@ -162,8 +114,8 @@ def test_a_result_that_is_still_read_stops(world: World, end: str) -> None:
     world.write(*"abcdef")
     with world.connect() as connection, world.connect() as other:
         results = [
-            connection.execution_options(yield_per=2).execute(_names),
-            other.execution_options(stream_results=True, max_row_buffer=1).execute(_names),
+            connection.execution_options(yield_per=2).execute(names),
+            other.execution_options(stream_results=True, max_row_buffer=1).execute(names),
         ]
         iterators = [iter(result) for result in results]
         assert [next(iterator)[0] for iterator in iterators] == ["a", "a"]
@@ -289,9 +241,9 @@ async def test_a_waiter_that_is_cancelled_harms_nobody(world: World) -> None:
 
 
 async def test_a_waiter_that_is_cancelled_in_the_queue_harms_nobody(world: World) -> None:
-    """Eight tenants are opened at once and no more; who waits for a ninth may give up without taking others along."""
+    """So many tenants are opened at once and no more; who waits for another may give up, and takes nobody along."""
     release, asked, loop = threading.Event(), asyncio.Event(), asyncio.get_running_loop()
-    slow = [f"slow-{n}" for n in range(8)]
+    slow = [f"slow-{n:02}" for n in range(CALLS_AT_ONCE)]
     for tenant in slow:
         await asyncio.to_thread(world.byok.onboard, tenant, world.kms)
     world.calls.clear()
@@ -307,7 +259,7 @@ async def test_a_waiter_that_is_cancelled_in_the_queue_harms_nobody(world: World
         async with world.byok.tenant(tenant):
             return tenant
 
-    eight = [asyncio.create_task(enter(tenant)) for tenant in slow]
+    many = [asyncio.create_task(enter(tenant)) for tenant in slow]
     await asked.wait()
     first, second = (asyncio.create_task(enter("t1")) for _ in range(2))
     await asyncio.sleep(0)
@@ -315,9 +267,9 @@ async def test_a_waiter_that_is_cancelled_in_the_queue_harms_nobody(world: World
     await asyncio.gather(first, return_exceptions=True)
     assert sorted(world.calls) == slow
     release.set()
-    assert await asyncio.gather(*eight, second) == [*slow, "t1"]
+    assert await asyncio.gather(*many, second) == [*slow, "t1"]
     assert first.cancelled()
-    assert world.calls[8:] == ["t1"]
+    assert world.calls[CALLS_AT_ONCE:] == ["t1"]
 
 
 async def test_all_waiters_of_a_failed_opening_fail_alike(world: World) -> None:
@@ -375,7 +327,7 @@ def test_the_longest_unused_tenant_makes_room(
     world = World(tmp_path, counting_kms, keystore_key, max_tenants=2)
     world.write(*"abc", tenant="t1")
     with world.connect("t1") as connection:
-        rows = iter(connection.execution_options(yield_per=1).execute(_names))
+        rows = iter(connection.execution_options(yield_per=1).execute(names))
         assert next(rows)[0] == "a"
         world.clock.turn(1)
         world.open("t2")
@@ -408,7 +360,7 @@ def test_a_new_generation_is_taken_over(world: World) -> None:
     world.write("still old")
     world.clock.turn(POLL_EVERY)
     with world.connect() as connection:
-        rows = iter(connection.execution_options(yield_per=1).execute(_names))
+        rows = iter(connection.execution_options(yield_per=1).execute(names))
         assert next(rows)[0] == "old"
         world.open()
         assert [row[0] for row in rows] == ["still old"]
@@ -484,7 +436,7 @@ def test_a_keystore_that_says_no_drops_the_keys(
     """At the next look: the statement is refused, and a result that is still read stops."""
     world.write(*"abc")
     with world.connect() as connection:
-        rows = iter(connection.execution_options(yield_per=1).execute(_names))
+        rows = iter(connection.execution_options(yield_per=1).execute(names))
         next(rows)
         hand(world)
         world.open()  # not looked yet

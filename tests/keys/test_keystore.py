@@ -27,7 +27,7 @@ from sqla_byok import (
     UnknownTenantError,
     WrongKeyError,
 )
-from sqla_byok.kms import Wrapped
+from sqla_byok.kms import Kms, Wrapped
 
 NAMES = ["MÜLLER", "Muller", "Müller", "muller", "müller", "o" * 255]
 
@@ -113,7 +113,7 @@ def test_a_name_with_a_trailing_blank_is_never_taken_for_the_other(sync_url: URL
     byok.close()
 
 
-class _MeetingKms:
+class _MeetingKms(Kms):
     """A key file whose holder waits for another one before it inserts."""
 
     provider, profile = "local", "default"
@@ -124,7 +124,7 @@ class _MeetingKms:
     def config(self) -> dict[str, str]:
         return self._kms.config()
 
-    def connect(self, settings: Any) -> _MeetingKms:
+    def connect(self, settings: Any, operator: Any = None, *, reason: str = "open") -> Any:
         return self
 
     def wrap(self, payload: bytes, *, tenant: str) -> Wrapped:
@@ -143,7 +143,7 @@ def test_two_threads_onboard_one_tenant(sync_url: URL, customer_key: Path, same:
     byok.create_keystore()
     with ThreadPoolExecutor(2) as pool:
         running = [
-            pool.submit(byok.onboard, "t1", _MeetingKms(path, meeting))  # type: ignore[arg-type]
+            pool.submit(byok.onboard, "t1", _MeetingKms(path, meeting))  # type: ignore[abstract]
             for path in (customer_key, customer_key if same else Path(other.path))
         ]
         refused = [error for error in (future.exception() for future in running) if error is not None]

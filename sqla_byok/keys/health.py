@@ -1,0 +1,163 @@
+"""How tenants' KMS calls went of late: the breaker of each tenant, and the states that operators watch."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections import Counter, deque
+from typing import NamedTuple
+
+from sqla_byok.audit import Audit, KeyStateChanged
+from sqla_byok.errors import KmsError
+from sqla_byok.keys.keyring import Clock
+
+__all__ = ["CLOSED", "DARK", "FRESH", "GRACE", "Health"]
+
+CLOSED, FRESH, GRACE, DARK = "closed", "fresh", "grace", "dark"
+
+# After so many failures in a row the KMS is left alone: for 1, 2, 4, 8, then 15 seconds. Until then each failure is
+# its statement's alone, so that a customer who enables its key again need not wait.
+_FAILURES = 3
+_LONGEST = 15.0
+
+_CHANGES_KEPT = 100_000
+RECENTLY = 300.0
+
+
+class _Record:
+    __slots__ = ("error", "failures", "open_until")
+
+    def __init__(self) -> None:
+        self.failures, self.open_until = 0, 0.0
+        self.error: KmsError | None = None
+
+
+class _Change(NamedTuple):
+    at: float
+    tenant: str
+    action_by: str | None
+
+
+class Health:
+    """What is known of the tenants' KMS, in this process.
+
+    :param clock: where time is read.
+    :param audit: hears of each change of a tenant's state.
+    """
+
+    def __init__(self, clock: Clock, audit: Audit) -> None:
+        self._clock, self._audit = clock, audit
+        self._failing: dict[str, _Record] = {}
+        self._states: dict[str, str] = {}
+        self._changes: deque[_Change] = deque(maxlen=_CHANGES_KEPT)
+        self._lock = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Take a lock that no thread of the parent's holds."""
+        self._lock = threading.Lock()
+
+    def admit(self, tenant: str) -> None:
+        """Let a KMS call for the tenant through, or raise what the last one said while its breaker is open.
+
+        :raises KmsError: the last failure again, with ``retry_after``.
+        """
+        record = self._failing.get(tenant)
+        if record is None or record.error is None:
+            return
+        wait = record.open_until - self._clock.boot()
+        if wait > 0:
+            raise self.again(record.error, wait)
+
+    def failing(self, tenant: str) -> KmsError | None:
+        """What the tenant's last KMS call raised; None where it succeeded."""
+        record = self._failing.get(tenant)
+        return None if record is None else record.error
+
+    @staticmethod
+    def again(error: KmsError, wait: float | None = None) -> KmsError:
+        """The same failure for another caller."""
+        error = copy.copy(error)
+        if wait is not None:
+            error.retry_after = max(wait, 0.001)
+        return error
+
+    def succeeded(self, tenant: str) -> None:
+        """The KMS said yes."""
+        with self._lock:
+            self._failing.pop(tenant, None)
+        self.enter(tenant, FRESH)
+
+    def failed(self, tenant: str, error: KmsError) -> None:
+        """The KMS said no, or nothing."""
+        now = self._clock.boot()
+        with self._lock:
+            record = self._failing.setdefault(tenant, _Record())
+            record.failures += 1
+            record.error = copy.copy(error).with_traceback(None)
+            beyond = record.failures - _FAILURES
+            if beyond >= 0:
+                wait = min(_LONGEST, 2.0 ** min(beyond, 10)) * random.uniform(0.8, 1.0)  # noqa: S311 - spreads calls
+                record.open_until = now + max(wait, min(error.retry_after or 0.0, 4 * _LONGEST))
+
+    def retry_in(self, tenant: str) -> float:
+        """In how many seconds the KMS may be asked in the background again."""
+        record = self._failing.get(tenant)
+        return 1.0 if record is None else max(1.0, record.open_until - self._clock.boot())
+
+    def enter(self, tenant: str, state: str, cause: BaseException | None = None) -> None:
+        """Note the state of a tenant's keys, and tell the audit where it is another than before."""
+        with self._lock:
+            before = self._states.get(tenant, CLOSED)
+            if before == state:
+                return
+            if state == CLOSED:
+                self._states.pop(tenant, None)
+            else:
+                self._states[tenant] = state
+            action_by = cause.action_by if isinstance(cause, KmsError) else None
+            if {before, state} & {GRACE, DARK}:
+                self._changes.append(_Change(self._clock.boot(), tenant, action_by))
+        self._audit.tell(
+            KeyStateChanged(
+                tenant,
+                before,
+                state,
+                cause=None if cause is None else type(cause).__name__,
+                action_by=action_by,
+            )
+        )
+
+    def forget(self, tenant: str | None = None) -> None:
+        """Close the breaker of a tenant, or of all: the next use asks the KMS."""
+        with self._lock:
+            names = [*self._failing] if tenant is None else [tenant]
+            for name in names:
+                self._failing.pop(name, None)
+
+    def state(self, tenant: str) -> str:
+        """The tenant's state as it was last noted."""
+        return self._states.get(tenant, CLOSED)
+
+    def states(self) -> dict[str, str]:
+        """The states of all tenants but the closed ones."""
+        with self._lock:
+            return dict(self._states)
+
+    def causes(self) -> Counter[tuple[str, str]]:
+        """How many tenants' last KMS call failed, by exception and by who must act."""
+        with self._lock:
+            errors = [record.error for record in self._failing.values() if record.error is not None]
+        return Counter((type(error).__name__, error.action_by) for error in errors)
+
+    def breakers(self) -> int:
+        """How many breakers are open."""
+        now = self._clock.boot()
+        with self._lock:
+            return sum(record.open_until > now for record in self._failing.values())
+
+    def changed_recently(self) -> int:
+        """How many tenants became dark, came into grace, or came out of either in the last five minutes."""
+        since = self._clock.boot() - RECENTLY
+        with self._lock:
+            return len({change.tenant for change in self._changes if change.at > since})
