@@ -39,7 +39,7 @@ from sqla_byok import (
     UnknownTenantError,
     WrongKeyError,
 )
-from sqla_byok.audit import GenerationChanged
+from sqla_byok.audit import Event, GenerationChanged
 from sqla_byok.crypto.formats import DATA_KEY, KINDS, SEARCH_SALT, TenantKey, pack_tenant_key
 from sqla_byok.keys.generations import SETTLE
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
@@ -80,7 +80,11 @@ class Process:
         self.engine = create_engine(f"sqlite:///{folder / 'data.db'}")
         self.byok.attach(self.engine)
         self.events: list[GenerationChanged] = []
-        self.byok._generations._audit.listeners.append(self.events.append)  # type: ignore[arg-type]
+        self.byok._generations._audit.listeners.append(self._hear)
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, GenerationChanged):
+            self.events.append(event)
 
     def write(self, *mrns: str) -> None:
         with self.engine.execution_options(byok_tenant="t1").begin() as connection:
@@ -326,7 +330,7 @@ def test_a_pending_generation_that_is_gone_does_not_become_active(world: World, 
 
     def restore() -> None:
         now = world.one.row()
-        secret = world.one.byok._keyrings._unwrap(now)
+        secret = world.one.byok._generations._unwrap(now)
         key = TenantKey(secret, "t1", now.tenant_key_generation)
         tag = key.manifest_tag(now.epoch + 1, [each.record for each in before.generations])
         old = replace(before, epoch=now.epoch + 1, manifest_tag=tag)
@@ -607,7 +611,7 @@ def test_no_frame_that_touches_the_database_holds_a_secret(
     monkeypatch.setattr(Keystore, "replace", look)
     getattr(world.one.byok, change)("t1")
     row = world.one.row()
-    secret = world.one.byok._keyrings._unwrap(row)
+    secret = world.one.byok._generations._unwrap(row)
     key = TenantKey(secret, "t1", row.tenant_key_generation)
     secrets = {key.open(each.kind, each.generation, each.id, each.sealed) for each in row.generations}
     secrets |= {secret, pack_tenant_key(secret, "t1", row.tenant_key_generation)}
