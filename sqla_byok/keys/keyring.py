@@ -182,9 +182,8 @@ class Keyring(Secret):
         self.fresh_until = self.write_until = self.used = self.refresh_at = self.outage_grace = 0.0
         self.epoch = epoch
         self._tenant_key: TenantKey | None = tenant_key
-        self._lineage: list[weakref.ref[Keyring]] = [
-            weakref.ref(self)
-        ]  # shared by a keyring and its successors
+        # Shared by a keyring and its successors.
+        self._lineage: list[weakref.ref[Keyring]] = [weakref.ref(self)]
         # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
         self.wrapping: Wrapping | None = None
         self.client: tuple[Kms, KmsClient] | None = None

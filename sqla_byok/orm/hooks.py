@@ -205,7 +205,28 @@ def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
 def _fan_out(clause: Any, live: int) -> Any:
     """Have a statement compiled for several search salts."""
     statement = upstream.resolved(clause)
-    return statement.options(upstream.FanOut(live)) if hasattr(statement, "options") else clause
+    if getattr(statement, "is_insert", False):
+        _refuse_upsert(statement)
+    # A sequence and DDL come here as well.
+    compares = getattr(statement, "is_select", False) or getattr(statement, "is_dml", False)
+    return statement.options(upstream.FanOut(live)) if compares else clause
+
+
+def _refuse_upsert(statement: Any) -> None:
+    """Refuse an upsert that finds its conflicts by a hash: it would miss a row hashed by another salt, and add one."""
+    table, _ = upstream.target(statement)
+    for conflict in upstream.conflicts(statement):
+        targets = upstream.conflict_elements(conflict) or upstream.unique_columns(table)
+        for target in targets:
+            column = table.c.get(target) if isinstance(target, str) else target
+            type_ = getattr(column, "type", None)
+            if isinstance(type_, SearchHash):
+                name = type_.source.column_id
+                raise UnsupportedQueryError(
+                    f"{name}: an upsert cannot find its conflicts while the column's salts are being rotated, since "
+                    "an equal value may have another hash; look the row up, then update or insert it",
+                    column=name,
+                )
 
 
 def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:

@@ -18,6 +18,7 @@ from sqla_byok.crypto.formats import HEADER_SIZE, is_direct
 from sqla_byok.crypto.values import Ring, explain_foreign
 from sqla_byok.errors import (
     DecryptError,
+    KeystoreUnavailableError,
     NotAttachedError,
     NoTenantError,
     TenantMismatchError,
@@ -88,6 +89,13 @@ def refuse_foreign(keyrings: Keyrings, where: str, ring: Keyring, blob: bytes) -
             tenant=ring.tenant,
             column=where,
             owner=owner,
+        )
+    if keyrings.clock.boot() >= ring.write_until:
+        raise KeystoreUnavailableError(
+            f"{where}: a stored value was sealed under a data key that this process does not know for tenant "
+            f"{ring.tenant!r}; it may be newer than the last look at the keystore, which has not answered for a while",
+            tenant=ring.tenant,
+            column=where,
         )
     raise UnknownDataKeyError(
         f"{where}: a stored value was sealed under a data key that tenant {ring.tenant!r} does not have; it is "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, TypeVar
 
-from sqlalchemy import Table
+from sqlalchemy import Table, UniqueConstraint
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.util import immutabledict
@@ -36,6 +36,7 @@ __all__ = [
     "result_types",
     "select_names",
     "target",
+    "unique_columns",
     "values",
     "with_conflicts",
     "with_multi_values",
@@ -160,6 +161,13 @@ def with_conflicts(clause: Any, new_conflicts: Iterable[Any]) -> Any:
 def conflict_elements(conflict: Any) -> Sequence[Any]:
     """The columns whose conflict it answers, where it names any."""
     return getattr(conflict, "inferred_target_elements", None) or ()
+
+
+def unique_columns(table: Any) -> Iterator[Any]:
+    """The columns of a table's unique constraints and indexes."""
+    for unique in (*getattr(table, "constraints", ()), *getattr(table, "indexes", ())):
+        if isinstance(unique, UniqueConstraint) or getattr(unique, "unique", False):
+            yield from unique.columns
 
 
 def conflict_values(conflict: Any) -> list[Item]:
