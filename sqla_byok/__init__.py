@@ -42,6 +42,7 @@ from sqla_byok.errors import (
 from sqla_byok.keys.keystore import keystore_metadata
 from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
+from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok
 
@@ -79,6 +80,7 @@ __all__ = [
     "NotAttachedError",
     "NotEncryptedError",
     "SaltChangedError",
+    "Sealed",
     "SecretStore",
     "TamperedError",
     "TenantExistsError",

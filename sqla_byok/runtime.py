@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session
 
 from sqla_byok.audit import Actor, Audit, Event, acting
@@ -39,6 +39,7 @@ from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
+from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.hooks import TENANT_OPTION, attach
 from sqla_byok.orm.slots import refuse_foreign, slot_of
 
@@ -465,6 +466,34 @@ class Byok(Secret):
         """:meth:`rewrap` from asyncio."""
         await asyncio.to_thread(self.rewrap, tenant, kms)
 
+    def reveal(self, obj: Any, attribute: str) -> Any:
+        """Decrypt an attribute that was read as :class:`Sealed`, by one call to the tenant's KMS.
+
+        The object then has the plaintext, as if it had been loaded: nothing is flushed. What is not sealed is
+        returned as it is, without a call; on a sync engine nothing is. From asyncio use :meth:`areveal`.
+
+        :param obj: a mapped object in a session, whose tenant is the session's or that of the block.
+        :param attribute: the name of the attribute.
+        :returns: the plaintext.
+        :raises NoTenantError: if neither the session's engine nor a block says whose the object is.
+        :raises TenantMismatchError: if it is another tenant's; the KMS was not asked.
+        :raises TamperedError: if it does not open.
+        :raises KmsError: if the KMS refuses or does not answer.
+        :raises sqlalchemy.orm.exc.DetachedInstanceError: if the object is in no session.
+        """
+        return reveal(obj, attribute, self._keyrings, self._tenant_of)
+
+    async def areveal(self, obj: Any, attribute: str) -> Any:
+        """:meth:`reveal` from asyncio.
+
+        ::
+
+            patient = await session.get(Patient, 1)
+            patient.ssn                                # <Sealed patient.ssn>
+            await byok.areveal(patient, "ssn")         # "078-05-1120", and so is patient.ssn from now on
+        """
+        return await areveal(obj, attribute, self._keyrings, self._tenant_of)
+
     def forget_keys(self, tenant: str | None = None) -> None:
         """Take one tenant's keys, or all, out of memory at once; results still being read fail from here on.
 
@@ -599,6 +628,10 @@ class Byok(Secret):
     def _current_tenant(self) -> str | None:
         scope = self._tenant.get()
         return self._single_tenant if scope is None else scope.tenant
+
+    def _tenant_of(self, bind: Engine | Connection) -> str | None:
+        tenant: str | None = bind.get_execution_options().get(TENANT_OPTION)
+        return self._current_tenant() if tenant is None else tenant
 
     def _required_tenant(self) -> str:
         tenant = self._current_tenant()

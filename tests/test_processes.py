@@ -246,7 +246,7 @@ def test_a_fork_in_the_middle_of_an_opening(
     real, parent = LocalKms(customer_key), os.getpid()
 
     class SlowKms(Kms):
-        provider, profile = "local", "default"
+        provider, profile, outbound = "local", "default", False
 
         def config(self) -> dict[str, str]:
             return real.config()

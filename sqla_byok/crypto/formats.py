@@ -11,6 +11,7 @@ tenant key payload     0x01 ‖ tenant key ‖ SHA-256 of whose it is          6
 sealed record          0xB2 0x01 ‖ nonce ‖ ciphertext ‖ tag                62
 manifest and row tag   HMAC-SHA-256                                        32
 value                  0xB1 ‖ algorithm ‖ key id ‖ nonce ‖ … ‖ tag       46 +
+direct value           0xB1 0x10 ‖ key id ‖ version ‖ KMS.Encrypt(value)  19 +
 =====================  ==============================================  ======
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import string
 import unicodedata
@@ -36,6 +38,8 @@ __all__ = [
     "ACTIVE",
     "BASE62",
     "DATA_KEY",
+    "DIRECT",
+    "DIRECT_SIZE",
     "HEADER_SIZE",
     "ID_SIZE",
     "KEY_SIZE",
@@ -59,8 +63,11 @@ __all__ = [
     "check_tenant",
     "column_aad",
     "data_key_id",
+    "direct_value",
     "enc",
+    "is_direct",
     "is_reference",
+    "is_value_of",
     "kdf",
     "lp",
     "new_key",
@@ -69,6 +76,7 @@ __all__ = [
     "pad",
     "row_tag",
     "salt_id",
+    "split_direct",
     "tenant_aad",
     "u32",
     "u64",
@@ -98,8 +106,14 @@ TAG_SIZE = 16
 VALUE_MAGIC = 0xB1
 PLAIN = 0x01
 PADDED = 0x02
+DIRECT = 0x10
 HEADER_SIZE = 2 + ID_SIZE
 OVERHEAD = HEADER_SIZE + NONCE_SIZE + TAG_SIZE
+
+# What a provider puts into its URL must not be able to leave its place there: no dot, slash, colon or percent.
+_VERSION = re.compile(rb"[A-Za-z0-9_-]{0,255}")
+# AWS KMS makes up to 6,144 bytes of what it takes, RSA 512.
+DIRECT_SIZE = HEADER_SIZE + 1 + 255 + 6144
 
 BASE62 = string.ascii_uppercase + string.ascii_lowercase + string.digits
 
@@ -500,6 +514,47 @@ def row_tag(
 def value_header(algorithm: int, key_id: bytes) -> bytes:
     """The first 18 bytes of a stored value. The first of them never begins UTF-8, so text is told apart."""
     return bytes((VALUE_MAGIC, algorithm)) + _sized(key_id, ID_SIZE)
+
+
+def direct_value(inner: bytes, key_version: str, blob: bytes) -> bytes:
+    """Frame what the customer's KMS made of a value.
+
+    :param inner: the value that was encrypted, as any other column would store it.
+    :param key_version: the version of the customer key, up to 255 ASCII letters, digits, ``-`` and ``_``; empty where
+        the provider keeps that to itself.
+    :param blob: the KMS's ciphertext of ``inner``.
+    :raises ValueError: the key version is not one, or ``inner`` is not a value.
+    """
+    version = key_version.encode()
+    if _VERSION.fullmatch(version) is None or not is_value_of(inner, inner[2:HEADER_SIZE]):
+        raise ValueError("not a value, or not a key version of letters, digits, - and _")
+    return value_header(DIRECT, inner[2:HEADER_SIZE]) + bytes((len(version),)) + version + blob
+
+
+def is_direct(value: object) -> bool:
+    """Whether a stored value says that the customer's KMS encrypted it."""
+    return isinstance(value, bytes) and len(value) > HEADER_SIZE and value[:2] == bytes((VALUE_MAGIC, DIRECT))
+
+
+def split_direct(value: bytes) -> tuple[bytes, str, bytes] | None:
+    """Take a direct value apart.
+
+    :returns: the id of the data key of the value inside (16 bytes), the key version, and what the KMS made; ``None``
+        where it is not well formed.
+    """
+    body = HEADER_SIZE + 1 + value[HEADER_SIZE] if is_direct(value) else len(value)
+    version, blob = value[HEADER_SIZE + 1 : body], value[body:]
+    if not blob or _VERSION.fullmatch(version) is None:
+        return None
+    return value[2:HEADER_SIZE], version.decode(), blob
+
+
+def is_value_of(inner: bytes, key_id: bytes) -> bool:
+    """Whether what a KMS decrypted is a value under the data key that its frame names, and no frame again."""
+    return len(inner) >= OVERHEAD and inner[:HEADER_SIZE] in (
+        value_header(PLAIN, key_id),
+        value_header(PADDED, key_id),
+    )
 
 
 def tenant_aad(header: bytes, tenant: str) -> bytes:

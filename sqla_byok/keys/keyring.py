@@ -7,12 +7,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
 
 from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError
+
+if TYPE_CHECKING:
+    from sqla_byok.keys.keystore import Wrapping
+    from sqla_byok.kms import Kms, KmsClient
 
 __all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "SealedRecord", "SystemClock"]
 
@@ -147,6 +151,7 @@ class Keyring(Secret):
         "_lineage",
         "_tenant_key",
         "cleared",
+        "client",
         "deadline",
         "epoch",
         "fresh_until",
@@ -162,6 +167,7 @@ class Keyring(Secret):
         "used",
         "wall_deadline",
         "wall_renewed_until",
+        "wrapping",
         "write",
         "write_until",
     )
@@ -178,6 +184,9 @@ class Keyring(Secret):
         self._tenant_key: TenantKey | None = tenant_key
         # Shared by a keyring and its successors.
         self._lineage: list[weakref.ref[Keyring]] = [weakref.ref(self)]
+        # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
+        self.wrapping: Wrapping | None = None
+        self.client: tuple[Kms, KmsClient] | None = None
         self.openers: dict[bytes, Opener] = {}
         self.write = self._no_key()  # never stays: the manifest has exactly one active data key
         active: list[_Salts] = []
@@ -252,7 +261,7 @@ class Keyring(Secret):
         self.fresh_until = self.deadline = self.write_until = 0.0
         self.write = self._no_key()
         self.openers = {}
-        self._tenant_key = None
+        self._tenant_key = self.client = None
         for salts in self.live_salts:
             salts.clear()
         for ring in self.kin():

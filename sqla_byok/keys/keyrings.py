@@ -15,11 +15,11 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sqla_byok.audit import Actor, Audit, KeysOpened, acting
 from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
@@ -33,15 +33,19 @@ from sqla_byok.errors import (
     KmsNoAnswerError,
     KmsUnavailableError,
     UnknownTenantError,
+    WrongKeyError,
 )
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
 from sqla_byok.keys.health import CLOSED, DARK, GRACE, Health
 from sqla_byok.keys.keyring import Clock, Keyring, SealedRecord
-from sqla_byok.keys.keystore import Keystore, TenantRow
+from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
 
 __all__ = ["Keyrings"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("sqla_byok")
 
@@ -225,15 +229,36 @@ class Keyrings(Secret):
         for ring in dropped:
             self._end(ring, CLOSED)
 
-    def refused(self, ring: Keyring, error: KmsError) -> None:
-        """Note what the tenant's KMS said to a call that was not an opening. "No" drops the keyring."""
-        self.health.failed(ring.tenant, error)
-        if not isinstance(error, KmsNoAnswerError):
-            self._drop(ring, error)
-
     def owner_of(self, header: bytes) -> str | None:
         """Which open tenant a value's header belongs to, for error messages."""
         return next((ring.tenant for ring in list(self._rings.values()) if header in ring.openers), None)
+
+    def ask_directly(self, ring: Keyring, operation: str, ask: Callable[[KmsClient], T]) -> T:
+        """Make one KMS call for a value of an open tenant, and note what comes of it. "No" drops the keyring.
+
+        :param operation: ``"wrap"`` or ``"unwrap"``.
+        :param ask: makes the call.
+        :raises KmsError: what the KMS said, or said last while it is left alone.
+        """
+        self.health.admit(ring.tenant)
+        kms, client = self._direct(ring)
+        try:
+            answer = self._customer_keys.call(lambda: ask(client), kms, operation, ring.tenant, "direct")
+        except WrongKeyError:
+            raise  # says something of the value, not of the key
+        except KmsError as error:
+            self.health.failed(ring.tenant, error)
+            if not isinstance(error, KmsNoAnswerError):
+                self._drop(ring, error)
+            raise
+        self.health.forget(ring.tenant)
+        return answer
+
+    def room(self, ring: Keyring) -> int:
+        """How many bytes the tenant's customer key encrypts at once. Makes no call."""
+        _, client = self._direct(ring)
+        wrapping = self._wrapping(ring)
+        return client.room(Wrapped(wrapping.wrapped, wrapping.kms_key_version))
 
     def rings(self) -> list[Keyring]:
         """The keyrings in memory that can be used."""
@@ -437,12 +462,27 @@ class Keyrings(Secret):
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
         newer = ring.successor(row.epoch, records)
+        newer.wrapping = row.wrappings[0]
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 self._rings[ring.tenant] = newer
             else:  # gone to make room; had it been forgotten, both would be cleared
                 self._evicted.add(newer)
         return newer
+
+    def _direct(self, ring: Keyring) -> tuple[Kms, KmsClient]:
+        """The customer key of an open tenant, and what calls it; kept with the keyring until it is renewed."""
+        found = ring.client
+        if found is None:
+            kms = self._customer_keys.describe(self._wrapping(ring))
+            found = ring.client = kms, self._customer_keys.client(kms, "direct")
+        return found
+
+    @staticmethod
+    def _wrapping(ring: Keyring) -> Wrapping:
+        if ring.cleared or ring.wrapping is None:
+            ring.expired()
+        return ring.wrapping
 
     # -- asking the KMS -------------------------------------------------------------------------------------------
 
@@ -488,6 +528,8 @@ class Keyrings(Secret):
         ring.one_unit = row.revoke_within_ms == 0
         revoke_within = UNIT_WITHIN if ring.one_unit else row.revoke_within_ms / 1000
         ring.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
+        for each in ring.kin():
+            each.wrapping, each.client = row.wrappings[0], None  # the next direct call authenticates anew
         self.health.succeeded(ring.tenant)
 
     def refresh_soon(self, ring: Keyring) -> None:

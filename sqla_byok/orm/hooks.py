@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -27,7 +27,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.orm import upstream
+from sqla_byok.orm import direct, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
@@ -97,7 +97,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         compiled = context.compiled
         if compiled is None:
             return statement, parameters
-        encrypts, decrypts, compared = upstream.known(compiled, _concerns)
+        encrypts, decrypts, sends, _, compared = upstream.known(compiled, _concerns)
         if not (encrypts or decrypts or compared):
             return statement, parameters
         if encrypts or compared:
@@ -111,6 +111,8 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         upstream.remember(context, ring)
         if decrypts and context.is_crud:
             reading.set(ring)  # RETURNING together with server defaults is read before after_execute
+        if sends and ring is not None:
+            parameters = direct.send(context, parameters, keyrings, ring)
         return statement, parameters
 
     def after_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any, result: Any) -> None:
@@ -120,10 +122,17 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         context = getattr(result, "context", None)  # a default's result is a plain value
         if context is None or context.compiled is None or result._soft_closed:
             return
-        _, decrypts, _ = upstream.known(context.compiled, _concerns)
-        if decrypts:
+        concerns = upstream.known(context.compiled, _concerns)
+        if concerns.decrypts:
             ring = upstream.remembered(context)
-            result.cursor_strategy = _TenantFetch(result.cursor_strategy, ring, reading, keyrings)
+            strategy, opener = result.cursor_strategy, None
+            if concerns.opens:
+                opener = direct.opener(result, keyrings, ring)
+            result.cursor_strategy = (
+                _TenantFetch(strategy, ring, reading, keyrings)
+                if opener is None
+                else _DirectFetch(strategy, ring, reading, keyrings, opener=opener)
+            )
 
     event.listen(engine, "before_execute", before_execute, retval=True)
     event.listen(engine, "before_cursor_execute", before_cursor_execute, retval=True)
@@ -143,16 +152,28 @@ def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     return ring if clock.boot() < ring.deadline and clock.wall() < ring.wall_deadline else None
 
 
-def _concerns(compiled: Any) -> tuple[bool, bool, int]:
-    """Whether a statement has values to encrypt or hash, and columns to decrypt, and by how many salts it compares.
+class _Concerns(NamedTuple):
+    """What a compiled statement has of ours."""
 
-    Asked once per compiled statement.
-    """
+    encrypts: bool  # or hashes
+    decrypts: bool
+    sends: bool  # values to the customer's KMS
+    opens: bool  # values by the customer's KMS
+    compared: int  # by how many search salts it compares
+
+
+def _concerns(compiled: Any) -> _Concerns:
+    """Asked once per compiled statement."""
     refuse_embedded(getattr(compiled, "ctes", None) or ())
-    binds = getattr(compiled, "binds", {}).values()
-    encrypts = any(isinstance(bind.type, Encrypted | SearchHash) for bind in binds)
-    decrypts = any(isinstance(type_, Encrypted) for type_ in upstream.result_types(compiled))
-    return encrypts, decrypts, upstream.compared(compiled)
+    binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
+    results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
+    return _Concerns(
+        encrypts=any(isinstance(type_, Encrypted | SearchHash) for type_ in binds),
+        decrypts=bool(results),
+        sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in binds),
+        opens=any(type_.mode == "direct" for type_ in results),
+        compared=upstream.compared(compiled),
+    )
 
 
 def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
@@ -277,9 +298,10 @@ class _TenantFetch:
     def yield_per(self, result: Any, cursor: Any, num: int) -> None:
         self._inner.yield_per(result, cursor, num)
         if result.cursor_strategy is not self:
-            result.cursor_strategy = _TenantFetch(
-                result.cursor_strategy, self._ring, self._reading, self._keyrings
-            )
+            result.cursor_strategy = self._around(result.cursor_strategy)
+
+    def _around(self, inner: Any) -> _TenantFetch:
+        return _TenantFetch(inner, self._ring, self._reading, self._keyrings)
 
     def soft_close(self, *args: Any) -> None:
         self._inner.soft_close(*args)
@@ -289,6 +311,38 @@ class _TenantFetch:
 
     def handle_exception(self, *args: Any) -> Any:
         return self._inner.handle_exception(*args)
+
+
+class _DirectFetch(_TenantFetch):
+    """The same for a result with direct values: the customer's KMS decrypts those of all rows that are fetched."""
+
+    __slots__ = ("_open",)
+
+    def __init__(self, *args: Any, opener: Callable[[Any], list[Any]]) -> None:
+        super().__init__(*args)
+        self._open = opener
+
+    def fetchone(self, result: Any, *args: Any, **kwargs: Any) -> Any:
+        row = super().fetchone(result, *args, **kwargs)
+        return row if row is None else self._opened(result, [row])[0]
+
+    def fetchmany(self, result: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._opened(result, super().fetchmany(result, *args, **kwargs))
+
+    def fetchall(self, result: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._opened(result, super().fetchall(result, *args, **kwargs))
+
+    def _opened(self, result: Any, rows: Any) -> list[Any]:
+        try:
+            opened = self._open(rows)
+            self._enter()  # the KMS may have taken long
+        except BaseException:
+            result.close()  # or whoever fetched on would miss these rows
+            raise
+        return opened
+
+    def _around(self, inner: Any) -> _DirectFetch:
+        return _DirectFetch(inner, self._ring, self._reading, self._keyrings, opener=self._open)
 
 
 def _hide_parameters(context: ExceptionContext) -> None:

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect
 
-from sqla_byok.crypto.formats import HEADER_SIZE
+from sqla_byok.crypto.formats import HEADER_SIZE, is_direct
 from sqla_byok.crypto.values import Ring, explain_foreign
 from sqla_byok.errors import (
+    DecryptError,
     KeystoreUnavailableError,
     NotAttachedError,
     NoTenantError,
@@ -74,6 +75,13 @@ def refuse_foreign(keyrings: Keyrings, where: str, ring: Keyring, blob: bytes) -
     explain_foreign(blob, where, ring.tenant)
     if ring.cleared:
         ring.expired()
+    if is_direct(blob):
+        raise DecryptError(
+            f"{where}: a stored value was encrypted by the customer's KMS itself; only a column declared with "
+            "mode='direct' reads it",
+            tenant=ring.tenant,
+            column=where,
+        )
     owner = keyrings.owner_of(blob[:HEADER_SIZE])
     if owner is not None:
         raise TenantMismatchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from sqlalchemy import Dialect, LargeBinary
 from sqlalchemy.dialects import mysql
@@ -16,9 +16,9 @@ from sqlalchemy.util import memoized_property
 
 from sqla_byok.crypto import codecs
 from sqla_byok.crypto.codecs import Codec
-from sqla_byok.crypto.formats import OVERHEAD
+from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
-from sqla_byok.crypto.values import hash_with, open_with, seal_with
+from sqla_byok.crypto.values import Ring, hash_with, open_with, seal_with
 from sqla_byok.errors import (
     DeclarationError,
     DecryptError,
@@ -26,6 +26,8 @@ from sqla_byok.errors import (
     TamperedError,
     UnsupportedQueryError,
 )
+from sqla_byok.orm import direct
+from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 
 __all__ = ["Digest", "Encrypted", "SearchHash"]
@@ -81,6 +83,10 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     :param column_id: the name bound into the ciphertext and the salt; by default ``table.column`` (with the schema in
         front, where there is one). Give it to keep data readable when a table or column is renamed: the old name.
     :param pad_to: pad the plaintext to a multiple of so many bytes (2 to 65,536), where the length would tell.
+    :param mode: ``"envelope"``: values are encrypted here, under the tenant's data key. ``"direct"``: each value is
+        then encrypted by the customer's KMS as well, so that every read and write of one is a call to it and stands in
+        the customer's own log; values are limited to what the customer key takes (144 bytes for RSA-2048, 4,050 for
+        AWS). On async engines reads give :class:`~sqla_byok.Sealed`.
     :raises DeclarationError: when the column is declared, for what cannot work on ciphertext: a primary or foreign
         key, ``server_default``, a CHECK, ``unique`` without ``searchable``, ``with_variant``.
     """
@@ -98,6 +104,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         normalize: Callable[[Any], Any] | None = None,
         column_id: str | None = None,
         pad_to: int | None = None,
+        mode: Literal["envelope", "direct"] = "envelope",
     ) -> None:
         super().__init__()
         self.type_: TypeEngine[_T] = to_instance(type_)
@@ -107,6 +114,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.normalize = normalize
         self.column_id = column_id
         self.pad_to = pad_to
+        self.mode = mode
         self.declared_id = column_id
         self._check_options()
         self.hashable = self.type_.hashable
@@ -115,6 +123,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         codec = _codec(self.type_)
         if self.pad_to is not None and not 2 <= self.pad_to <= 65_536:
             raise DeclarationError("pad_to takes 2 to 65,536 bytes")
+        if self.mode not in ("envelope", "direct"):
+            raise DeclarationError("mode takes 'envelope' or 'direct'")
         if not self.searchable:
             if self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
                 raise DeclarationError("hash, salt_scope and normalize need searchable=True")
@@ -168,7 +178,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         if inner is NO_CACHE:
             return NO_CACHE
         return (
-            type(self), inner, self.searchable, self.hash, self.salt_scope, self.normalize, self.column_id, self.pad_to
+            type(self), inner, self.searchable, self.hash, self.salt_scope, self.normalize, self.column_id, self.pad_to,
+            self.mode,
         )  # fmt: skip
 
     @property
@@ -176,6 +187,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         return self.type_.python_type
 
     def compare_values(self, x: Any, y: Any) -> bool:
+        if type(x) is Sealed or type(y) is Sealed:
+            return type(x) is type(y) and bool(x == y)
         return self.type_.compare_values(x, y)
 
     def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
@@ -189,6 +202,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name not in ("mysql", "mariadb"):
             return self.impl_instance
+        if self.mode == "direct":
+            return LargeBinary(DIRECT_SIZE)
         size = _codec(self.type_).max_size
         if size is None:
             return mysql.LONGBLOB()
@@ -203,17 +218,26 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         seal = seal_with(
             slot.binding.get, lambda: slot.nobody(column), column, codec, limit=length, pad_to=self.pad_to
         )
-        return _chain(_checked(to_plain, column, EncodeError), seal, _driver_binary(dialect))
+        checked = _checked(to_plain, column, EncodeError)
+        if self.mode == "direct":
+            return direct.writer(slot, column, _chain(checked, seal), _driver_binary(dialect))
+        return _chain(checked, seal, _driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         if self.column_id is None:
             return _unbound
-        slot, column = slot_of(dialect), self.column_id
+        slot = slot_of(dialect)
+        to_bytes, opened = _driver_bytes(dialect, coltype), self.opened(dialect, slot.reading.get)
+        if self.mode == "direct":
+            return direct.Reader(slot, self.column_id, to_bytes, opened, dialect.is_async)
+        return _chain(to_bytes, opened)
+
+    def opened(self, dialect: Dialect, current: Callable[[], Ring | None]) -> _Process:
+        """What makes the Python value of a stored value's bytes, under the keyring that ``current`` gives."""
+        slot, column = slot_of(dialect), self.column_id or ""
         _, codec, from_plain = _plain(self.type_, dialect)
-        opened = open_with(
-            slot.reading.get, lambda ring, blob: slot.refuse(column, ring, blob), column, codec
-        )
-        return _chain(_driver_bytes(dialect, coltype), opened, _checked(from_plain, column, DecryptError))
+        opened = open_with(current, lambda ring, blob: slot.refuse(column, ring, blob), column, codec)
+        return _chain(opened, _checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
         return lambda value: _NOT_RENDERED
@@ -226,6 +250,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             "normalize": self.normalize,
             "column_id": self.column_id,
             "pad_to": self.pad_to,
+            "mode": None if self.mode == "envelope" else self.mode,
         }
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"Encrypted({self.type_!r}{given})"
@@ -293,7 +318,10 @@ class SearchHash(TypeDecorator[Digest]):
             return bytes(value)
 
         # Where the values themselves are bytes, a digest is a value like any other.
-        return _chain(process if codec.name == "bytes" else bind, _driver_binary(dialect))
+        hash_or_keep = process if codec.name == "bytes" else bind
+        if source.mode == "direct" or source.normalize is not None:
+            hash_or_keep = direct.refusing(hash_or_keep, column)
+        return _chain(hash_or_keep, _driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         column = self.source.column_id
@@ -445,6 +473,10 @@ def _checked(
         return None
 
     def convert(value: Any) -> Any:
+        if type(value) is Sealed:
+            raise EncodeError(
+                f"{column}: it takes no sealed value; await byok.areveal() first", column=column
+            )
         try:
             return step(value)
         except Exception as raised:  # noqa: BLE001 - a user's code

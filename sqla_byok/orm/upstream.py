@@ -28,6 +28,7 @@ __all__ = [
     "note_compared",
     "pinned",
     "plain_table",
+    "processors",
     "remember",
     "remembered",
     "render_again",
@@ -194,6 +195,11 @@ def _values_name(conflict: Any) -> str:
 def result_types(compiled: Any) -> Iterator[Any]:
     """The types of the columns that a compiled statement returns."""
     return (column.type for column in getattr(compiled, "_result_columns", None) or ())
+
+
+def processors(result: Any) -> Sequence[Any]:
+    """What each column of a result's raw rows passes through, in the order of the rows; None where nothing does."""
+    return result._metadata._processors or ()
 
 
 def known(compiled: Any, ask: Callable[[Any], T]) -> T:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sqla_byok.errors import MissingExtraError
 from sqla_byok.testing.byok import byok_for_tests
 from sqla_byok.testing.fake import FakeKms
 from sqla_byok.testing.servers import KmsServers, kms_server
@@ -19,7 +20,11 @@ __all__ = ["FakeKms", "KmsConformance", "KmsServers", "byok_for_tests", "kms_ser
 
 def __getattr__(name: str) -> Any:
     if name == "KmsConformance":  # needs pytest, which the rest does not
-        from sqla_byok.testing.conformance import KmsConformance
-
+        try:
+            from sqla_byok.testing.conformance import KmsConformance
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                'KmsConformance needs pytest: pip install "sqla-byok[testing]"'
+            ) from error
         return KmsConformance
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

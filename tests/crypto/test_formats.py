@@ -395,3 +395,54 @@ def test_salt_ids_are_sha512() -> None:
     """A salt's id is made with SHA-512, of which a stored SHA-256 search hash tells nothing."""
     message = formats.enc("sqla-byok/1/salt-id", "org-42")
     assert formats.salt_id(SALT, "org-42") == hmac.new(SALT, message, hashlib.sha512).digest()[:16]
+
+
+# -- direct values -----------------------------------------------------------------------------------------------------
+
+KEY_ID = bytes(range(16))
+INNER = b"\xb1\x01" + KEY_ID + bytes(28)
+
+
+@pytest.mark.parametrize("version", ["", "v1", "78deebed173b48e48f55abf87ed4cf71", "x" * 255, "A-b_9"])
+@pytest.mark.parametrize("algorithm", [1, 2])
+def test_a_direct_value_gives_back_what_was_framed(version: str, algorithm: int) -> None:
+    """A value is decrypted with the version of the customer key that encrypted it."""
+    inner = INNER[:1] + bytes((algorithm,)) + INNER[2:]
+    framed = formats.direct_value(inner, version, b"blob")
+    assert formats.is_direct(framed)
+    assert formats.split_direct(framed) == (KEY_ID, version, b"blob")
+    assert len(framed) == 18 + 1 + len(version) + 4
+
+
+@pytest.mark.parametrize("version", ["x" * 256, "a.b", "a/b", "..", "a b", "a%2f", "é", "a\n", "a\0"])
+def test_a_key_version_that_could_leave_its_place_is_refused(version: str) -> None:
+    """It is put into a provider's URL: neither written nor read, whoever wrote it into the database."""
+    with pytest.raises(ValueError, match="key version"):
+        formats.direct_value(INNER, version, b"blob")
+    stored = version.encode()[:255]
+    if len(version) < 256:
+        assert formats.split_direct(b"\xb1\x10" + KEY_ID + bytes((len(stored),)) + stored + b"blob") is None
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [b"", b"plaintext", INNER[:45], b"\xb1\x10" + INNER[2:], b"\xb2" + INNER[1:], b"\xb1\x03" + INNER[2:]],
+)
+def test_only_values_are_framed(inner: bytes) -> None:
+    """Inside is always a value that binds tenant and column, never plaintext or another frame."""
+    with pytest.raises(ValueError, match="not a value"):
+        formats.direct_value(inner, "", b"blob")
+    assert not formats.is_value_of(inner, KEY_ID)
+    assert not formats.is_value_of(INNER, bytes(16))
+
+
+@pytest.mark.parametrize("stored", [b"", b"\xb1\x10", b"\xb1\x10" + KEY_ID, INNER, b"text", "text", None, 7])
+def test_what_is_no_frame_is_not_taken_for_one(stored: object) -> None:
+    """Whatever a database gives back."""
+    assert not formats.is_direct(stored)
+
+
+@pytest.mark.parametrize("tail", [b"\x00", b"\x05abc", b"\x03abc", b"\xff"])
+def test_a_cut_frame_is_noticed(tail: bytes) -> None:
+    """A value without ciphertext, or without all of its version, goes to no KMS."""
+    assert formats.split_direct(b"\xb1\x10" + KEY_ID + tail) is None

@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -362,3 +364,20 @@ def test_the_suite_finds_a_defect(defect: Any, request: pytest.FixtureRequest) -
 def test_every_test_of_the_suite_can_fail() -> None:
     """A test that is added to the suite comes with a provider that fails it."""
     assert {name for name in vars(KmsConformance) if name.startswith("test_")} == set(DEFECTS.values())
+
+
+WITHOUT_PYTEST = """
+import sys
+sys.modules["pytest"] = None
+import sqla_byok.testing
+try:
+    sqla_byok.testing.KmsConformance
+except sqla_byok.MissingExtraError as error:
+    print(error)
+"""
+
+
+def test_missing_pytest_names_the_extra() -> None:
+    """The rest of sqla_byok.testing needs no pytest, and the suite says how to get it."""
+    child = subprocess.run([sys.executable, "-c", WITHOUT_PYTEST], capture_output=True, text=True)
+    assert "sqla-byok[testing]" in child.stdout, child.stderr

@@ -49,6 +49,7 @@ def vectors() -> list[Vector]:
             *_scopes(),
             *_pads(),
             *_codecs(),
+            *_direct(),
         ]
 
 
@@ -116,6 +117,17 @@ def _tenant(tenant: str) -> Iterator[Vector]:
         ("hmac-sha256", hashes.Scope("column", column)),
     ):
         yield from _hashes(tenant, algorithm, scope, text)
+
+
+def _direct() -> Iterator[Vector]:
+    """The frame of direct values, around what stands for a KMS's ciphertext: each provider's is its own."""
+    for key_version in ("", "78deebed173b48e48f55abf87ed4cf71"):
+        for method in (formats.PLAIN, formats.PADDED):
+            header = formats.value_header(method, formats.data_key_id(DATA_KEY_1, "org-42"))
+            inner = header + NONCE + bytes(range(0x40, 0x60))
+            blob = bytes(range(0x60, 0x90))
+            value = formats.direct_value(inner, key_version, blob)
+            yield _vector("direct_value", value, inner=inner, key_version=key_version, blob=blob)
 
 
 def _sealed(tenant: str, kind: str, generation: int, secret: bytes, sealed: bytes) -> Vector:

@@ -163,6 +163,14 @@ def value(nonce: str, text: str, pad_to: int | None, dk: str, tenant: str, **col
     return out
 
 
+def direct_value(inner: str, key_version: str, blob: str) -> bytes:
+    value = bytes.fromhex(inner)
+    assert value[0] == 0xB1
+    assert value[1] in (1, 2)
+    version = key_version.encode("ascii")
+    return bytes([0xB1, 0x10]) + value[2:18] + struct.pack(">B", len(version)) + version + bytes.fromhex(blob)
+
+
 def pad(plaintext: str, to: int) -> bytes:
     out = bytes.fromhex(plaintext) + b"\x80"
     while len(out) % to:
@@ -356,6 +364,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "value_key": value_key,
     "value_aad": value_aad,
     "value": value,
+    "direct_value": direct_value,
     "pad": pad,
     "column_salt": column_salt,
     "search_hash": search_hash,

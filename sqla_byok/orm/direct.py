@@ -1,0 +1,304 @@
+"""Columns in ``mode="direct"``: each value is encrypted by the customer's KMS itself.
+
+Inside is an ordinary value, so tenant and column are bound as ever. Writing, the bind processor makes that value and
+leaves it in a :class:`Pending`; just before the statement is sent, :func:`send` has the KMS encrypt all of them.
+Reading on a sync engine, :func:`opener` has the KMS decrypt each batch of rows as it is fetched. On an async engine
+rows are made where nothing can be awaited: a read gives :class:`~sqla_byok.orm.sealed.Sealed`, which :func:`areveal`
+opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import object_session
+from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.exc import DetachedInstanceError
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
+
+from sqla_byok.crypto.formats import HEADER_SIZE, PLAIN, VALUE_MAGIC, is_direct, value_header
+from sqla_byok.errors import ConfigurationError, EncodeError, NotAttachedError
+from sqla_byok.keys.direct import Cell, adecrypt, aencrypt, decrypt, encrypt
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.orm import upstream
+from sqla_byok.orm.sealed import Sealed
+from sqla_byok.orm.slots import Slot, slot_of
+
+__all__ = ["Pending", "Reader", "areveal", "opener", "refusing", "reveal", "send", "writer"]
+
+_Process = Callable[[Any], Any]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Pending:
+    """A parameter that the customer's KMS has yet to encrypt. No driver takes it, so it is never stored as it is."""
+
+    __slots__ = ("cell", "final", "stored")
+
+    def __init__(self, cell: Cell, final: _Process | None) -> None:
+        self.cell, self.final = cell, final
+        self.stored: Any = None
+
+    def __repr__(self) -> str:
+        return f"<a value of {self.cell.column}, not yet encrypted by the customer's KMS>"
+
+    def __str__(self) -> NoReturn:
+        raise TypeError(f"{self!r} is not for the database")  # PyMySQL sends str() of what it does not know
+
+
+def writer(slot: Slot, column: str, seal: _Process, final: _Process | None) -> _Process:
+    """Build the bind processor of a direct column.
+
+    :param seal: from a Python value to what another column would store.
+    :param final: what the driver wants around bytes.
+    """
+
+    def bind(value: Any) -> Any:
+        if type(value) is Sealed:
+            stored = _resealed(slot, column, value)
+            return stored if final is None else final(stored)
+        inner = seal(value)
+        return None if inner is None else Pending(Cell(column, inner), final)
+
+    return bind
+
+
+def refusing(process: _Process, column: str) -> _Process:
+    """``process`` for a hash column, whose hash cannot be made of a sealed value."""
+
+    def bind(value: Any) -> Any:
+        if type(value) is Sealed:
+            raise EncodeError(
+                f"{column}: a sealed value has no search hash; await byok.areveal() first, and give the plaintext",
+                column=column,
+            )
+        return process(value)
+
+    return bind
+
+
+def send(context: Any, parameters: Any, keyrings: Keyrings, ring: Keyring) -> Any:
+    """Have the KMS encrypt what a statement is about to send.
+
+    All rows of the statement at its first batch: if the KMS refuses one of them, nothing was written.
+
+    :param context: the statement's execution.
+    :param parameters: of this batch, in any of the driver's shapes.
+    :returns: the parameters with the stored values in them.
+    """
+    waiting = [
+        value
+        for row in context.parameters
+        for value in (row.values() if isinstance(row, dict) else row)
+        if type(value) is Pending and value.stored is None
+    ]
+    if waiting:
+        cells = [pending.cell for pending in waiting]
+        asynchronous = in_greenlet()
+        stored = (
+            await_only(aencrypt(keyrings, ring, cells)) if asynchronous else encrypt(keyrings, ring, cells)
+        )
+        for pending, value in zip(waiting, stored, strict=True):
+            pending.stored = value if pending.final is None else pending.final(value)
+    return _sent(parameters)
+
+
+def _sent(parameters: Any) -> Any:
+    if type(parameters) is dict:
+        return {name: _sent(value) for name, value in parameters.items()}
+    if type(parameters) in (list, tuple):
+        return type(parameters)([_sent(value) for value in parameters])
+    return parameters.stored if type(parameters) is Pending else parameters
+
+
+def _resealed(slot: Slot, column: str, value: Sealed) -> bytes:
+    if value.column != column:
+        raise EncodeError(
+            f"{column}: a sealed value of {value.column} can be written to that column only; "
+            "await byok.areveal() first",
+            column=column,
+        )
+    _check_owner(slot, column, slot.binding.get(), value.stored)
+    return value.stored
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """The result processor of a direct column.
+
+    :param to_bytes: undoes what the driver puts around bytes.
+    :param open_: from what another column would store to the Python value.
+    :param is_async: whether values are left sealed.
+    """
+
+    __slots__ = ("_column", "_is_async", "_open", "_slot", "_to_bytes")
+
+    def __init__(
+        self, slot: Slot, column: str, to_bytes: _Process | None, open_: _Process, is_async: bool
+    ) -> None:
+        self._slot, self._column, self._to_bytes = slot, column, to_bytes
+        self._open, self._is_async = open_, is_async
+
+    def __call__(self, value: Any) -> Any:
+        if self._to_bytes is not None:
+            value = self._to_bytes(value)
+        if value is None:
+            return None
+        ring = self._slot.reading.get()
+        if self._is_async:
+            _check_owner(self._slot, self._column, ring, value)
+            return Sealed(self._column, bytes(value))
+        cell = self.cell(ring, value)
+        # Fetched past opener(): RETURNING beside server defaults, and rows whose columns go by name.
+        if cell is not None and ring is not None and self._slot.keyrings is not None:
+            (value,) = decrypt(self._slot.keyrings, ring, [cell])
+        return self._open(value)
+
+    def cell(self, ring: Keyring | None, value: Any) -> Cell | None:
+        """What the KMS has to decrypt of a raw value; None if it has not."""
+        if self._is_async or not isinstance(value, bytes | bytearray | memoryview):
+            return None
+        value = bytes(value)
+        if not is_direct(value):
+            return None
+        _check_owner(self._slot, self._column, ring, value)
+        return Cell(self._column, value)
+
+
+def opener(
+    result: Any, keyrings: Keyrings, ring: Keyring | None
+) -> Callable[[Sequence[Any]], list[Any]] | None:
+    """What opens the direct values in rows fetched from a result; None where it has none, or leaves them sealed.
+
+    A value that stands in several of the rows, as a joined load repeats it, is decrypted once.
+    """
+    readers = [
+        (place, process)
+        for place, process in enumerate(upstream.processors(result))
+        if isinstance(process, Reader)
+    ]
+    if not readers or ring is None or result.dialect.is_async:
+        return None
+
+    def open_rows(rows: Sequence[Any]) -> list[Any]:
+        places: dict[Cell, list[tuple[int, int]]] = {}
+        for number, row in enumerate(rows):
+            for place, reader in readers:
+                cell = reader.cell(ring, row[place])
+                if cell is not None:
+                    places.setdefault(cell, []).append((number, place))
+        if not places:
+            return list(rows)
+        opened = [list(row) for row in rows]
+        for value, where in zip(decrypt(keyrings, ring, list(places)), places.values(), strict=True):
+            for number, place in where:
+                opened[number][place] = value
+        return [tuple(row) for row in opened]
+
+    return open_rows
+
+
+def _check_owner(slot: Slot, column: str, ring: Keyring | None, value: Any) -> None:
+    """Refuse another tenant's value, or one that is not ours, before the KMS hears of it."""
+    value = bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
+    key_id = value[2:HEADER_SIZE]
+    known = value[:1] == bytes((VALUE_MAGIC,)) and len(key_id) == HEADER_SIZE - 2
+    if ring is None or not known or value_header(PLAIN, key_id) not in ring.openers:
+        slot.refuse(column, ring, value_header(PLAIN, key_id) + value[HEADER_SIZE:] if known else value)
+
+
+# -- revealing -------------------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A sealed attribute of an object, and what it takes to open it."""
+
+    value: Sealed
+    type_: Any
+    dialect: Any
+    tenant: str
+
+
+def reveal(obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[Any], str | None]) -> Any:
+    """See :meth:`sqla_byok.Byok.reveal`.
+
+    :param tenant_of: tells the tenant of what a session is bound to.
+    """
+    if in_greenlet():
+        return await_only(areveal(obj, attribute, keyrings, tenant_of))
+    value = getattr(obj, attribute)
+    if type(value) is not Sealed:
+        return value
+    found = _find(obj, attribute, value, keyrings, tenant_of)
+    ring = keyrings.get(found.tenant)
+    cell = _cell(found, ring)
+    inner = found.value.stored if cell is None else decrypt(keyrings, ring, [cell])[0]
+    return _settle(obj, attribute, found, ring, inner)
+
+
+async def areveal(
+    obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[Any], str | None]
+) -> Any:
+    """:func:`reveal` from asyncio."""
+    value = inspect(obj).dict.get(attribute)
+    if value is None:
+        value = await greenlet_spawn(getattr, obj, attribute)  # loads it where it has to be
+    if type(value) is not Sealed:
+        return value
+    found = _find(obj, attribute, value, keyrings, tenant_of)
+    ring = await keyrings.aget(found.tenant)
+    cell = _cell(found, ring)
+    inner = found.value.stored if cell is None else await adecrypt(keyrings, ring, cell)
+    return _settle(obj, attribute, found, ring, inner)
+
+
+def _find(
+    obj: Any, attribute: str, value: Sealed, keyrings: Keyrings, tenant_of: Callable[[Any], str | None]
+) -> _Found:
+    session = object_session(obj)
+    if session is None:
+        raise DetachedInstanceError(
+            f"{value.column}: the object is in no session, so nothing says whose keys to use; reveal it before the "
+            "session closes"
+        )
+    mapper = inspect(obj).mapper
+    if attribute not in mapper.column_attrs:
+        raise ConfigurationError(
+            f"{attribute}: give the name of the attribute that is mapped to {value.column}"
+        )
+    type_ = mapper.column_attrs[attribute].columns[0].type
+    if getattr(type_, "column_id", None) != value.column:
+        raise EncodeError(
+            f"{attribute}: it was given a sealed value of {value.column}, which opens in that column only",
+            column=value.column,
+        )
+    bind = session.get_bind(mapper)
+    slot = slot_of(bind.dialect)
+    if slot.keyrings is not keyrings:
+        raise NotAttachedError(f"{value.column}: the object's engine is not attached to this Byok")
+    tenant = tenant_of(bind)
+    if tenant is None:
+        slot.nobody(value.column)
+    return _Found(value, type_, bind.dialect, tenant)
+
+
+def _cell(found: _Found, ring: Keyring) -> Cell | None:
+    value = found.value
+    _check_owner(slot_of(found.dialect), value.column, ring, value.stored)
+    return Cell(value.column, value.stored) if is_direct(value.stored) else None
+
+
+def _settle(obj: Any, attribute: str, found: _Found, ring: Keyring, inner: bytes) -> Any:
+    plaintext = found.type_.opened(found.dialect, lambda: ring)(inner)
+    state = inspect(obj)
+    # Not where it was assigned: that is yet to be written, or was changed while the KMS was asked.
+    if state.dict.get(attribute) is found.value and attribute not in state.committed_state:
+        set_committed_value(obj, attribute, plaintext)
+    return plaintext
