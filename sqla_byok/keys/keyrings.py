@@ -339,9 +339,10 @@ class Keyrings(Secret):
         try:
             opened = self._open(tenant, reason)
         except ByokError as error:
-            if ring is not None and self._goes_on(ring, error):
-                return ring
-            raise
+            current = None if ring is None else self._goes_on(ring, error)
+            if current is None:
+                raise
+            return current
         self._audit.tell(KeysOpened(tenant, reason, actor.name, actor.purpose, opened.request_id))
         return self._admit(self._ring_of(opened), opening, ring)
 
@@ -363,18 +364,21 @@ class Keyrings(Secret):
             return None
         return ring
 
-    def _goes_on(self, ring: Keyring, error: ByokError) -> bool:
-        """Whether keys whose time is up are used on, since their KMS did not answer and the tenant allows it."""
+    def _goes_on(self, ring: Keyring, error: ByokError) -> Keyring | None:
+        """The keys whose time is up, used on since their KMS did not answer and the tenant allows it.
+
+        They may have been idle for long: what changed meanwhile is taken over first.
+        """
         if isinstance(error, KeystoreUnavailableError):
-            return False  # says nothing about the key
+            return None  # says nothing about the key
         if isinstance(error, KmsNoAnswerError) and not ring.cleared:
             ring.stretch(to_grace=error.retryable)
-            if self._live(ring):
-                self._looked(ring, self._boot())
+            current = self._poll(ring, self._boot()) if self._live(ring) else None
+            if current is not None and self._live(current):
                 self.health.enter(ring.tenant, GRACE, error)
-                return True
+                return current
         self._drop(ring, error)
-        return False
+        return None
 
     def _live(self, ring: Keyring) -> bool:
         return not ring.cleared and self._boot() < ring.deadline and self._wall() < ring.wall_deadline
@@ -554,7 +558,9 @@ class Keyrings(Secret):
                 self._drop(ring)  # rekeyed: the next use opens it anew
                 return
             current = self._rings.get(ring.tenant, ring)
-            if current in ring.kin() and current.epoch < opened.row.epoch:
+            if current not in ring.kin():
+                return  # opened anew meanwhile
+            if current.epoch < opened.row.epoch:
                 current = self._succeed(current, opened.row, opened.records)
             self._trust(current, opened)
             self._looked(current, opened.boot)

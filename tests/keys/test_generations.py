@@ -34,6 +34,7 @@ from sqla_byok import (
     KeystoreConflictError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
+    KmsUnavailableError,
     LocalKms,
     UnknownDataKeyError,
     UnknownTenantError,
@@ -399,6 +400,33 @@ def test_what_is_read_by_an_earlier_epoch_ends_with_the_tenant(world: World, end
             one.clock.turn(300)
         with pytest.raises(KeysExpiredError):
             next(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_in_grace_know_what_changed(tmp_path: Path, world: World, kind: str) -> None:
+    """Keys that outlive their deadline while the KMS does not answer are no older than the keystore says."""
+    one, two = world.one, world.two
+    one.byok.onboard("t1-grace", world.kms, outage_grace=3600)
+
+    def write(process: Process, mrn: str) -> None:
+        with process.engine.execution_options(byok_tenant="t1-grace").begin() as connection:
+            connection.execute(insert(_patient).values(mrn=mrn))
+
+    def find(process: Process, *mrns: str) -> list[str]:
+        with process.engine.execution_options(byok_tenant="t1-grace").connect() as connection:
+            return [each for mrn in mrns for each in connection.scalars(_mrns.where(_patient.c.mrn == mrn))]
+
+    write(two, "A")
+    _ROTATE[kind](one.byok, "t1-grace")
+    write(one, "B")
+
+    def silent() -> None:
+        raise KmsUnavailableError("no answer", tenant="t1-grace")
+
+    CountingKms.on_unwrap = staticmethod(silent)
+    two.clock.turn(301)  # idle since before the rotation
+    assert find(two, "A", "B") == ["A", "B"]
+    CountingKms.on_unwrap = staticmethod(lambda: None)
 
 
 # -- retiring and destroying -----------------------------------------------------------------------------------------
