@@ -39,11 +39,13 @@ from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
+from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.hooks import TENANT_OPTION, attach
 from sqla_byok.orm.slots import refuse_foreign, slot_of
 
 if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 __all__ = ["Byok", "Outcome", "Status"]
@@ -519,6 +521,16 @@ class Byok(Secret):
             await byok.areveal(patient, "ssn")         # "078-05-1120", and so is patient.ssn from now on
         """
         return await areveal(obj, attribute, self._keyrings, self._tenant_of)
+
+    def metrics(self, meter_provider: MeterProvider | None = None) -> None:
+        """Report KMS requests and the state of the keys to OpenTelemetry, from now on; to be called once a process.
+
+        No metric has a tenant among its attributes. Needs the ``otel`` extra.
+
+        :param meter_provider: where to report; the program's global one unless given.
+        :raises MissingExtraError: if ``opentelemetry-api`` is not installed.
+        """
+        observe(self._audit, self._keyrings.snapshot, meter_provider)
 
     def forget_keys(self, tenant: str | None = None) -> None:
         """Take one tenant's keys, or all, out of memory at once; results still being read fail from here on.

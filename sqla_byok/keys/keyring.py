@@ -6,6 +6,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
 
@@ -36,6 +37,7 @@ _TIMES = (
     "renewed_until",
     "wall_renewed_until",
     "outage_grace",
+    "renewed_at",
     "refresh_at",
     "refreshing",
     "one_unit",
@@ -154,13 +156,16 @@ class Keyring(Secret):
         "client",
         "deadline",
         "epoch",
+        "expires",
         "fresh_until",
         "live_salts",
+        "looked_at",
         "one_unit",
         "openers",
         "outage_grace",
         "refresh_at",
         "refreshing",
+        "renewed_at",
         "renewed_until",
         "salts",
         "tenant",
@@ -178,14 +183,18 @@ class Keyring(Secret):
         self.tenant = tenant_key.tenant
         self.cleared = False
         self.refreshing = self.one_unit = False
-        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
-        self.fresh_until = self.write_until = self.used = self.refresh_at = self.outage_grace = 0.0
+        self.deadline = self.wall_deadline = 0.0
+        self.renewed_at = self.renewed_until = self.wall_renewed_until = 0.0
+        self.looked_at = self.fresh_until = self.write_until = self.used = self.refresh_at = (
+            self.outage_grace
+        ) = 0.0
         self.epoch = epoch
         self._tenant_key: TenantKey | None = tenant_key
         # Shared by a keyring and its successors.
         self._lineage: list[weakref.ref[Keyring]] = [weakref.ref(self)]
         # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
         self.wrapping: Wrapping | None = None
+        self.expires: date | None = None
         self.client: tuple[Kms, KmsClient] | None = None
         self.openers: dict[bytes, Opener] = {}
         self.write = self._no_key()  # never stays: the manifest has exactly one active data key
@@ -243,7 +252,7 @@ class Keyring(Secret):
         for ring in self.kin():
             ring.renewed_until, ring.wall_renewed_until = boot + revoke_within, wall + revoke_within
             ring.deadline, ring.wall_deadline = ring.renewed_until, ring.wall_renewed_until
-            ring.outage_grace, ring.refresh_at = outage_grace, refresh_at
+            ring.renewed_at, ring.outage_grace, ring.refresh_at = boot, outage_grace, refresh_at
 
     def stretch(self, *, to_grace: bool) -> None:
         """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""

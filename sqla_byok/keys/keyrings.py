@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
+from datetime import date, datetime, time, timedelta, timezone
 from typing import NamedTuple, TypeVar
 
 from sqla_byok.audit import Actor, Audit, KeysOpened, acting
 from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
+from sqla_byok.crypto.values import DECRYPT_FAILURES
 from sqla_byok.errors import (
     ByokError,
     KeysExpiredError,
@@ -36,12 +38,13 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
-from sqla_byok.keys.health import CLOSED, DARK, GRACE, Health
+from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
 from sqla_byok.keys.keyring import Clock, Keyring, SealedRecord
 from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
+from sqla_byok.metrics import Snapshot
 
 __all__ = ["Keyrings"]
 
@@ -73,6 +76,11 @@ _UNIT_BEGINS_WITHIN = 1.0
 def _own(error: ByokError, leads: bool) -> ByokError:
     """An exception for one of those who waited: raised in several threads, one object would gather all their frames."""
     return error if leads else copy.copy(error)
+
+
+def midnight(day: date) -> float:
+    """The end of a day in UTC, in seconds since the epoch."""
+    return datetime.combine(day + timedelta(days=1), time(), timezone.utc).timestamp()
 
 
 class _Opening(Future["Keyring | None"]):
@@ -260,9 +268,23 @@ class Keyrings(Secret):
         wrapping = self._wrapping(ring)
         return client.room(Wrapped(wrapping.wrapped, wrapping.kms_key_version))
 
-    def rings(self) -> list[Keyring]:
-        """The keyrings in memory that can be used."""
-        return [ring for ring in list(self._rings.values()) if self._live(ring)]
+    def snapshot(self) -> Snapshot:
+        """The keys of this process at this moment, for metrics. Does no I/O."""
+        now, states = self._boot(), list(self.health.states().values())
+        rings = [ring for ring in list(self._rings.values()) if self._live(ring)]
+        in_use = [ring for ring in rings if ring.used >= ring.renewed_at]
+        expiries = [midnight(ring.expires) - self._wall() for ring in rings if ring.expires is not None]
+        return Snapshot(
+            fresh=states.count(FRESH),
+            grace=states.count(GRACE),
+            dark=states.count(DARK),
+            seconds_to_dark=min((ring.deadline - now for ring in in_use), default=None),
+            waiters=self.waiting(),
+            breakers=self.health.breakers(),
+            epoch_lag=max((max(0.0, ring.used - ring.looked_at) for ring in in_use), default=None),
+            decrypt_failures=DECRYPT_FAILURES.value,
+            earliest_expiry=min(expiries, default=None),
+        )
 
     def waiting(self) -> int:
         """How many wait for a tenant that is being opened."""
@@ -462,7 +484,7 @@ class Keyrings(Secret):
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
         newer = ring.successor(row.epoch, records)
-        newer.wrapping = row.wrappings[0]
+        newer.wrapping, newer.expires = row.wrappings[0], ring.expires
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 self._rings[ring.tenant] = newer
@@ -528,8 +550,10 @@ class Keyrings(Secret):
         ring.one_unit = row.revoke_within_ms == 0
         revoke_within = UNIT_WITHIN if ring.one_unit else row.revoke_within_ms / 1000
         ring.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
+        expires = self._customer_keys.describe(row.wrappings[0]).expires()
         for each in ring.kin():
-            each.wrapping, each.client = row.wrappings[0], None  # the next direct call authenticates anew
+            each.wrapping, each.expires = row.wrappings[0], expires
+            each.client = None  # the next direct call authenticates anew
         self.health.succeeded(ring.tenant)
 
     def refresh_soon(self, ring: Keyring) -> None:
@@ -627,7 +651,7 @@ class Keyrings(Secret):
         if now < ring.refresh_at:
             soon = min(soon, ring.refresh_at)
         ring.fresh_until = min(ring.deadline, soon)
-        ring.write_until = now + WRITE_WITHIN
+        ring.looked_at, ring.write_until = now, now + WRITE_WITHIN
 
     def _make_room(self) -> None:
         while len(self._rings) >= self._capacity:

@@ -647,6 +647,10 @@ def test_over_the_wire_to_aws(
         assert session.scalars(select(Patient.ssn).where(Patient.id < 10).order_by(Patient.id)).all() == SSNS
         session.scalars(select(Plain)).all()
         assert kms_server.calls == {"Encrypt": FILLED + 1, "Decrypt": 1 + 5}
+        # In the customer's log an access to a value is told from the opening of the tenant.
+        purposes = [body["EncryptionContext"]["sqla-byok:purpose"] for _, body in kms_server.requests]
+        assert purposes[2:4] == ["tenant-key", "value"]
+        assert set(purposes[3:]) == {"value"}
         kms_server.disable(key)
         with pytest.raises(KeyDisabledError):
             session.scalars(select(Patient.ssn)).all()
