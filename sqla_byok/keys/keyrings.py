@@ -193,6 +193,14 @@ class Keyrings(Secret):
                 raise _own(error, leads) from None
         return ring
 
+    def look(self, ring: Keyring) -> Keyring | None:
+        """The keyring of a unit of work with what changed since it last looked; None where it has to be opened anew."""
+        return self._poll(ring, self._boot())
+
+    async def alook(self, ring: Keyring) -> Keyring | None:
+        """The same from asyncio."""
+        return await asyncio.wrap_future(self._workers(ring.tenant).submit(self.look, ring))
+
     def enter(self, tenant: str) -> None:
         """Open the tenant for a block that begins now."""
         self._begin(self.get(tenant))

@@ -67,6 +67,8 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             tenant = current_tenant()
         if tenant is not None:
             ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
+            if ring is not None and ring.one_unit and clock.boot() >= ring.fresh_until:
+                ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
             if ring is None:
                 ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
         is_dml = getattr(clause, "is_dml", None)
@@ -113,6 +115,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             reading.set(ring)  # RETURNING together with server defaults is read before after_execute
         if sends and ring is not None:
             parameters = direct.send(context, parameters, keyrings, ring)
+            _may_bind(ring, clock, compared)  # again, since the KMS may have taken long to answer
         return statement, parameters
 
     def after_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any, result: Any) -> None:
