@@ -133,7 +133,8 @@ class Byok(Secret):
         customer's directory id and returns a credential of azure-identity.
     :param secret_prefixes: under which prefixes references to secrets are resolved, such as ``"env:BYOK_"``; none
         unless given. ``{tenant}`` in a prefix stands for the tenant.
-    :param secret_stores: places for secrets of your own, by the scheme that references to them begin with.
+    :param secret_stores: places for secrets of your own, by the scheme that references to them begin with; those with
+        a method ``write`` take secrets too (:meth:`store_secret`).
     :param on_event: called with each audit event (:mod:`sqla_byok.audit`), in the thread in which it happened.
     :param clock: where time is read; for tests.
     :raises ConfigurationError: if a parameter cannot be used.
@@ -169,10 +170,10 @@ class Byok(Secret):
         self._tenant: ContextVar[_Scope | None] = ContextVar("byok_tenant", default=None)
         clock = clock or SystemClock()
         self._audit = Audit(*(() if on_event is None else (on_event,)))
-        secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
+        self._secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
         self._database = open_database(keystore)
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
-        operator = Operator(secrets, credentials or {})
+        operator = Operator(self._secrets, credentials or {})
         salts = ExternalSalts(profiles, operator)
         self._customer_keys = CustomerKeys(profiles, operator, self._audit)
         self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
@@ -282,6 +283,26 @@ class Byok(Secret):
         await asyncio.to_thread(
             self.onboard, tenant, kms, revoke_within=revoke_within, outage_grace=outage_grace, salts=salts
         )
+
+    def store_secret(self, tenant: str, reference: str, secret: str) -> None:
+        """Put a customer's secret into a store of yours that can write, as a set-up page does.
+
+        ::
+
+            byok.store_secret("org-42", "vault:byok/org-42/azure", form["client_secret"])
+
+        :param reference: where, under ``secret_prefixes``; what the customer key is then given as ``client_secret``.
+        :param secret: it is handed to the store and kept nowhere else.
+        :raises ConfigurationError: if the reference is not allowed for this tenant, or its store only reads.
+        :raises CredentialInvalidError: if the store refuses.
+        :raises KmsNoAnswerError: if it does not answer.
+        """
+        check_tenant(tenant)
+        self._secrets.write(reference, secret, tenant)
+
+    async def astore_secret(self, tenant: str, reference: str, secret: str) -> None:
+        """:meth:`store_secret` from asyncio."""
+        await asyncio.to_thread(self.store_secret, tenant, reference, secret)
 
     def update_credentials(self, tenant: str, kms: Kms) -> None:
         """Reach the same customer key in another way: with a new client secret, another role, another profile.

@@ -306,6 +306,42 @@ def test_a_provider_of_ones_own_is_registered_once() -> None:
     assert providers["local"] is LocalKms
 
 
+class Drawer:
+    """A store of the operator's own, in memory."""
+
+    def __init__(self) -> None:
+        self.secrets: dict[str, str] = {}
+
+    def read(self, name: str) -> str | None:
+        return self.secrets.get(name)
+
+    def write(self, name: str, secret: str) -> None:
+        self.secrets[name] = secret
+
+
+def test_a_set_up_page_stores_a_secret(cloud: Cloud) -> None:
+    """In a store of the operator's, under its prefix for this tenant, and nowhere else."""
+    drawer = Drawer()
+    byok = cloud.another(
+        secret_stores={"drawer": drawer}, secret_prefixes=["drawer:byok/{tenant}/", "env:BYOK_"]
+    )
+    byok.store_secret("t1", "drawer:byok/t1/azure", "hunter2")
+    assert drawer.secrets == {"byok/t1/azure": "hunter2"}
+    for reference in (
+        "drawer:byok/t2/azure",
+        "drawer:azure",
+        "env:BYOK_T1",
+        "hunter2",
+        "cupboard:byok/t1/azure",
+    ):
+        with pytest.raises(ConfigurationError) as raised:
+            byok.store_secret("t1", reference, "s3cret")
+        assert "s3cret" not in str(raised.value)
+        assert "hunter2" not in str(raised.value)
+    assert drawer.secrets == {"byok/t1/azure": "hunter2"}
+    byok.close()
+
+
 # -- salts in AWS Secrets Manager ------------------------------------------------------------------------------------
 
 
