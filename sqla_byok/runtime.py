@@ -24,6 +24,7 @@ from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeystoreTamperedError,
+    KmsRefusedError,
     NotAttachedError,
     NoTenantError,
 )
@@ -41,7 +42,7 @@ from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
-from sqla_byok.orm.hooks import TENANT_OPTION, attach
+from sqla_byok.orm.hooks import ACTOR_OPTION, TENANT_OPTION, attach
 from sqla_byok.orm.slots import refuse_foreign, slot_of
 
 if TYPE_CHECKING:
@@ -316,6 +317,7 @@ class Byok(Secret):
         :raises KmsError: if the key cannot be used in the new way; the old one stays.
         """
         self._onboarding.update_credentials(tenant, kms)
+        self._keyrings.health.forget(tenant)  # the next use tries the new way at once
 
     async def aupdate_credentials(self, tenant: str, kms: Kms) -> None:
         """:meth:`update_credentials` from asyncio."""
@@ -332,10 +334,8 @@ class Byok(Secret):
         """
         if state not in (None, FRESH, GRACE, DARK, CLOSED):
             raise ConfigurationError('a state is one of "fresh", "grace", "dark" and "closed"')
-        names = self._keystore.tenants()
-        return (
-            names if state is None else [name for name in names if self._keyrings.health.state(name) == state]
-        )
+        names, states = self._keystore.tenants(), self._keyrings.states()
+        return names if state is None else [name for name in names if states.get(name, CLOSED) == state]
 
     async def atenants(self, state: str | None = None) -> list[str]:
         """:meth:`tenants` from asyncio."""
@@ -392,7 +392,10 @@ class Byok(Secret):
 
         :param tenants: which ones; all of them unless given.
         :param within: how many seconds to take at most.
+        :raises ConfigurationError: if a single name was given in place of a list.
         """
+        if isinstance(tenants, str):
+            raise ConfigurationError("preload() takes a list of tenants, not one name")
         try:
             names = self.tenants() if tenants is None else list(tenants)
         except ByokError as error:
@@ -412,7 +415,7 @@ class Byok(Secret):
         :raises UnknownTenantError: if the tenant was never onboarded.
         :raises KmsError: if the KMS refuses or does not answer; each outcome has its own class.
         """
-        return self._onboarding.probe(tenant)
+        return self._heard(tenant, lambda: self._onboarding.probe(tenant))
 
     async def aprobe(self, tenant: str) -> Proof:
         """:meth:`probe` from asyncio."""
@@ -420,7 +423,7 @@ class Byok(Secret):
 
     def status(self) -> Status:
         """How the tenants of this process are, and what somebody should do soon. Calls no KMS."""
-        health, states = self._keyrings.health, list(self._keyrings.health.states().values())
+        health, states = self._keyrings.health, list(self._keyrings.states().values())
         return Status(
             tenants=len(self._keystore.tenants()),
             fresh=states.count(FRESH),
@@ -454,7 +457,7 @@ class Byok(Secret):
         :raises KmsError: if the customer's KMS refuses or does not answer; nothing is lost then.
         :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
         """
-        return self._generations.rotate(tenant, DATA_KEY)
+        return self._heard(tenant, lambda: self._generations.rotate(tenant, DATA_KEY))
 
     async def arotate_data_key(self, tenant: str) -> int:
         """:meth:`rotate_data_key` from asyncio."""
@@ -471,7 +474,7 @@ class Byok(Secret):
         :raises KmsError: if the customer's KMS refuses or does not answer; nothing is lost then.
         :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
         """
-        return self._generations.rotate(tenant, SEARCH_SALT)
+        return self._heard(tenant, lambda: self._generations.rotate(tenant, SEARCH_SALT))
 
     async def arotate_salt(self, tenant: str) -> int:
         """:meth:`rotate_salt` from asyncio."""
@@ -487,7 +490,7 @@ class Byok(Secret):
         :raises KmsError: if the customer's KMS refuses or does not answer; nothing is lost then.
         :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
         """
-        return self._generations.rekey(tenant)
+        return self._heard(tenant, lambda: self._generations.rekey(tenant))
 
     async def arekey(self, tenant: str) -> int:
         """:meth:`rekey` from asyncio."""
@@ -496,9 +499,12 @@ class Byok(Secret):
     def rewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """Wrap the tenant key by the current version of its customer key, or by another customer key.
 
-        Rows are not touched, and nobody notices. A tenant of ``default_kms`` that brings its own key moves to it in
-        this way, and back with ``rewrap(tenant, default_kms)``. Both KMS have to agree: the old one opens, the new one
-        wraps and is proved by unwrapping.
+        Rows are not touched, and nobody notices, but for values of columns in ``mode="direct"``: those stay under the
+        key that encrypted them, and are lost with it. Write them anew first.
+
+        A tenant of ``default_kms`` that brings its own key moves to it in this way, and back with
+        ``rewrap(tenant, default_kms)``. Both KMS have to agree: the old one opens, the new one wraps and is proved by
+        unwrapping.
 
         :param kms: the other customer key.
         :raises UnknownTenantError: if the tenant was never onboarded.
@@ -510,6 +516,7 @@ class Byok(Secret):
             return
         kms, claims = self._onboarding.bound(tenant, kms)
         self._generations.rewrap(tenant, [Wrapping(kms.provider, stored_config(kms), b"", "")], claims)
+        self._keyrings.health.forget(tenant)
 
     async def arewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """:meth:`rewrap` from asyncio."""
@@ -583,8 +590,8 @@ class Byok(Secret):
         tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
         :meth:`session` has neither trap.
 
-        :param actor: who asks, for the audit.
-        :param reason: what for.
+        :param actor: who asks, for the audit; as in the block around it unless given.
+        :param reason: what for; likewise.
         :raises UnknownTenantError: on entering, if the tenant was never onboarded.
         :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
         """
@@ -617,9 +624,10 @@ class Byok(Secret):
         :raises NotAttachedError: if the engine was not given to :meth:`attach`.
         """
         self._require_attached(engine)
-        with _acting(actor, reason):
-            self._keyrings.enter(tenant)
-        with Session(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
+        who = _inheriting(actor, reason)
+        self._keyrings.enter(tenant, who)
+        options_of_all = {TENANT_OPTION: tenant, ACTOR_OPTION: who}
+        with Session(engine.execution_options(**options_of_all), **options) as session:
             yield session
 
     @asynccontextmanager
@@ -639,9 +647,10 @@ class Byok(Secret):
         from sqlalchemy.ext.asyncio import AsyncSession  # needs greenlet, which only asyncio needs
 
         self._require_attached(getattr(engine, "sync_engine", None))
-        with _acting(actor, reason):
-            await self._keyrings.aenter(tenant)
-        async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
+        who = _inheriting(actor, reason)
+        await self._keyrings.aenter(tenant, who)
+        options_of_all = {TENANT_OPTION: tenant, ACTOR_OPTION: who}
+        async with AsyncSession(engine.execution_options(**options_of_all), **options) as session:
             yield session
 
     def seal(self, data: bytes, purpose: str) -> bytes:
@@ -658,13 +667,14 @@ class Byok(Secret):
         :returns: 46 bytes more than the data.
         :raises NoTenantError: outside ``byok.tenant()``, without ``single_tenant``.
         :raises KmsError: if the tenant has to be opened and its KMS refuses or does not answer.
+        :raises KeystoreUnavailableError: if nobody knows whether the data key is still the one to write with.
         :raises ConfigurationError: if the purpose is empty or too long.
         """
-        return seal_bytes(self._ring(), data, _purpose(purpose))
+        return self._sealed(self._ring(), data, purpose)
 
     async def aseal(self, data: bytes, purpose: str) -> bytes:
         """:meth:`seal` from asyncio."""
-        return seal_bytes(await self._aring(), data, _purpose(purpose))
+        return self._sealed(await self._aring(), data, purpose)
 
     def unseal(self, sealed: bytes, purpose: str) -> bytes:
         """Decrypt what :meth:`seal` returned, for the same tenant and purpose.
@@ -704,6 +714,21 @@ class Byok(Secret):
     async def _aring(self) -> Keyring:
         return await self._keyrings.aget(self._required_tenant())
 
+    def _sealed(self, ring: Keyring, data: bytes, purpose: str) -> bytes:
+        if self._keyrings.clock.boot() >= ring.write_until:
+            ring.outdated()
+        return seal_bytes(ring, data, _purpose(purpose))
+
+    def _heard(self, tenant: str, ask: Callable[[], T]) -> T:
+        """Ask the tenant's KMS for something else than opening, and take its answer for one: "no" drops the keys."""
+        try:
+            answer = ask()
+        except KmsRefusedError as error:
+            self._keyrings.refused(tenant, error)
+            raise
+        self._keyrings.health.forget(tenant)
+        return answer
+
     def _refuse(self, ring: Keyring, blob: bytes, where: str) -> None:
         refuse_foreign(self._keyrings, where, ring, blob)
 
@@ -742,33 +767,33 @@ class _Within:
         self._name, self._variable, self._keyrings, self._actor = name, variable, keyrings, actor
 
     def __enter__(self) -> None:
-        with _acting(*self._actor):
-            self._keyrings.enter(self._name)
-        self._begin()
+        who = _inheriting(*self._actor)
+        self._keyrings.enter(self._name, who)
+        self._begin(who)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         scope = self._variable.get()
-        if scope is not None and scope.block is self:
+        if scope is not None and scope.block is self and acting.get() is not scope.before:
             acting.set(scope.before)
         self._variable.set(self._without_me(scope))
 
     async def __aenter__(self) -> None:
-        with _acting(*self._actor):
-            await self._keyrings.aenter(self._name)
-        self._begin()
+        who = _inheriting(*self._actor)
+        await self._keyrings.aenter(self._name, who)
+        self._begin(who)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.__exit__(kind, error, trace)
 
-    def _begin(self) -> None:
+    def _begin(self, who: Actor) -> None:
         before = acting.get()
         self._variable.set(_Scope(self._name, self._variable.get(), self, before))
-        if self._actor != before:
-            acting.set(self._actor)
+        if who is not before:
+            acting.set(who)
 
     def _without_me(self, scope: _Scope | None) -> _Scope | None:
         # Generators can leave blocks in another order than they entered them, or in another task.
@@ -777,13 +802,12 @@ class _Within:
         return scope._replace(outer=self._without_me(scope.outer))
 
 
-@contextmanager
-def _acting(actor: str | None, reason: str | None) -> Iterator[None]:
-    token = acting.set(Actor(actor, reason))
-    try:
-        yield
-    finally:
-        acting.reset(token)
+def _inheriting(actor: str | None, reason: str | None) -> Actor:
+    """Who is named in the audit: what is given, and for the rest who is named already."""
+    outer = acting.get()
+    if actor is None and reason is None:
+        return outer
+    return Actor(actor or outer.name, reason or outer.purpose)
 
 
 def _revoke_within(seconds: float) -> int:
