@@ -23,7 +23,7 @@ comma := ,
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-2.0 check format bench bench-kms plots docs smoke clean
+.PHONY: help demo test test-kms test-2.0 check format bench bench-kms plots docs smoke clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ demo: $(VENV)/test.stamp ## see it work, start to end
 
 test: $(VENV)/test.stamp ## run the tests on the newest SQLAlchemy
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-kms: $(VENV)/test.stamp ## run the ORM's tests with tenants whose keys are in AWS KMS and Azure Key Vault
+	$(VENV)/bin/python -m pytest --kms=clouds tests/orm tests/test_tenancy.py tests/test_tenancy_async.py \
+		tests/test_isolation.py tests/test_threads.py $(ARGS)
 
 test-2.0: $(VENV_20)/test.stamp ## run the tests on SQLAlchemy 2.0
 	$(VENV_20)/bin/python -m pytest $(ARGS)

@@ -1,10 +1,15 @@
-"""Fixtures for what almost every test needs: a Byok over a keystore of its own, and two tenants."""
+"""Fixtures for what almost every test needs: a Byok over a keystore of its own, and two tenants.
+
+With ``--kms=clouds`` the tenants are customers of both clouds, in one keystore and one database.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from keys_tools import KEYSTORE_KEY, CountingKms
@@ -12,9 +17,8 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqla_byok import Byok, LocalKms
-from sqla_byok.kms import providers
-
-TENANTS = ("t1", "t2")
+from sqla_byok.kms import Kms, providers
+from sqla_byok.testing import KmsServers
 
 
 @pytest.fixture
@@ -32,25 +36,60 @@ def local_kms(customer_key: Path) -> LocalKms:
 
 
 @pytest.fixture
-def byok(tmp_path: Path, local_kms: LocalKms, engine: Engine) -> Iterator[Byok]:
+def clouds(request: pytest.FixtureRequest) -> KmsServers | None:
+    """Both clouds on loopback, where the run is to use them."""
+    if request.config.getoption("--kms") == "local":
+        return None
+    servers: KmsServers = request.getfixturevalue("byok_kms_server")
+    return servers
+
+
+@pytest.fixture
+def kms_options(clouds: KmsServers | None) -> dict[str, Any]:
+    """What a Byok has to be given for the tenants' keys."""
+    return clouds.options if clouds else {}
+
+
+@pytest.fixture
+def new_customer(clouds: KmsServers | None, request: pytest.FixtureRequest) -> Callable[[int], Kms]:
+    """Makes a tenant's customer key: in turn AWS's, through a role of the customer's, and Azure's."""
+    if clouds is None:
+        local: Kms = request.getfixturevalue("local_kms")
+        return lambda number: local
+    return lambda number: clouds.key("azure" if number % 2 else "aws-role")
+
+
+@pytest.fixture
+def customers(new_customer: Callable[[int], Kms]) -> dict[str, Kms]:
+    """The tenants, each with its customer key."""
+    return {tenant: new_customer(number) for number, tenant in enumerate(("t1", "t2"))}
+
+
+@pytest.fixture
+def byok(
+    tmp_path: Path, customers: dict[str, Kms], kms_options: dict[str, Any], engine: Engine
+) -> Iterator[Byok]:
     """A Byok attached to ``engine``, with the tenants t1 and t2; its keystore is an SQLite file."""
-    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
+    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}", **kms_options)
     byok.create_keystore()
     byok.attach(engine)
-    for tenant in TENANTS:
-        byok.onboard(tenant, local_kms)
+    for tenant, kms in customers.items():
+        byok.onboard(tenant, kms)
     yield byok
     byok.close()
 
 
 @pytest.fixture
-async def abyok(tmp_path: Path, local_kms: LocalKms, async_engine: AsyncEngine) -> AsyncIterator[Byok]:
+async def abyok(
+    tmp_path: Path, customers: dict[str, Kms], kms_options: dict[str, Any], async_engine: AsyncEngine
+) -> AsyncIterator[Byok]:
     """The same, attached to ``async_engine``."""
-    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
+    # in a thread, since it looks whether the profile's ca_file is there
+    byok = await asyncio.to_thread(Byok, f"sqlite:///{tmp_path / 'keystore.db'}", **kms_options)
     await byok.acreate_keystore()
     byok.attach(async_engine)
-    for tenant in TENANTS:
-        await byok.aonboard(tenant, local_kms)
+    for tenant, kms in customers.items():
+        await byok.aonboard(tenant, kms)
     yield byok
     await byok.aclose()
 

@@ -29,11 +29,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a database server that cannot be had fails its tests instead of skipping them",
     )
+    parser.addoption(
+        "--kms",
+        choices=("local", "clouds"),
+        default="local",
+        help="whose keys the tenants of the fixtures have: files', or AWS KMS's (t1) and Azure Key Vault's (t2)",
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "local_kms(reason): not with --kms=clouds, and why")
     # SIGTERM, as a cancelled CI job gets it, ends the run as Ctrl-C does: with the databases dropped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--kms") == "local":
+        return
+    for item in items:
+        for mark in item.iter_markers("local_kms"):
+            item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
 
 
 @pytest.fixture(scope="session")

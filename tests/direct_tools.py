@@ -37,7 +37,8 @@ from sqlalchemy.orm import (
 )
 
 from sqla_byok import Encrypted, LocalKms, WrongKeyError
-from sqla_byok.kms import Kms, Operator, Wrapped, providers
+from sqla_byok.kms import AwsKms, AzureKeyVault, Kms, KmsClient, Operator, Wrapped, providers
+from sqla_byok.testing import KmsServers
 
 VALUE = 0xB1
 
@@ -135,9 +136,47 @@ def local_kms(customer_key: Any, monkeypatch: pytest.MonkeyPatch) -> MeteredKms:
     return MeteredKms(str(customer_key))
 
 
+class MeteredClient:
+    """A client of either cloud, behind a meter."""
+
+    def __init__(self, client: KmsClient, meter: Meter, reason: str) -> None:
+        self.client, self.meter, self.reason = client, meter, reason
+
+    def room(self, wrapped: Wrapped) -> int:
+        return self.client.room(wrapped)
+
+    def wrap(self, payload: bytes, *, tenant: str) -> Wrapped:
+        def call() -> Wrapped:
+            return self.client.wrap(payload, tenant=tenant)
+
+        answer: Wrapped = self.meter.call("encrypt", tenant, call) if self.reason == "direct" else call()
+        return answer
+
+    def unwrap(self, wrapped: Wrapped, *, tenant: str) -> bytes:
+        def call() -> bytes:
+            return self.client.unwrap(wrapped, tenant=tenant)
+
+        if self.reason != "direct":
+            self.meter.opened.append(tenant)
+            return call()
+        answer: bytes = self.meter.call("decrypt", tenant, call)
+        return answer
+
+
 @pytest.fixture
-def meter(local_kms: MeteredKms) -> Meter:
-    return local_kms.meter
+def meter(local_kms: MeteredKms, clouds: KmsServers | None, monkeypatch: pytest.MonkeyPatch) -> Meter:
+    """On the calls for values, at whichever KMS the run uses."""
+    meter = local_kms.meter
+    for provider in (AwsKms, AzureKeyVault) if clouds else ():
+        monkeypatch.setattr(provider, "connect", _metered(provider.connect, meter))
+    return meter
+
+
+def _metered(connect: Callable[..., KmsClient], meter: Meter) -> Callable[..., MeteredClient]:
+    def connect_metered(*args: Any, reason: str = "open") -> MeteredClient:
+        return MeteredClient(connect(*args, reason=reason), meter, reason)
+
+    return connect_metered
 
 
 class Base(DeclarativeBase):

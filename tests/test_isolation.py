@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def sqlite(tmp_path: Path) -> Iterator[Engine]:
 def kms(customer_key: Path, monkeypatch: pytest.MonkeyPatch) -> CountingKms:
     """A customer key that passes for LocalKms, which needs no keystore key, and can be made to wait or refuse."""
     monkeypatch.setattr(CountingKms, "provider", "local")
+    monkeypatch.setattr(CountingKms, "outbound", False)
     monkeypatch.setitem(providers, "local", CountingKms)
     monkeypatch.setattr(CountingKms, "unwraps", [])
     monkeypatch.setattr(CountingKms, "on_unwrap", staticmethod(lambda: None))
@@ -166,11 +167,11 @@ def test_a_slow_keystore_does_not_prolong_keys(
 ) -> None:
     """Keys whose deadline passes while the keystore is asked about them are used no more."""
     keystore = local._keystore
-    real = keystore.epoch
+    real = keystore.epochs
 
-    def slowly(tenant: str) -> int | None:
+    def slowly(tenants: Sequence[str]) -> dict[str, int]:
         clock.turn(8)
-        return real(tenant)
+        return real(tenants)
 
     def refuse() -> None:
         raise KeyDisabledError("disabled", tenant="t1")
@@ -178,7 +179,7 @@ def test_a_slow_keystore_does_not_prolong_keys(
     with local.tenant("t1"):
         pass
     clock.turn(3)
-    monkeypatch.setattr(keystore, "epoch", slowly)
+    monkeypatch.setattr(keystore, "epochs", slowly)
     monkeypatch.setattr(CountingKms, "on_unwrap", staticmethod(refuse))
     with pytest.raises(KeyDisabledError), sqlite.begin() as connection:
         connection.execute(insert(Patient), {"mrn": "late"}, execution_options={"byok_tenant": "t1"})

@@ -84,7 +84,7 @@ from sqla_byok import (
     UnsupportedQueryError,
     WrongKeyError,
 )
-from sqla_byok.kms import aws
+from sqla_byok.kms import aws_api
 
 TYPES = {
     "integer": Integer(),
@@ -797,7 +797,7 @@ def test_without_the_quiet_botocore_would_log_them(
     aws_world: AwsWorld, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two tests above can fail: this is what botocore logs when nobody keeps it from it."""
-    monkeypatch.setattr(aws, "quiet", lambda *roots: contextlib.nullcontext())
+    monkeypatch.setattr(aws_api, "quiet", lambda *roots: contextlib.nullcontext())
     aws_world.open()
     traces, planted_keys = aws_world.planted.traces(log.shown), aws_world.planted.keys
     number = planted_keys.index(aws_world.tenant_key) + 1

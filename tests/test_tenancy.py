@@ -45,6 +45,7 @@ from sqla_byok import (
     TenantMismatchError,
     UnknownTenantError,
 )
+from sqla_byok.kms import Kms
 
 ROWS = 6
 
@@ -100,13 +101,15 @@ def sqlite(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def on_sqlite(tmp_path: Path, customer_key: Path, sqlite: Engine) -> Iterator[Byok]:
+def on_sqlite(
+    tmp_path: Path, customers: dict[str, Kms], kms_options: dict[str, Any], sqlite: Engine
+) -> Iterator[Byok]:
     """A Byok on SQLite alone, for what the database has no part in."""
-    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
+    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}", **kms_options)
     byok.create_keystore()
     byok.attach(sqlite)
-    for tenant in ("t1", "t2"):
-        byok.onboard(tenant, LocalKms(customer_key))
+    for tenant, kms in customers.items():
+        byok.onboard(tenant, kms)
     Base.metadata.create_all(sqlite)
     yield byok
     byok.close()
@@ -186,10 +189,13 @@ def test_without_a_tenant_nothing_encrypted_moves(byok: Byok, data: Engine) -> N
         assert connection.scalar(select(func.count()).select_from(Patient)) == 2 * ROWS
 
 
-def test_the_option_goes_before_the_block_before_the_only_tenant(tmp_path: Path, on_sqlite: Byok) -> None:
+def test_the_option_goes_before_the_block_before_the_only_tenant(
+    tmp_path: Path, on_sqlite: Byok, kms_options: dict[str, Any]
+) -> None:
     """Statement, then session or engine, then block, then single_tenant."""
     engine = create_engine(f"sqlite:///{tmp_path / 'single.db'}")
-    single = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}", single_tenant="t1")
+    keystore = f"sqlite:///{tmp_path / 'keystore.db'}"
+    single = Byok(keystore, single_tenant="t1", **kms_options)
     single.attach(engine)
     Base.metadata.create_all(engine)
     with engine.begin() as connection:

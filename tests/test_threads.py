@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from sqlalchemy import Engine, LargeBinary, String, create_engine, event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_byok import Byok, Encrypted, KeysExpiredError, LocalKms
+from sqla_byok import Byok, Encrypted, KeysExpiredError
+from sqla_byok.kms import Kms
 
 TENANTS = [f"org-{n}" for n in range(8)]
 ROUNDS = 40
@@ -37,11 +38,11 @@ TABLE = Patient.__table__.c
 
 
 @pytest.fixture
-def many(tmp_path: Path, customer_key: Path) -> Iterator[Byok]:
-    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}")
+def many(tmp_path: Path, new_customer: Callable[[int], Kms], kms_options: dict[str, Any]) -> Iterator[Byok]:
+    byok = Byok(keystore=f"sqlite:///{tmp_path / 'keystore.db'}", **kms_options)
     byok.create_keystore()
-    for tenant in TENANTS:
-        byok.onboard(tenant, LocalKms(customer_key))
+    for number, tenant in enumerate(TENANTS):
+        byok.onboard(tenant, new_customer(number))
     yield byok
     byok.close()
 

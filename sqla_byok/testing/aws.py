@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
 
@@ -118,7 +119,8 @@ class AwsServer:
 
         :param principal: the ARN of the role that alone may use it; everybody may, unless given.
         """
-        key = self._moto.kms(region).create_key(None, "ENCRYPT_DECRYPT", key_spec, "", None)
+        with self._creating:
+            key = self._moto.create_key(region, key_spec)
         arn: str = key.arn
         if principal is not None:
             self._principals[arn] = principal
@@ -161,6 +163,10 @@ class AwsServer:
     def deny_role(self, arn: str) -> None:
         """Take the permission to use keys from the role, which can still be assumed, until :meth:`allow`."""
         self._denied[arn] = "because no identity-based policy allows it"
+
+    def distrust_role(self, arn: str) -> None:
+        """Let the role trust us no longer; the sessions that it has go on. :meth:`create_role` undoes it."""
+        self._roles[arn] = "another-external-id"
 
     def revoke_sessions(self, arn: str) -> None:
         """Deny everything to the sessions that the role has now, as the console's button does."""
@@ -326,6 +332,7 @@ class _Moto(NamedTuple):
     make_app: Callable[[], Any]
     make_server: Callable[..., Any]
     kms: Callable[[str], Any]
+    create_key: Callable[[str, str], Any]
     secrets: Callable[[str], Any]
     sessions: Callable[[], list[Any]]
     is_blob_of: Callable[[str, str], bool]
@@ -337,7 +344,7 @@ def _moto() -> _Moto:
     try:
         from moto.core.models import DEFAULT_ACCOUNT_ID as account  # noqa: N811
         from moto.iam.models import iam_backends
-        from moto.kms.models import kms_backends
+        from moto.kms import models as kms_models
         from moto.kms.utils import _deserialize_ciphertext_blob
         from moto.moto_server import werkzeug_app
         from moto.secretsmanager.models import secretsmanager_backends
@@ -359,12 +366,22 @@ def _moto() -> _Moto:
         ) -> None:
             """Say nothing: tests capture logs."""
 
+    kms_backends = kms_models.kms_backends
+
     def is_blob_of(key_id: str, blob: str) -> bool:
         """Whether the key wrapped the blob; a blob that cannot be parsed is left to moto."""
         try:
             return bool(_deserialize_ciphertext_blob(base64.b64decode(blob)).key_id == key_id)
         except Exception:  # noqa: BLE001 - whatever moto finds wrong with it
             return True
+
+    def create_key(region: str, key_spec: str) -> Any:
+        # moto makes an RSA key, in some 50 ms, also for a key that has none.
+        makes: dict[str, Any] = (
+            {} if key_spec != "SYMMETRIC_DEFAULT" else {"generate_private_key": lambda spec: None}
+        )
+        with mock.patch.multiple(kms_models, **makes):
+            return kms_backends[account][region].create_key(None, "ENCRYPT_DECRYPT", key_spec, "", None)
 
     def reset() -> None:
         for backends in (kms_backends, secretsmanager_backends, sts_backends, iam_backends):
@@ -377,6 +394,7 @@ def _moto() -> _Moto:
             host, 0, app, threaded=True, request_handler=Handler, ssl_context=tls
         ),
         lambda region: kms_backends[account][region],
+        create_key,
         lambda region: secretsmanager_backends[account][region],
         lambda: sts_backends[account]["aws"].assumed_roles,
         is_blob_of,

@@ -54,8 +54,8 @@ class KmsServers:
     ways: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {
             "aws": ("disable", "delete", "deny"),
-            "aws-role": ("disable", "delete", "deny", "deny-role", "delete-role"),
-            "azure": ("disable", "delete", "deny", "delete-secret", "delete-application"),
+            "aws-role": ("disable", "delete", "deny", "deny-role", "distrust-role", "delete-role"),
+            "azure": ("disable", "delete", "deny", "delete-secret", "expire-secret", "delete-application"),
         }
     )
 
@@ -148,6 +148,7 @@ class KmsServers:
             "delete": lambda: self.aws.schedule_deletion(arn),
             "deny": lambda: self.aws.deny(arn),
             "deny-role": lambda: self.aws.deny_role(role_arn),
+            "distrust-role": lambda: self.aws.distrust_role(role_arn),
             "delete-role": lambda: self.aws.delete_role(role_arn),
         }
 
@@ -197,6 +198,7 @@ class KmsServers:
             "delete": lambda: self.azure.delete(url),
             "deny": lambda: self.azure.deny(url),
             "delete-secret": lambda: self.azure.delete_secret(client_id),
+            "expire-secret": lambda: self.azure.expire_secret(client_id),
             "delete-application": lambda: self.azure.delete_application(client_id),
         }
         self._add("azure", kms, ways, restore)

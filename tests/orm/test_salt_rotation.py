@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,13 +56,13 @@ from sqla_byok import (
     Byok,
     Encrypted,
     KeystoreUnavailableError,
-    LocalKms,
     NoTenantError,
     UnsupportedQueryError,
 )
 from sqla_byok.crypto.hashes import Scope
 from sqla_byok.keys.keyring import _SALTS_KEPT
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
+from sqla_byok.kms import Kms
 
 Person, Visit = ENCRYPTED.Person, ENCRYPTED.Visit
 
@@ -102,9 +103,9 @@ class StagedClock(TurnableClock):
 class Process:
     """A Byok with a clock of its own, over an engine of its own."""
 
-    def __init__(self, folder: Path, url: Any) -> None:
+    def __init__(self, folder: Path, url: Any, options: dict[str, Any]) -> None:
         self.clock = StagedClock()
-        self.byok = Byok(keystore=f"sqlite:///{folder / 'rotated.db'}", clock=self.clock)
+        self.byok = Byok(keystore=f"sqlite:///{folder / 'rotated.db'}", clock=self.clock, **options)
         self.engine = create_engine(url)
         self.byok.attach(self.engine)
 
@@ -128,10 +129,12 @@ class Process:
 class World:
     """One process that searches, and another that rotates; the tenants t1 and t2, of which t1 is rotated."""
 
-    def __init__(self, folder: Path, engine: Engine, kms: LocalKms) -> None:
-        self.one, self.other = Process(folder, engine.url), Process(folder, engine.url)
+    def __init__(
+        self, folder: Path, engine: Engine, customers: dict[str, Kms], options: dict[str, Any]
+    ) -> None:
+        self.one, self.other = (Process(folder, engine.url, options) for _ in range(2))
         self.one.byok.create_keystore()
-        for tenant in ("t1", "t2"):
+        for tenant, kms in customers.items():
             self.one.byok.onboard(tenant, kms)
         for models in (ENCRYPTED, PLAIN):
             models.Base.metadata.create_all(engine)
@@ -159,8 +162,10 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, engine: Engine, local_kms: LocalKms) -> Iterator[World]:
-    world = World(tmp_path, engine, local_kms)
+def world(
+    tmp_path: Path, engine: Engine, customers: dict[str, Kms], kms_options: dict[str, Any]
+) -> Iterator[World]:
+    world = World(tmp_path, engine, customers, kms_options)
     yield world
     world.close()
 
@@ -614,11 +619,14 @@ def test_upserts_by_a_hash(world: World, engine: Engine) -> None:
         session.execute(upserts[0])
 
 
-async def test_from_asyncio(tmp_path: Path, async_engine: AsyncEngine, local_kms: LocalKms) -> None:
+async def test_from_asyncio(
+    tmp_path: Path, async_engine: AsyncEngine, customers: dict[str, Kms], kms_options: dict[str, Any]
+) -> None:
     """The same under asyncio, over async drivers."""
-    byok = Byok(keystore=f"sqlite:///{tmp_path / 'k.db'}", clock=TurnableClock())
+    keystore = f"sqlite:///{tmp_path / 'k.db'}"
+    byok = await asyncio.to_thread(Byok, keystore, clock=TurnableClock(), **kms_options)
     await byok.acreate_keystore()
-    await byok.aonboard("t1", local_kms)
+    await byok.aonboard("t1", customers["t1"])
     byok.attach(async_engine)
     async with async_engine.begin() as connection:
         await connection.run_sync(ENCRYPTED.Base.metadata.create_all)

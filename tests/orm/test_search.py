@@ -7,7 +7,6 @@ import hmac
 from datetime import date
 from decimal import Decimal
 from enum import Enum as PythonEnum
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -48,7 +47,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, load_only, mapped_column
 
-from sqla_byok import Byok, Encrypted, LocalKms
+from sqla_byok import Byok, Encrypted
+from sqla_byok.kms import Kms
 from sqla_byok.normalize import casefold
 
 Person, Visit = ENCRYPTED.Person, ENCRYPTED.Visit
@@ -401,12 +401,12 @@ def _counted(method: Any, calls: list[str]) -> Any:
 
 
 def test_a_search_asks_neither_the_kms_nor_the_database_more(
-    engine: Engine, byok: Byok, customer_key: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, byok: Byok, customers: dict[str, Kms], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening a tenant is one KMS call; ten searches after it are ten statements and no call."""
     create(engine)
     calls: list[str] = []
-    client: Any = type(LocalKms(customer_key).connect({}))
+    client: Any = type(customers["t1"].connect({}))
     for method in ("wrap", "unwrap"):
         monkeypatch.setattr(client, method, _counted(getattr(client, method), calls))
     with statements(engine) as sent, byok.session("t1", engine) as session:

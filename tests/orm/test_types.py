@@ -55,8 +55,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_byok import Byok, Encrypted, LocalKms
+from sqla_byok import Byok, Encrypted
 from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError
+from sqla_byok.kms import Kms
 from sqla_byok.normalize import casefold
 
 on_sqlite = pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
@@ -918,7 +919,7 @@ def test_enum_names_added_later(byok: Byok, engine: Engine) -> None:
 
 @on_sqlite
 def test_value_moved_between_tenants_or_columns_does_not_open(
-    byok: Byok, engine: Engine, customer_key: Path
+    byok: Byok, engine: Engine, new_customer: Callable[[int], Kms]
 ) -> None:
     """Ciphertext copied to another column raises; it never reads as a value there."""
     table = Table(
@@ -929,7 +930,7 @@ def test_value_moved_between_tenants_or_columns_does_not_open(
         Column("b", Encrypted(String)),
     )
     table.create(engine)
-    byok.onboard("t3", LocalKms(customer_key))
+    byok.onboard("t3", new_customer(2))
     with byok.session("t1", engine) as session:
         session.execute(insert(table).values(a=SECRET, b="other"))
         session.execute(text("UPDATE t SET b = a"))
