@@ -632,6 +632,16 @@ def test_which_wrapping_is_tried_first_is_authenticated(deployment: Deployment, 
     assert not deployment.calls
 
 
+def test_how_many_wrappings_there_are_is_authenticated(deployment: Deployment) -> None:
+    """The last of three cannot be taken away either, which leaves the others where they were."""
+    second = deployment.servers.aws_key()
+    other = Wrapping(second.provider, json.dumps(second.config()), b"", "")
+    deployment.byok._generations.rewrap("role", [_wrapping(deployment, "role"), other, other])
+    deployment.run("DELETE FROM byok_wrapping WHERE tenant = 'role' AND position = 2")
+    open_cold(deployment, "role", KeystoreTamperedError)
+    assert not deployment.calls
+
+
 # -- old states -------------------------------------------------------------------------------------------------------
 
 
