@@ -34,7 +34,7 @@ from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
 from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.keystore import Keystore, Wrapping
+from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore, Wrapping
 from sqla_byok.keys.onboarding import Onboarding, Proof
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, Operator, Salts, providers
@@ -811,7 +811,7 @@ def _inheriting(actor: str | None, reason: str | None) -> Actor:
 
 
 def _revoke_within(seconds: float) -> int:
-    if seconds != 0 and not 1 <= seconds <= 86_400:
+    if seconds != 0 and not 1 <= seconds <= REVOKE_WITHIN_MS / 1000:
         raise ConfigurationError(
             "revoke_within takes 1 to 86,400 seconds, or 0 for a KMS call per unit of work"
         )
@@ -819,7 +819,7 @@ def _revoke_within(seconds: float) -> int:
 
 
 def _outage_grace(seconds: float) -> int:
-    if not 0 <= seconds <= 3_600:
+    if not 0 <= seconds <= OUTAGE_GRACE_MS / 1000:
         raise ConfigurationError("outage_grace takes 0 to 3,600 seconds")
     return round(seconds * 1000)
 

@@ -492,12 +492,17 @@ def row_tag(
     tk_generation: int,
     epoch: int,
     manifest_tag: bytes,
+    position: int = 0,
+    count: int = 1,
 ) -> bytes:
     """Authenticate a tenant's row, to be checked before any field of it is used.
 
     :param keystore_key: 32 bytes that the vendor holds outside the database.
     :param config: the bytes as they are stored; parsing and writing JSON again would change them.
     :param kms_key_version: empty where the provider has none.
+    :param position: which of the tenant's wrappings this is, from 0: the order in which they are tried.
+    :param count: how many there are. Position and count are part of the tag where there are several, so that none can
+        be taken away or put first.
     :returns: 32 bytes. Compare with :func:`hmac.compare_digest`.
     :raises ConfigurationError: the keystore key has another size.
     :raises OverflowError: a number is negative or too large, which no row of ours has.
@@ -507,6 +512,7 @@ def row_tag(
     fields = (
         *("sqla-byok/1/tenant-row", tenant, provider, config, wrapped, kms_key_version),
         *(u32(revoke_within_ms), u32(outage_grace_ms), tk_id, u32(tk_generation), u64(epoch), manifest_tag),
+        *((u32(position), u32(count)) if count > 1 else ()),
     )
     return hmac.digest(keystore_key, enc(*fields), "sha256")
 

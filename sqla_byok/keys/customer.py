@@ -60,7 +60,7 @@ class CustomerKeys(Secret):
         """
         try:
             return describe(wrapping.provider, json.loads(wrapping.config))
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, RecursionError, TypeError, ValueError):
             raise KeystoreTamperedError(
                 "the keystore's row does not describe a customer key; restore it"
             ) from None

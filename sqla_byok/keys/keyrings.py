@@ -29,7 +29,6 @@ from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeysExpiredError,
-    KeystoreRolledBackError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
     KmsError,
@@ -41,7 +40,7 @@ from sqla_byok.errors import (
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
 from sqla_byok.keys.keyring import Clock, Keyring, Lease, SealedRecord
-from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
+from sqla_byok.keys.keystore import Keystore, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
@@ -156,7 +155,6 @@ class Keyrings(Secret):
         self._units: dict[str, Keyring] = {}  # opened for one unit of work that has not begun
         self._evicted: weakref.WeakSet[Keyring] = weakref.WeakSet()
         self._opening: dict[str, _Opening] = {}
-        self._highest: dict[str, int] = {}
         # Apart, so that customers' vaults that do not answer hold up nobody whose keys are in memory.
         self._executors: dict[str, ThreadPoolExecutor] = {}
         self._background: set[Future[None]] = set()
@@ -542,11 +540,11 @@ class Keyrings(Secret):
         """Take over what changed in the keystore. None where the tenant has to be opened anew."""
         try:
             others = self._due_soon(ring, now)
-            epochs = self._keystore.epochs([ring.tenant, *(each.tenant for each in others)])
+            states = self._keystore.states([ring.tenant, *(each.tenant for each in others)])
             for each in others:
-                if epochs.get(each.tenant) == each.epoch:
+                if self._is_current(each, states.get(each.tenant)):
                     self._looked(each, now)
-            if epochs.get(ring.tenant) != ring.epoch:
+            if not self._is_current(ring, states.get(ring.tenant)):
                 row = self.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
@@ -564,6 +562,10 @@ class Keyrings(Secret):
         else:
             self._looked(ring, now)
         return None if ring.cleared else ring
+
+    def _is_current(self, ring: Keyring, found: State | None) -> bool:
+        """Whether the keystore still shows what the keyring was made of."""
+        return found is not None and found.epoch == ring.epoch and found == self._keystore.seen(ring.tenant)
 
     def _due_soon(self, ring: Keyring, now: float) -> list[Keyring]:
         """Other tenants in use that will soon be looked after: one query looks for many."""
@@ -742,12 +744,6 @@ class Keyrings(Secret):
                 f"tenant {tenant!r} is not in the keystore; onboard it first, or it was removed",
                 tenant=tenant,
             )
-        if row.epoch < self._highest.get(tenant, 0):
-            raise KeystoreRolledBackError(
-                f"the keystore shows tenant {tenant!r} at epoch {row.epoch}, this process has seen "
-                f"{self._highest[tenant]}: an old state was put back",
-                tenant=tenant,
-            )
         return row
 
     def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
@@ -757,7 +753,7 @@ class Keyrings(Secret):
                 f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
             )
         tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
-        self._highest[row.tenant] = max(row.epoch, self._highest.get(row.tenant, 0))
+        self._keystore.note(row)
         return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:

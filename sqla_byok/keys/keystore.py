@@ -12,7 +12,7 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -39,6 +39,7 @@ from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
     KeystoreError,
+    KeystoreRolledBackError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
     TenantExistsError,
@@ -47,9 +48,13 @@ from sqla_byok.keys.database import Database
 from sqla_byok.keys.keyring import SealedRecord
 from sqla_byok.kms import providers
 
-__all__ = ["Keystore", "TenantRow", "Wrapping", "keystore_metadata"]
+__all__ = ["Keystore", "State", "TenantRow", "Wrapping", "keystore_metadata"]
 
 WRITE_FORMAT = 1
+
+# The most that onboarding takes. No row has more, whoever wrote it.
+REVOKE_WITHIN_MS = 86_400_000
+OUTAGE_GRACE_MS = 3_600_000
 
 _CREATE_TRIES = 10  # each may lose the race for another of the tables
 
@@ -131,6 +136,13 @@ _READ = [
 ]
 
 
+class State(NamedTuple):
+    """Which of a tenant's states it is. The tag tells two of the same epoch apart, as a restored backup leads to."""
+
+    epoch: int
+    manifest_tag: bytes
+
+
 @dataclass(frozen=True)
 class Wrapping:
     """One wrapping of a tenant key: which customer key, under which provider, and the wrapped bytes."""
@@ -186,8 +198,14 @@ class TenantRow:
             generations=records,
         )
 
-    def tag(self, key: bytes, wrapping: Wrapping) -> bytes:
-        """The tag that authenticates this tenant's row with one of its wrappings."""
+    @property
+    def state(self) -> State:
+        """Which of the tenant's states it is."""
+        return State(self.epoch, self.manifest_tag)
+
+    def tag(self, key: bytes, position: int) -> bytes:
+        """The tag that authenticates this tenant's row with the wrapping at one position."""
+        wrapping = self.wrappings[position]
         return row_tag(
             key,
             tenant=self.tenant,
@@ -201,6 +219,8 @@ class TenantRow:
             tk_generation=self.tenant_key_generation,
             epoch=self.epoch,
             manifest_tag=self.manifest_tag,
+            position=position,
+            count=len(self.wrappings),
         )
 
 
@@ -241,6 +261,7 @@ class Keystore(Secret):
     def __init__(self, database: Database, key: bytes | None) -> None:
         self.database = database
         self._key = key
+        self._seen: dict[str, State] = {}
 
     @property
     def authenticates(self) -> bool:
@@ -300,6 +321,7 @@ class Keystore(Secret):
         if exists:
             self.check_claims(row.tenant, (*claims, *of_salts))
             raise TenantExistsError(f"tenant {row.tenant!r} is already in the keystore", tenant=row.tenant)
+        self._seen[row.tenant] = row.state  # also where one of that name was there before, and was removed
 
     def replace(self, old: TenantRow, new: TenantRow, claims: Sequence[str] | None = None) -> None:
         """Put a tenant's new state in the place of the one that was read, in one transaction.
@@ -346,6 +368,7 @@ class Keystore(Secret):
                 f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
                 tenant=old.tenant,
             )
+        self.note(new)
 
     def _insert_parts(self, connection: Connection, row: TenantRow, claims: Sequence[str]) -> None:
         for position, wrapping in enumerate(row.wrappings):
@@ -358,7 +381,7 @@ class Keystore(Secret):
                     config=wrapping.config,
                     wrapped=wrapping.wrapped,
                     kms_key_version=wrapping.kms_key_version,
-                    row_tag=None if self._key is None else row.tag(self._key, wrapping),
+                    row_tag=None if self._key is None else row.tag(self._key, position),
                 )
             )
         for record in (*row.generations, *row.retired):
@@ -401,8 +424,10 @@ class Keystore(Secret):
 
         :returns: ``None`` if the tenant is not there.
         :raises KeystoreTamperedError: if the row or one of its wrappings does not authenticate.
+        :raises KeystoreRolledBackError: if it is older than what this process has seen, or another of the same epoch.
         """
         check_tenant(tenant)
+        seen = self._seen.get(tenant)  # before the read, which other threads may overtake
         rows, row = self._rows(tenant), None
         try:
             row = _tenant_row(tenant, rows)
@@ -416,18 +441,34 @@ class Keystore(Secret):
                 "it was used",
                 tenant=tenant,
             )
+        if row is not None:
+            _refuse_older(row, seen)
+            if self._key is not None:
+                self.note(row)
         return row
 
-    def epochs(self, tenants: Sequence[str]) -> dict[str, int]:
-        """The epochs of those tenants that are there, in one query."""
+    def note(self, row: TenantRow) -> None:
+        """Accept no older state of the tenant from now on. For rows that were authenticated."""
+        seen = self._seen.get(row.tenant)
+        if seen is None or seen.epoch < row.epoch:
+            self._seen[row.tenant] = row.state
+
+    def seen(self, tenant: str) -> State | None:
+        """The newest state of the tenant that this process has seen."""
+        return self._seen.get(tenant)
+
+    def states(self, tenants: Sequence[str]) -> dict[str, State]:
+        """The states of those tenants that are there, in one query. Not authenticated: to see whether to load."""
         names = set(tenants)
         rows = self.database.read(
             lambda connection: connection.execute(
-                select(_tenant.c.tenant, _tenant.c.epoch).where(_tenant.c.tenant.in_(names))
+                select(_tenant.c.tenant, _tenant.c.epoch, _tenant.c.manifest_tag).where(
+                    _tenant.c.tenant.in_(names)
+                )
             ).all()
         )
         # Compared again: databases collate.
-        return {name: epoch for name, epoch in rows if name in names}
+        return {name: State(*state) for name, *state in rows if name in names}
 
     def configs(self) -> list[tuple[str, str, str]]:
         """Tenant, provider and config of every wrapping, not authenticated: to be shown, never to be used."""
@@ -470,23 +511,21 @@ class Keystore(Secret):
 
     def _authenticates(self, row: TenantRow) -> bool:
         """Whether the row may be used. Each wrapping has a tag of its own."""
-        sizes: tuple[object, ...] = (
-            row.revoke_within_ms,
-            row.outage_grace_ms,
-            row.tenant_key_generation,
-            row.epoch,
-        )
         if (
-            not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in sizes)
+            not 0 <= row.revoke_within_ms <= REVOKE_WITHIN_MS
+            or not 0 <= row.outage_grace_ms <= OUTAGE_GRACE_MS
+            or not 0 <= row.tenant_key_generation < 1 << 32
+            or not 0 <= row.epoch < 1 << 63
             or len(row.tenant_key_id) != ID_SIZE
+            or not row.wrappings
         ):
             return False
-        for wrapping in row.wrappings:
+        for position, wrapping in enumerate(row.wrappings):
             self.require_key(wrapping.provider)
             if self._key is None:
                 continue
             if wrapping.row_tag is None or not hmac.compare_digest(
-                row.tag(self._key, wrapping), wrapping.row_tag
+                row.tag(self._key, position), wrapping.row_tag
             ):
                 return False
         return True
@@ -500,12 +539,34 @@ class Keystore(Secret):
             )
 
 
+def _refuse_older(row: TenantRow, seen: State | None) -> None:
+    if seen is None or row.epoch > seen.epoch or row.state == seen:
+        return
+    found = f"at epoch {row.epoch}" if row.epoch < seen.epoch else f"in another state of epoch {row.epoch}"
+    raise KeystoreRolledBackError(
+        f"the keystore shows tenant {row.tenant!r} {found}, this process has seen {seen.epoch}: an old state was put "
+        "back. Restore the newest one; if it is lost, restart the processes that have seen it",
+        tenant=row.tenant,
+    )
+
+
+def _fits_its_column(column: Column[Any], value: object) -> bool:
+    # None of an outer join, or where a tag may be missing. A text of the same bytes has the same tag.
+    return value is None or isinstance(value, column.type.python_type)
+
+
 def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | None:
+    if not all(_fits_its_column(column, row[column]) for row in rows for column in _READ):
+        raise TypeError
     mine = [row for row in rows if row[_tenant.c.tenant].encode() == tenant.encode()]
     if not mine:
         return None
     first = mine[0]
-    wrappings = {r[_wrapping.c.position]: _wrapping_of(r) for r in mine}
+    wrappings = {
+        r[_wrapping.c.position]: _wrapping_of(r) for r in mine if r[_wrapping.c.position] is not None
+    }
+    if [*wrappings] != [*range(len(wrappings))]:
+        raise ValueError
     generations = {(r[_generation.c.kind], r[_generation.c.generation]): _record_of(r) for r in mine}
     records = [found for (kind, _), found in generations.items() if kind is not None]
     return TenantRow(
@@ -516,7 +577,7 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
         tenant_key_generation=first[_tenant.c.tenant_key_generation],
         epoch=first[_tenant.c.epoch],
         manifest_tag=first[_tenant.c.manifest_tag],
-        wrappings=[found for position, found in wrappings.items() if position is not None],
+        wrappings=list(wrappings.values()),
         generations=[record for record in records if record.state != RETIRED],
         retired=[record for record in records if record.state == RETIRED],
     )

@@ -346,6 +346,14 @@ def test_each_field_of_a_tenant_row_is_tagged(field: str) -> None:
     assert formats.row_tag(SECRET, **ROW) != formats.row_tag(SECRET, **{**ROW, field: changed})
 
 
+def test_the_place_of_a_wrapping_is_tagged_where_there_are_several() -> None:
+    """Neither order nor number of several wrappings can change; a single one has the tag of format 1."""
+    tags = [formats.row_tag(SECRET, **ROW)]
+    assert formats.row_tag(SECRET, **ROW, position=0, count=1) == tags[0]
+    tags += [formats.row_tag(SECRET, **ROW, position=p, count=n) for n in (2, 3) for p in range(n)]
+    assert len({*tags}) == 6
+
+
 def test_the_row_tag_needs_a_whole_key() -> None:
     """A keystore key of another size is a configuration error, and numbers out of range have no tag."""
     with pytest.raises(ConfigurationError, match="32 bytes"):

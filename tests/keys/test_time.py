@@ -175,8 +175,8 @@ def test_one_look_at_the_keystore_serves_all_tenants_in_use(world: World) -> Non
         world.byok.onboard(tenant, world.kms)
         world.open(tenant)
     asked: list[int] = []
-    epochs = world.byok._keystore.epochs
-    world.byok._keystore.epochs = lambda names: (asked.append(len(names)), epochs(names))[1]  # type: ignore[method-assign]
+    states = world.byok._keystore.states
+    world.byok._keystore.states = lambda names: (asked.append(len(names)), states(names))[1]  # type: ignore[method-assign]
     turn(world, 60, *busy)
     assert 15 <= len(asked) <= 41
     assert sum(asked) >= 30 * 60 / POLL_EVERY
