@@ -56,7 +56,7 @@ POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
 
 # For how many tenants one query looks.
-_LOOKED_AT_ONCE = 500
+LOOKED_AT_ONCE = 500
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8
@@ -444,16 +444,20 @@ class Keyrings(Secret):
         return None if ring.cleared else ring
 
     def _due_soon(self, ring: Keyring, now: float) -> list[Keyring]:
-        """Other tenants in use that will soon be looked after: one query looks for many."""
+        """Other tenants in use that will soon be looked after: one query looks for many.
+
+        Not those that are to be refreshed: looked after by others, they would stay warm and never come to it.
+        """
         due = [
             each
             for each in list(self._rings.values())
             if each is not ring
             and now - each.used < POLL_EVERY
             and each.fresh_until - now < POLL_EVERY / 2
+            and now < each.refresh_at
             and self._live(each)
         ]
-        return due[:_LOOKED_AT_ONCE]
+        return due[:LOOKED_AT_ONCE]
 
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
