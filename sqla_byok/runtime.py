@@ -6,7 +6,7 @@ import asyncio
 import base64
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import date
@@ -558,7 +558,7 @@ class Byok(Secret):
         :raises NotAttachedError: if the engine was not given to :meth:`attach`.
         """
         self._require_attached(engine)
-        with _acting(actor, reason):
+        with _acting(Actor(actor, reason)):
             self._keyrings.enter(tenant)
         with Session(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
             yield session
@@ -580,7 +580,7 @@ class Byok(Secret):
         from sqlalchemy.ext.asyncio import AsyncSession  # needs greenlet, which only asyncio needs
 
         self._require_attached(getattr(engine, "sync_engine", None))
-        with _acting(actor, reason):
+        with _acting(Actor(actor, reason)):
             await self._keyrings.aenter(tenant)
         async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
             yield session
@@ -683,7 +683,7 @@ class _Within:
         self._name, self._variable, self._keyrings, self._actor = name, variable, keyrings, actor
 
     def __enter__(self) -> None:
-        with _acting(*self._actor):
+        with _acting(self._actor):
             self._keyrings.enter(self._name)
         self._begin()
 
@@ -691,12 +691,12 @@ class _Within:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         scope = self._variable.get()
-        if scope is not None and scope.block is self:
+        if scope is not None and scope.block is self and scope.before != acting.get():
             acting.set(scope.before)
         self._variable.set(self._without_me(scope))
 
     async def __aenter__(self) -> None:
-        with _acting(*self._actor):
+        with _acting(self._actor):
             await self._keyrings.aenter(self._name)
         self._begin()
 
@@ -718,9 +718,17 @@ class _Within:
         return scope._replace(outer=self._without_me(scope.outer))
 
 
+def _acting(actor: Actor) -> AbstractContextManager[None]:
+    # Mostly nobody is named, neither here nor around; a request should not pay for it then.
+    return _AS_BEFORE if actor == acting.get() else _set_acting(actor)
+
+
+_AS_BEFORE = nullcontext()
+
+
 @contextmanager
-def _acting(actor: str | None, reason: str | None) -> Iterator[None]:
-    token = acting.set(Actor(actor, reason))
+def _set_acting(actor: Actor) -> Iterator[None]:
+    token = acting.set(actor)
     try:
         yield
     finally:
