@@ -61,7 +61,7 @@ WRITE_WITHIN = 15.0
 # How often keys whose time is up are looked for where nothing else is done (seconds).
 _SWEEP_EVERY = 2.0
 # For how many tenants one query looks.
-_LOOKED_AT_ONCE = 500
+LOOKED_AT_ONCE = 500
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8
@@ -568,16 +568,20 @@ class Keyrings(Secret):
         return found is not None and found.epoch == ring.epoch and found == self._keystore.seen(ring.tenant)
 
     def _due_soon(self, ring: Keyring, now: float) -> list[Keyring]:
-        """Other tenants in use that will soon be looked after: one query looks for many."""
+        """Other tenants in use that will soon be looked after: one query looks for many.
+
+        Not those that are to be refreshed: looked after by others, they would stay warm and never come to it.
+        """
         due = [
             each
             for each in list(self._rings.values())
             if each is not ring
             and now - each.lease.used < POLL_EVERY
             and each.fresh_until - now < POLL_EVERY / 2
+            and now < each.lease.refresh_at
             and self._live(each)
         ]
-        return due[:_LOOKED_AT_ONCE]
+        return due[:LOOKED_AT_ONCE]
 
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
