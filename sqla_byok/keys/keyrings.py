@@ -708,14 +708,14 @@ class Keyrings(Secret):
         current = self._rings.get(row.tenant)
         if current is None or current.lease is not lease:
             return
-        if opened.tenant_key.id != current.tenant_key.id:  # rekeyed: results being read end with the old keys
+        if opened.tenant_key.id != current.tenant_key.id:  # rekeyed: results being read end
             newer = self._ring_of(opened)
             with self._lock:
                 if self._rings.get(row.tenant) is not current:
                     newer.clear()
                     return
                 self._rings[row.tenant] = newer
-                self._evicted.add(current)
+            current.clear()
         elif current.epoch > row.epoch:
             return  # what was asked is older than what a look has found since; it is asked again
         else:
