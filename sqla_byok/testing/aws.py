@@ -345,6 +345,7 @@ def _moto() -> _Moto:
         from moto.core.models import DEFAULT_ACCOUNT_ID as account  # noqa: N811
         from moto.iam.models import iam_backends
         from moto.kms import models as kms_models
+        from moto.kms.models import kms_backends
         from moto.kms.utils import _deserialize_ciphertext_blob, generate_private_key
         from moto.moto_server import werkzeug_app
         from moto.secretsmanager.models import secretsmanager_backends
@@ -365,8 +366,6 @@ def _moto() -> _Moto:
             *args: Any,
         ) -> None:
             """Say nothing: tests capture logs."""
-
-    kms_backends = kms_models.kms_backends
 
     def is_blob_of(key_id: str, blob: str) -> bool:
         """Whether the key wrapped the blob; a blob that cannot be parsed is left to moto."""
