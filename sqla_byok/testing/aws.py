@@ -345,7 +345,8 @@ def _moto() -> _Moto:
         from moto.core.models import DEFAULT_ACCOUNT_ID as account  # noqa: N811
         from moto.iam.models import iam_backends
         from moto.kms import models as kms_models
-        from moto.kms.utils import _deserialize_ciphertext_blob
+        from moto.kms.models import kms_backends
+        from moto.kms.utils import _deserialize_ciphertext_blob, generate_private_key
         from moto.moto_server import werkzeug_app
         from moto.secretsmanager.models import secretsmanager_backends
         from moto.sts.models import sts_backends
@@ -366,8 +367,6 @@ def _moto() -> _Moto:
         ) -> None:
             """Say nothing: tests capture logs."""
 
-    kms_backends = kms_models.kms_backends
-
     def is_blob_of(key_id: str, blob: str) -> bool:
         """Whether the key wrapped the blob; a blob that cannot be parsed is left to moto."""
         try:
@@ -377,10 +376,8 @@ def _moto() -> _Moto:
 
     def create_key(region: str, key_spec: str) -> Any:
         # moto makes an RSA key, in some 50 ms, also for a key that has none.
-        makes: dict[str, Any] = (
-            {} if key_spec != "SYMMETRIC_DEFAULT" else {"generate_private_key": lambda spec: None}
-        )
-        with mock.patch.multiple(kms_models, **makes):
+        make = (lambda spec: None) if key_spec == "SYMMETRIC_DEFAULT" else generate_private_key
+        with mock.patch.object(kms_models, "generate_private_key", make):
             return kms_backends[account][region].create_key(None, "ENCRYPT_DECRYPT", key_spec, "", None)
 
     def reset() -> None:

@@ -406,7 +406,7 @@ def test_a_search_asks_neither_the_kms_nor_the_database_more(
     """Opening a tenant is one KMS call; ten searches after it are ten statements and no call."""
     create(engine)
     calls: list[str] = []
-    client: Any = type(customers["t1"].connect({}))
+    client: Any = type(customers["t1"].for_tenant("an-external-id").connect({}))
     for method in ("wrap", "unwrap"):
         monkeypatch.setattr(client, method, _counted(getattr(client, method), calls))
     with statements(engine) as sent, byok.session("t1", engine) as session:
