@@ -40,11 +40,12 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.keystore import keystore_metadata
+from sqla_byok.keys.onboarding import Proof
 from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted
-from sqla_byok.runtime import Byok
+from sqla_byok.runtime import Byok, Outcome, Status
 
 __all__ = [
     "AccessDeniedError",
@@ -79,9 +80,12 @@ __all__ = [
     "NoTenantError",
     "NotAttachedError",
     "NotEncryptedError",
+    "Outcome",
+    "Proof",
     "SaltChangedError",
     "Sealed",
     "SecretStore",
+    "Status",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",

@@ -7,7 +7,9 @@ given as ``Byok(on_event=…)``. An event is told after the fact; what a listene
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -126,9 +128,34 @@ class Audit:
 
     def __init__(self, *listeners: Callable[[Event], object]) -> None:
         self.listeners = list(listeners)
+        self._held = threading.local()
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """Tell what happens within the block, in this thread, at its end.
+
+        A listener may use what the block is about to make, such as the keys of the tenant that is being opened.
+        """
+        if getattr(self._held, "events", None) is not None:
+            yield
+            return
+        events = self._held.events = []
+        try:
+            yield
+        finally:
+            self._held.events = None
+            for event in events:
+                self._tell(event)
 
     def tell(self, event: Event) -> None:
         """Log the event and pass it on."""
+        held: list[Event] | None = getattr(self._held, "events", None)
+        if held is None:
+            self._tell(event)
+        else:
+            held.append(event)
+
+    def _tell(self, event: Event) -> None:
         if _log.isEnabledFor(logging.INFO):
             told = " ".join(f"{each.name}={getattr(event, each.name)!r}" for each in fields(event))
             _log.info("%s %s", type(event).__name__, told, extra={"event": event})

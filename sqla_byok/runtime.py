@@ -24,6 +24,7 @@ from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeystoreTamperedError,
+    KmsRefusedError,
     NotAttachedError,
     NoTenantError,
 )
@@ -39,11 +40,13 @@ from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
+from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
-from sqla_byok.orm.hooks import TENANT_OPTION, attach
+from sqla_byok.orm.hooks import ACTOR_OPTION, TENANT_OPTION, attach
 from sqla_byok.orm.slots import refuse_foreign, slot_of
 
 if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 __all__ = ["Byok", "Outcome", "Status"]
@@ -131,7 +134,8 @@ class Byok(Secret):
         customer's directory id and returns a credential of azure-identity.
     :param secret_prefixes: under which prefixes references to secrets are resolved, such as ``"env:BYOK_"``; none
         unless given. ``{tenant}`` in a prefix stands for the tenant.
-    :param secret_stores: places for secrets of your own, by the scheme that references to them begin with.
+    :param secret_stores: places for secrets of your own, by the scheme that references to them begin with; those with
+        a method ``write`` take secrets too (:meth:`store_secret`).
     :param on_event: called with each audit event (:mod:`sqla_byok.audit`), in the thread in which it happened.
     :param clock: where time is read; for tests.
     :raises ConfigurationError: if a parameter cannot be used.
@@ -167,10 +171,10 @@ class Byok(Secret):
         self._tenant: ContextVar[_Scope | None] = ContextVar("byok_tenant", default=None)
         clock = clock or SystemClock()
         self._audit = Audit(*(() if on_event is None else (on_event,)))
-        secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
+        self._secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
         self._database = open_database(keystore)
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
-        operator = Operator(secrets, credentials or {})
+        operator = Operator(self._secrets, credentials or {})
         salts = ExternalSalts(profiles, operator)
         self._customer_keys = CustomerKeys(profiles, operator, self._audit)
         self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
@@ -281,6 +285,26 @@ class Byok(Secret):
             self.onboard, tenant, kms, revoke_within=revoke_within, outage_grace=outage_grace, salts=salts
         )
 
+    def store_secret(self, tenant: str, reference: str, secret: str) -> None:
+        """Put a customer's secret into a store of yours that can write, as a set-up page does.
+
+        ::
+
+            byok.store_secret("org-42", "vault:byok/org-42/azure", form["client_secret"])
+
+        :param reference: where, under ``secret_prefixes``; what the customer key is then given as ``client_secret``.
+        :param secret: it is handed to the store and kept nowhere else.
+        :raises ConfigurationError: if the reference is not allowed for this tenant, or its store only reads.
+        :raises CredentialInvalidError: if the store refuses.
+        :raises KmsNoAnswerError: if it does not answer.
+        """
+        check_tenant(tenant)
+        self._secrets.write(reference, secret, tenant)
+
+    async def astore_secret(self, tenant: str, reference: str, secret: str) -> None:
+        """:meth:`store_secret` from asyncio."""
+        await asyncio.to_thread(self.store_secret, tenant, reference, secret)
+
     def update_credentials(self, tenant: str, kms: Kms) -> None:
         """Reach the same customer key in another way: with a new client secret, another role, another profile.
 
@@ -293,6 +317,7 @@ class Byok(Secret):
         :raises KmsError: if the key cannot be used in the new way; the old one stays.
         """
         self._onboarding.update_credentials(tenant, kms)
+        self._keyrings.health.forget(tenant)  # the next use tries the new way at once
 
     async def aupdate_credentials(self, tenant: str, kms: Kms) -> None:
         """:meth:`update_credentials` from asyncio."""
@@ -309,10 +334,8 @@ class Byok(Secret):
         """
         if state not in (None, FRESH, GRACE, DARK, CLOSED):
             raise ConfigurationError('a state is one of "fresh", "grace", "dark" and "closed"')
-        names = self._keystore.tenants()
-        return (
-            names if state is None else [name for name in names if self._keyrings.health.state(name) == state]
-        )
+        names, states = self._keystore.tenants(), self._keyrings.states()
+        return names if state is None else [name for name in names if states.get(name, CLOSED) == state]
 
     async def atenants(self, state: str | None = None) -> list[str]:
         """:meth:`tenants` from asyncio."""
@@ -369,7 +392,10 @@ class Byok(Secret):
 
         :param tenants: which ones; all of them unless given.
         :param within: how many seconds to take at most.
+        :raises ConfigurationError: if a single name was given in place of a list.
         """
+        if isinstance(tenants, str):
+            raise ConfigurationError("preload() takes a list of tenants, not one name")
         try:
             names = self.tenants() if tenants is None else list(tenants)
         except ByokError as error:
@@ -389,7 +415,7 @@ class Byok(Secret):
         :raises UnknownTenantError: if the tenant was never onboarded.
         :raises KmsError: if the KMS refuses or does not answer; each outcome has its own class.
         """
-        return self._onboarding.probe(tenant)
+        return self._heard(tenant, lambda: self._onboarding.probe(tenant))
 
     async def aprobe(self, tenant: str) -> Proof:
         """:meth:`probe` from asyncio."""
@@ -397,7 +423,7 @@ class Byok(Secret):
 
     def status(self) -> Status:
         """How the tenants of this process are, and what somebody should do soon. Calls no KMS."""
-        health, states = self._keyrings.health, list(self._keyrings.health.states().values())
+        health, states = self._keyrings.health, list(self._keyrings.states().values())
         return Status(
             tenants=len(self._keystore.tenants()),
             fresh=states.count(FRESH),
@@ -421,24 +447,50 @@ class Byok(Secret):
     # -- changing keys -----------------------------------------------------------------------------------------------
 
     def rotate_data_key(self, tenant: str) -> int:
-        """Make a new data key, with which everything is written from then on; see :meth:`Generations.rotate`."""
-        return self._generations.rotate(tenant, DATA_KEY)
+        """Make a new data key, with which everything is encrypted from then on. Rows are not touched.
+
+        Takes 21 seconds, in which every process comes to know the new key before it is used; the work of all goes on.
+        After a crash call it again: it goes on with the key that was made.
+
+        :returns: the number of the new key.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if the customer's KMS refuses or does not answer; nothing is lost then.
+        :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
+        """
+        return self._heard(tenant, lambda: self._generations.rotate(tenant, DATA_KEY))
 
     async def arotate_data_key(self, tenant: str) -> int:
         """:meth:`rotate_data_key` from asyncio."""
         return await asyncio.to_thread(self.rotate_data_key, tenant)
 
     def rotate_salt(self, tenant: str) -> int:
-        """Make a new search salt, by which everything is hashed from then on; see :meth:`Generations.rotate`."""
-        return self._generations.rotate(tenant, SEARCH_SALT)
+        """Make a new search salt, by which everything is hashed from then on. Rows are not touched.
+
+        Takes 21 seconds, as :meth:`rotate_data_key`. Until the rows are hashed anew, look-ups of this tenant try both
+        salts, and a unique index does not see that a value under one equals a value under the other.
+
+        :returns: the number of the new salt.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if the customer's KMS refuses or does not answer; nothing is lost then.
+        :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
+        """
+        return self._heard(tenant, lambda: self._generations.rotate(tenant, SEARCH_SALT))
 
     async def arotate_salt(self, tenant: str) -> int:
         """:meth:`rotate_salt` from asyncio."""
         return await asyncio.to_thread(self.rotate_salt, tenant)
 
     def rekey(self, tenant: str) -> int:
-        """Make a new tenant key under the same customer key; see :meth:`Generations.rekey`."""
-        return self._generations.rekey(tenant)
+        """Make a new tenant key under the same customer key, and seal all data keys and salts anew under it.
+
+        Rows are not touched. Other processes open the tenant anew at their next look, a few seconds later.
+
+        :returns: the number of the new tenant key.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if the customer's KMS refuses or does not answer; nothing is lost then.
+        :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
+        """
+        return self._heard(tenant, lambda: self._generations.rekey(tenant))
 
     async def arekey(self, tenant: str) -> int:
         """:meth:`rekey` from asyncio."""
@@ -447,9 +499,12 @@ class Byok(Secret):
     def rewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """Wrap the tenant key by the current version of its customer key, or by another customer key.
 
-        Rows are not touched, and nobody notices. A tenant of ``default_kms`` that brings its own key moves to it in
-        this way, and back with ``rewrap(tenant, default_kms)``. Both KMS have to agree: the old one opens, the new one
-        wraps and is proved by unwrapping.
+        Rows are not touched, and nobody notices, but for values of columns in ``mode="direct"``: those stay under the
+        key that encrypted them, and are lost with it. Write them anew first.
+
+        A tenant of ``default_kms`` that brings its own key moves to it in this way, and back with
+        ``rewrap(tenant, default_kms)``. Both KMS have to agree: the old one opens, the new one wraps and is proved by
+        unwrapping.
 
         :param kms: the other customer key.
         :raises UnknownTenantError: if the tenant was never onboarded.
@@ -461,6 +516,7 @@ class Byok(Secret):
             return
         kms, claims = self._onboarding.bound(tenant, kms)
         self._generations.rewrap(tenant, [Wrapping(kms.provider, stored_config(kms), b"", "")], claims)
+        self._keyrings.health.forget(tenant)
 
     async def arewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """:meth:`rewrap` from asyncio."""
@@ -494,6 +550,16 @@ class Byok(Secret):
         """
         return await areveal(obj, attribute, self._keyrings, self._tenant_of)
 
+    def metrics(self, meter_provider: MeterProvider | None = None) -> None:
+        """Report KMS requests and the state of the keys to OpenTelemetry, from now on; to be called once a process.
+
+        No metric has a tenant among its attributes. Needs the ``otel`` extra.
+
+        :param meter_provider: where to report; the program's global one unless given.
+        :raises MissingExtraError: if ``opentelemetry-api`` is not installed.
+        """
+        observe(self._audit, self._keyrings.snapshot, meter_provider)
+
     def forget_keys(self, tenant: str | None = None) -> None:
         """Take one tenant's keys, or all, out of memory at once; results still being read fail from here on.
 
@@ -524,8 +590,8 @@ class Byok(Secret):
         tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
         :meth:`session` has neither trap.
 
-        :param actor: who asks, for the audit.
-        :param reason: what for.
+        :param actor: who asks, for the audit; as in the block around it unless given.
+        :param reason: what for; likewise.
         :raises UnknownTenantError: on entering, if the tenant was never onboarded.
         :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
         """
@@ -558,9 +624,10 @@ class Byok(Secret):
         :raises NotAttachedError: if the engine was not given to :meth:`attach`.
         """
         self._require_attached(engine)
-        with _acting(actor, reason):
-            self._keyrings.enter(tenant)
-        with Session(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
+        who = _inheriting(actor, reason)
+        self._keyrings.enter(tenant, who)
+        options_of_all = {TENANT_OPTION: tenant, ACTOR_OPTION: who}
+        with Session(engine.execution_options(**options_of_all), **options) as session:
             yield session
 
     @asynccontextmanager
@@ -580,9 +647,10 @@ class Byok(Secret):
         from sqlalchemy.ext.asyncio import AsyncSession  # needs greenlet, which only asyncio needs
 
         self._require_attached(getattr(engine, "sync_engine", None))
-        with _acting(actor, reason):
-            await self._keyrings.aenter(tenant)
-        async with AsyncSession(engine.execution_options(**{TENANT_OPTION: tenant}), **options) as session:
+        who = _inheriting(actor, reason)
+        await self._keyrings.aenter(tenant, who)
+        options_of_all = {TENANT_OPTION: tenant, ACTOR_OPTION: who}
+        async with AsyncSession(engine.execution_options(**options_of_all), **options) as session:
             yield session
 
     def seal(self, data: bytes, purpose: str) -> bytes:
@@ -599,13 +667,14 @@ class Byok(Secret):
         :returns: 46 bytes more than the data.
         :raises NoTenantError: outside ``byok.tenant()``, without ``single_tenant``.
         :raises KmsError: if the tenant has to be opened and its KMS refuses or does not answer.
+        :raises KeystoreUnavailableError: if nobody knows whether the data key is still the one to write with.
         :raises ConfigurationError: if the purpose is empty or too long.
         """
-        return seal_bytes(self._ring(), data, _purpose(purpose))
+        return self._sealed(self._ring(), data, purpose)
 
     async def aseal(self, data: bytes, purpose: str) -> bytes:
         """:meth:`seal` from asyncio."""
-        return seal_bytes(await self._aring(), data, _purpose(purpose))
+        return self._sealed(await self._aring(), data, purpose)
 
     def unseal(self, sealed: bytes, purpose: str) -> bytes:
         """Decrypt what :meth:`seal` returned, for the same tenant and purpose.
@@ -645,6 +714,21 @@ class Byok(Secret):
     async def _aring(self) -> Keyring:
         return await self._keyrings.aget(self._required_tenant())
 
+    def _sealed(self, ring: Keyring, data: bytes, purpose: str) -> bytes:
+        if self._keyrings.clock.boot() >= ring.write_until:
+            ring.outdated()
+        return seal_bytes(ring, data, _purpose(purpose))
+
+    def _heard(self, tenant: str, ask: Callable[[], T]) -> T:
+        """Ask the tenant's KMS for something else than opening, and take its answer for one: "no" drops the keys."""
+        try:
+            answer = ask()
+        except KmsRefusedError as error:
+            self._keyrings.refused(tenant, error)
+            raise
+        self._keyrings.health.forget(tenant)
+        return answer
+
     def _refuse(self, ring: Keyring, blob: bytes, where: str) -> None:
         refuse_foreign(self._keyrings, where, ring, blob)
 
@@ -683,33 +767,33 @@ class _Within:
         self._name, self._variable, self._keyrings, self._actor = name, variable, keyrings, actor
 
     def __enter__(self) -> None:
-        with _acting(*self._actor):
-            self._keyrings.enter(self._name)
-        self._begin()
+        who = _inheriting(*self._actor)
+        self._keyrings.enter(self._name, who)
+        self._begin(who)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         scope = self._variable.get()
-        if scope is not None and scope.block is self:
+        if scope is not None and scope.block is self and acting.get() is not scope.before:
             acting.set(scope.before)
         self._variable.set(self._without_me(scope))
 
     async def __aenter__(self) -> None:
-        with _acting(*self._actor):
-            await self._keyrings.aenter(self._name)
-        self._begin()
+        who = _inheriting(*self._actor)
+        await self._keyrings.aenter(self._name, who)
+        self._begin(who)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.__exit__(kind, error, trace)
 
-    def _begin(self) -> None:
+    def _begin(self, who: Actor) -> None:
         before = acting.get()
         self._variable.set(_Scope(self._name, self._variable.get(), self, before))
-        if self._actor != before:
-            acting.set(self._actor)
+        if who is not before:
+            acting.set(who)
 
     def _without_me(self, scope: _Scope | None) -> _Scope | None:
         # Generators can leave blocks in another order than they entered them, or in another task.
@@ -718,13 +802,12 @@ class _Within:
         return scope._replace(outer=self._without_me(scope.outer))
 
 
-@contextmanager
-def _acting(actor: str | None, reason: str | None) -> Iterator[None]:
-    token = acting.set(Actor(actor, reason))
-    try:
-        yield
-    finally:
-        acting.reset(token)
+def _inheriting(actor: str | None, reason: str | None) -> Actor:
+    """Who is named in the audit: what is given, and for the rest who is named already."""
+    outer = acting.get()
+    if actor is None and reason is None:
+        return outer
+    return Actor(actor or outer.name, reason or outer.purpose)
 
 
 def _revoke_within(seconds: float) -> int:

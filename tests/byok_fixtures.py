@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from keys_tools import KEYSTORE_KEY, CountingKms
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqla_byok import Byok, LocalKms
+from sqla_byok.kms import providers
 
 TENANTS = ("t1", "t2")
 
@@ -50,3 +53,19 @@ async def abyok(tmp_path: Path, local_kms: LocalKms, async_engine: AsyncEngine) 
         await byok.aonboard(tenant, local_kms)
     yield byok
     await byok.aclose()
+
+
+@pytest.fixture
+def counting_kms(customer_key: Path, monkeypatch: pytest.MonkeyPatch) -> CountingKms:
+    """A CountingKms over the customer's key file, known to Byok for this test."""
+    monkeypatch.setitem(providers, CountingKms.provider, CountingKms)
+    monkeypatch.setattr(CountingKms, "unwraps", [])
+    monkeypatch.setattr(CountingKms, "on_unwrap", staticmethod(lambda: None))
+    return CountingKms(str(customer_key))
+
+
+@pytest.fixture
+def keystore_key(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The reference of a keystore key."""
+    monkeypatch.setenv("BYOK_TEST_KEYSTORE_KEY", base64.b64encode(KEYSTORE_KEY).decode())
+    return "env:BYOK_TEST_KEYSTORE_KEY"

@@ -181,6 +181,8 @@ class Note(Base):
     __tablename__ = "note"
     id: Mapped[int] = mapped_column(primary_key=True)
     body: Mapped[Any] = mapped_column(Encrypted(LargeBinary, mode="direct"))
+    # its normalizer takes anything
+    tag: Mapped[Any] = mapped_column(Encrypted(String, searchable=True, normalize=str), nullable=True)
 
 
 patients = Patient.__table__

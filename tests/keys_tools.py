@@ -183,7 +183,8 @@ class World:
     def __init__(self, folder: Path, kms: CountingKms, keystore_key: str | None, **options: Any) -> None:
         self.kms, self.clock, self.folder = kms, TurnableClock(), folder
         url = f"sqlite:///{folder / 'keystore.db'}"
-        self.byok = Byok(keystore=url, keystore_key=keystore_key, clock=self.clock, **options)
+        self._of_another = {"keystore": url, "keystore_key": keystore_key, "clock": self.clock}
+        self.byok = Byok(**self._of_another, **options)
         self.byok.create_keystore()
         self.hand = hand_in(url)
         self.engine = create_engine(f"sqlite:///{folder / 'data.db'}")
@@ -192,6 +193,10 @@ class World:
         for tenant in ("t1", "t2", "t3"):
             self.byok.onboard(tenant, kms)
         kms.unwraps.clear()
+
+    def another(self) -> Byok:
+        """Another process's Byok, as it were."""
+        return Byok(**self._of_another)
 
     @property
     def calls(self) -> list[str]:

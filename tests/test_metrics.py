@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from keys_tools import CountingKms, World
 from opentelemetry import metrics as api
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
+from sqla_byok import KeyDisabledError, NotEncryptedError
 from sqla_byok.audit import Audit, GenerationChanged, KeysOpened, KeyStateChanged, KmsCalled
+from sqla_byok.crypto.values import DECRYPT_FAILURES
 from sqla_byok.errors import MissingExtraError
 from sqla_byok.metrics import Snapshot, observe
 
@@ -199,3 +202,37 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingExtraError, match=r"sqla-byok\[otel\]"):
         observe(audit, lambda: FULL)
     assert audit.listeners == []
+
+
+def test_a_byok_reports_its_own_keys(tmp_path: Path, counting_kms: CountingKms, keystore_key: str) -> None:
+    """What operators see of a real process: calls, states, deadlines, looks at the keystore and values that failed."""
+    world = World(tmp_path, counting_kms, keystore_key)
+    reader = InMemoryMetricReader()
+    provider = MeterProvider(metric_readers=[reader])
+    world.byok.metrics(provider)
+    seen = Seen(Audit(), reader, FULL)
+    failures = DECRYPT_FAILURES.value
+    world.write("Ada")
+    world.open("t2")
+    CountingKms.on_unwrap = staticmethod(lambda: (_ for _ in ()).throw(KeyDisabledError("disabled")))
+    with pytest.raises(KeyDisabledError):
+        world.open("t3")
+    assert seen.values("sqla_byok.keyrings") == {("fresh",): 2, ("grace",): 0, ("dark",): 1}
+    assert seen.values("sqla_byok.kms.requests") == {
+        ("counting", "unwrap", "open", "ok"): 2,
+        ("counting", "unwrap", "open", "KeyDisabledError"): 1,
+    }
+    assert seen.values("sqla_byok.keyrings.time_to_dark") == {(): 300.0}
+    assert seen.values("sqla_byok.keystore.epoch.lag") == {(): 0.0}
+    world.clock.turn(2)
+    world.open("t1")
+    assert seen.values("sqla_byok.keyrings.time_to_dark") == {(): 298.0}
+    assert seen.values("sqla_byok.keystore.epoch.lag") == {(): 2.0}
+    with world.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE patient SET name = 'plain'")
+    with pytest.raises(NotEncryptedError):
+        world.read()
+    assert seen.values("sqla_byok.decrypt.failures") == {(): failures + 1}
+    assert "sqla_byok.credential.time_to_expiry" not in seen.metrics()
+    provider.shutdown()
+    world.close()

@@ -39,7 +39,29 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.crypto.hashes import Scope, hasher
 from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
 
-__all__ = ["Opener", "Ring", "ValueKey", "hash_with", "open_bytes", "open_with", "seal_bytes", "seal_with"]
+__all__ = [
+    "DECRYPT_FAILURES",
+    "Opener",
+    "Ring",
+    "ValueKey",
+    "hash_with",
+    "open_bytes",
+    "open_with",
+    "seal_bytes",
+    "seal_with",
+]
+
+
+class _Count:
+    """How many stored values did not open, since the process started."""
+
+    value = 0
+
+    def add(self) -> None:
+        self.value += 1
+
+
+DECRYPT_FAILURES = _Count()
 
 Seal = Callable[[bytes, bytes, bytes], bytes]
 Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
@@ -165,6 +187,7 @@ def open_with(
         except Exception:  # noqa: BLE001 - whatever it is, its text and its chain could carry the plaintext
             ring = current()
         # Out here, nothing is chained to what is raised.
+        DECRYPT_FAILURES.add()
         blob = bytes(blob) if isinstance(blob, bytes | bytearray | memoryview) else b""
         if ring is None or blob[:HEADER_SIZE] not in ring.openers:
             refuse(ring, blob)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from sqla_byok.audit import Audit, KmsCalled
 from sqla_byok.crypto.formats import Secret
 from sqla_byok.errors import (
+    ByokError,
     ConfigurationError,
     KeystoreTamperedError,
     KmsUnavailableError,
@@ -114,25 +115,34 @@ class CustomerKeys(Secret):
 
         :raises WrongKeyError: something else comes back.
         """
-        client = self.client(kms, reason)
-        wrapped = self.call(lambda: client.wrap(payload, tenant=tenant), kms, "wrap", tenant, reason)
-        back = self.call(lambda: client.unwrap(wrapped, tenant=tenant), kms, "unwrap", tenant, reason)
-        if not hmac.compare_digest(back, payload):
-            raise WrongKeyError(
-                f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
-            )
+        back = b""
+        try:
+            client = self.client(kms, reason)
+            wrapped = self.call(lambda: client.wrap(payload, tenant=tenant), kms, "wrap", tenant, reason)
+            back = self.call(lambda: client.unwrap(wrapped, tenant=tenant), kms, "unwrap", tenant, reason)
+            if not hmac.compare_digest(back, payload):
+                raise WrongKeyError(
+                    f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
+                )
+        finally:
+            payload = back = b""  # crash reports show the variables of each frame
         return Wrapping(kms.provider, stored_config(kms), wrapped.blob, wrapped.key_version)
 
     def rewrap(self, payload: bytes, under: Wrapping, tenant: str) -> Wrapping:
         """:meth:`wrap` under the customer key that a wrapping names."""
-        return self.wrap(self.describe(under), payload, tenant, "rewrap")
+        try:
+            return self.wrap(self.describe(under), payload, tenant, "rewrap")
+        finally:
+            payload = b""
 
     def call(self, ask: Callable[[], T], kms: Kms, operation: str, tenant: str, reason: str) -> T:
         """Make one KMS call and tell the audit."""
         request_id.set(None)
-        outcome, started = "ok", time.perf_counter()
+        outcome, started, failure = "ok", time.perf_counter(), None
         try:
             return ask()
+        except ByokError as error:
+            outcome, failure = type(error).__name__, error
         except BaseException as error:
             outcome = type(error).__name__
             raise
@@ -141,6 +151,8 @@ class CustomerKeys(Secret):
             self._audit.tell(
                 KmsCalled(tenant, kms.provider, operation, reason, outcome, seconds, request_id.get())
             )
+        # The client's frames hold what was to be wrapped, or is about to be returned.
+        raise failure.with_traceback(None)
 
 
 def stored_config(kms: Kms) -> str:

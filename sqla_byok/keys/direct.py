@@ -180,8 +180,8 @@ def _run(tenant: str, function: Callable[[T], R], items: Sequence[T]) -> list[R]
         return [function(item) for item in items]
     batch = _Batch(function)
     with _lanes.of(tenant) as pool:
-        futures = [pool.submit(contextvars.copy_context().run, batch.take, item) for item in items]
         try:
+            futures = [pool.submit(contextvars.copy_context().run, batch.take, item) for item in items]
             results = [future.result() for future in futures]
         except BaseException as error:  # Ctrl-C
             batch.failure = error
@@ -192,8 +192,8 @@ def _run(tenant: str, function: Callable[[T], R], items: Sequence[T]) -> list[R]
 async def _arun(tenant: str, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     batch = _Batch(function)
     with _lanes.of(tenant) as pool:
-        futures = [pool.submit(contextvars.copy_context().run, batch.take, item) for item in items]
         try:
+            futures = [pool.submit(contextvars.copy_context().run, batch.take, item) for item in items]
             results = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except BaseException as error:  # cancelled
             batch.failure = error

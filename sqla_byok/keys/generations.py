@@ -204,13 +204,14 @@ class Generations(Secret):
     def _published(self, row: TenantRow, kind: str) -> TenantRow:
         tenant_key = self._open(row)
         generation = 1 + max(record.generation for record in row.generations if record.kind == kind)
-        secret = new_key() if kind == DATA_KEY else new_search_salt()
         active = next(each for each in row.generations if each.kind == kind and each.state == ACTIVE)
         elsewhere = self._salts.where(tenant_key, active)
-        if elsewhere is None:
-            record_id, sealed = tenant_key.seal(kind, generation, secret)
+        if elsewhere is not None:
+            record_id, sealed = self._salts.store(tenant_key, generation, new_search_salt(), elsewhere)
         else:
-            record_id, sealed = self._salts.store(tenant_key, generation, secret, elsewhere)
+            record_id, sealed = tenant_key.seal(
+                kind, generation, new_key() if kind == DATA_KEY else new_search_salt()
+            )
         fresh = SealedRecord(kind, generation, record_id, PENDING, sealed)
         return _next(row, tenant_key, generations=[*row.generations, fresh])
 
@@ -266,9 +267,14 @@ class Generations(Secret):
     def _rekeyed(self, row: TenantRow) -> TenantRow:
         old = self._open(row)
         secret, generation = new_key(), row.tenant_key_generation + 1
-        payload = pack_tenant_key(secret, row.tenant, generation)
-        wrappings = [self._wrap(payload, wrapping, row.tenant) for wrapping in row.wrappings]
-        new = TenantKey(secret, row.tenant, generation)
+        try:
+            wrappings = [
+                self._wrap(pack_tenant_key(secret, row.tenant, generation), wrapping, row.tenant)
+                for wrapping in row.wrappings
+            ]
+            new = TenantKey(secret, row.tenant, generation)
+        finally:
+            secret = b""  # crash reports show the variables of each frame
         row = replace(row, wrappings=wrappings, tenant_key_id=new.id, tenant_key_generation=generation)
         return _next(
             row,
@@ -280,15 +286,19 @@ class Generations(Secret):
     def _resealed(self, record: SealedRecord, old: TenantKey, new: TenantKey) -> SealedRecord:
         if is_reference(record.sealed):
             return self._salts.renewed(record, old, new)
-        secret = old.open(record.kind, record.generation, record.id, record.sealed)
-        _, sealed = new.seal(record.kind, record.generation, secret)
+        _, sealed = new.seal(record.kind, record.generation, old.open(*record.record[:3], record.sealed))
         return record._replace(sealed=sealed)
 
     def _rewrapped(self, row: TenantRow, under: Sequence[Wrapping]) -> TenantRow:
-        secret = self._unwrap(row)
-        tenant_key = _checked(TenantKey(secret, row.tenant, row.tenant_key_generation), row)
-        payload = pack_tenant_key(secret, row.tenant, row.tenant_key_generation)
-        wrappings = [self._wrap(payload, wrapping, row.tenant) for wrapping in under]
+        secret, generation = self._unwrap(row), row.tenant_key_generation
+        try:
+            tenant_key = _checked(TenantKey(secret, row.tenant, generation), row)
+            wrappings = [
+                self._wrap(pack_tenant_key(secret, row.tenant, generation), wrapping, row.tenant)
+                for wrapping in under
+            ]
+        finally:
+            secret = b""
         return _next(replace(row, wrappings=wrappings), tenant_key)
 
     def _open(self, row: TenantRow) -> TenantKey:

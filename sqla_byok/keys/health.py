@@ -82,11 +82,11 @@ class Health:
             error.retry_after = max(wait, 0.001)
         return error
 
-    def succeeded(self, tenant: str) -> None:
+    def succeeded(self, tenant: str, state: str = FRESH) -> None:
         """The KMS said yes."""
         with self._lock:
             self._failing.pop(tenant, None)
-        self.enter(tenant, FRESH)
+        self.enter(tenant, state)
 
     def failed(self, tenant: str, error: KmsError) -> None:
         """The KMS said no, or nothing."""
@@ -135,14 +135,10 @@ class Health:
             for name in names:
                 self._failing.pop(name, None)
 
-    def state(self, tenant: str) -> str:
-        """The tenant's state as it was last noted."""
-        return self._states.get(tenant, CLOSED)
-
-    def states(self) -> dict[str, str]:
-        """The states of all tenants but the closed ones."""
+    def dark(self) -> list[str]:
+        """The tenants that could not be opened when they were last asked for."""
         with self._lock:
-            return dict(self._states)
+            return [tenant for tenant, state in self._states.items() if state == DARK]
 
     def causes(self) -> Counter[tuple[str, str]]:
         """How many tenants' last KMS call failed, by exception and by who must act."""

@@ -6,19 +6,21 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
 
 from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
-from sqla_byok.errors import KeysExpiredError
+from sqla_byok.errors import KeysExpiredError, KeystoreUnavailableError
 
 if TYPE_CHECKING:
     from sqla_byok.keys.keystore import Wrapping
     from sqla_byok.kms import Kms, KmsClient
 
-__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "SealedRecord", "SystemClock"]
+__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "Lease", "SealedRecord", "SystemClock"]
 
 # When a keyring in use is renewed, as parts of revoke_within: early enough for many tries, and spread so widely that
 # tenants that were opened together do not stay together.
@@ -27,20 +29,6 @@ REFRESH_FROM, REFRESH_TO = 0.5, 0.75
 # A derived salt takes some 170 bytes; the cap, which a tenant's live search salts share, keeps it within its 16 KiB
 # whatever the number of columns.
 _SALTS_KEPT = 40
-
-
-# What a keyring shares with its successors.
-_TIMES = (
-    "deadline",
-    "wall_deadline",
-    "renewed_until",
-    "wall_renewed_until",
-    "outage_grace",
-    "refresh_at",
-    "refreshing",
-    "one_unit",
-    "used",
-)
 
 
 class Clock(Protocol):
@@ -129,13 +117,83 @@ class _NoKey:
         self._expired()
 
 
+class Lease:
+    """How long the keyrings of one opening may be used; shared by all of them, under whatever epoch.
+
+    :ivar deadline: until when, on the boot-time clock; ``wall_deadline`` in wall time, whichever comes first.
+    :ivar renewed_at: when the last KMS call that was answered with yes was sent.
+    :ivar renewed_until: ``revoke_within`` after that.
+    :ivar outage_grace: how much longer while the KMS does not answer, in seconds.
+    :ivar refresh_at: from when on the KMS is to be asked again; ``refreshing`` while it is.
+    :ivar one_unit: whether it is of one unit of work only (``revoke_within=0``).
+    :ivar used: when it was last used.
+    :ivar cleared: whether the keys were taken away.
+    """
+
+    __slots__ = (
+        "cleared",
+        "deadline",
+        "one_unit",
+        "outage_grace",
+        "refresh_at",
+        "refreshing",
+        "renewed_at",
+        "renewed_until",
+        "rings",
+        "used",
+        "wall_deadline",
+        "wall_renewed_until",
+    )
+
+    def __init__(self) -> None:
+        self.cleared = self.one_unit = self.refreshing = False
+        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
+        self.renewed_at = self.outage_grace = self.refresh_at = self.used = 0.0
+        self.rings: list[weakref.ref[Keyring]] = []
+
+    def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
+        """Count the time anew, from the sending of a KMS call that was answered with yes.
+
+        :param boot: when it was sent, on the boot-time clock.
+        :param wall: when it was sent, in wall time.
+        :param revoke_within: how long the keys may be used after it, in seconds.
+        :param outage_grace: how much longer while the KMS does not answer.
+        """
+        self.renewed_at, self.outage_grace = boot, outage_grace
+        self.renewed_until, self.wall_renewed_until = boot + revoke_within, wall + revoke_within
+        self.deadline, self.wall_deadline = self.renewed_until, self.wall_renewed_until
+        # Spread, so that processes which opened a tenant together do not ask together.
+        self.refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
+
+    def stretch(self, *, to_grace: bool) -> None:
+        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
+        more = self.outage_grace if to_grace else 0.0
+        self.deadline, self.wall_deadline = self.renewed_until + more, self.wall_renewed_until + more
+
+    def live(self, boot: float, wall: float) -> bool:
+        """Whether the keys may be used."""
+        return not self.cleared and boot < self.deadline and wall < self.wall_deadline
+
+    def over(self, boot: float, wall: float) -> bool:
+        """Whether not even an outage of the KMS could let the keys be used again."""
+        grace = self.outage_grace
+        return self.cleared or boot >= self.renewed_until + grace or wall >= self.wall_renewed_until + grace
+
+    def clear(self) -> None:
+        """Take the keys away in place; everything that still holds one of the keyrings fails from now on."""
+        self.cleared = True
+        for each in tuple(self.rings):
+            ring = each()
+            if ring is not None:
+                ring.wipe()
+
+
 class Keyring(Secret):
     """One tenant's opened keys, as one epoch has them.
 
-    It may be used until :attr:`deadline` on the boot-time clock and :attr:`wall_deadline` on the wall clock,
-    whichever comes first; :meth:`clear` takes the keys away in place, so that a result that is still being read
-    stops too. Its generations never change: a newer epoch makes a :meth:`successor`, so that a statement is prepared
-    under one epoch from its first parameter to its last.
+    Its :class:`Lease` says until when it may be used; :meth:`clear` takes the keys away in place, so that a result
+    that is still being read stops too. Its generations never change: a newer epoch makes a :meth:`successor`, so that
+    a statement is prepared under one epoch from its first parameter to its last.
 
     :param tenant_key: the opened tenant key.
     :param epoch: the keystore's epoch that ``records`` belong to.
@@ -148,25 +206,17 @@ class Keyring(Secret):
 
     __slots__ = (
         "__weakref__",
-        "_lineage",
         "_tenant_key",
-        "cleared",
         "client",
-        "deadline",
         "epoch",
+        "expires",
         "fresh_until",
+        "lease",
         "live_salts",
-        "one_unit",
+        "looked_at",
         "openers",
-        "outage_grace",
-        "refresh_at",
-        "refreshing",
-        "renewed_until",
         "salts",
         "tenant",
-        "used",
-        "wall_deadline",
-        "wall_renewed_until",
         "wrapping",
         "write",
         "write_until",
@@ -174,18 +224,17 @@ class Keyring(Secret):
 
     write: ValueKey
 
-    def __init__(self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord]) -> None:
+    def __init__(
+        self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord], lease: Lease | None = None
+    ) -> None:
         self.tenant = tenant_key.tenant
-        self.cleared = False
-        self.refreshing = self.one_unit = False
-        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
-        self.fresh_until = self.write_until = self.used = self.refresh_at = self.outage_grace = 0.0
+        self.lease = Lease() if lease is None else lease
+        self.looked_at = self.fresh_until = self.write_until = 0.0
         self.epoch = epoch
         self._tenant_key: TenantKey | None = tenant_key
-        # Shared by a keyring and its successors.
-        self._lineage: list[weakref.ref[Keyring]] = [weakref.ref(self)]
         # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
         self.wrapping: Wrapping | None = None
+        self.expires: date | None = None
         self.client: tuple[Kms, KmsClient] | None = None
         self.openers: dict[bytes, Opener] = {}
         self.write = self._no_key()  # never stays: the manifest has exactly one active data key
@@ -208,20 +257,25 @@ class Keyring(Secret):
         self.salts = self.live_salts[0]
         for salts in self.live_salts:
             salts.share(len(self.live_salts))
+        rings = self.lease.rings
+        for gone in [each for each in rings if each() is None]:
+            with suppress(ValueError):  # another thread's turn
+                rings.remove(gone)
+        rings.append(weakref.ref(self))
+        if self.lease.cleared:  # by another thread, just now
+            self.end()
 
     def successor(self, epoch: int, records: Iterable[SealedRecord]) -> Keyring:
-        """The keyring of a newer epoch, with the same deadlines. Needs no KMS call: the tenant key is the same.
+        """The keyring of a newer epoch, under the same lease. Needs no KMS call: the tenant key is the same.
 
         Statements under way go on with this one. When either is cleared, both are.
         """
-        newer = Keyring(self.tenant_key, epoch, records)
-        for name in _TIMES:
-            setattr(newer, name, getattr(self, name))
-        newer._lineage = self._lineage
-        newer._lineage[:] = [*map(weakref.ref, self.kin()), weakref.ref(newer)]
-        if self.cleared:  # by another thread, just now
-            newer.end()
-        return newer
+        return Keyring(self.tenant_key, epoch, records, self.lease)
+
+    @property
+    def cleared(self) -> bool:
+        """Whether the keys were taken away."""
+        return self.lease.cleared
 
     @property
     def tenant_key(self) -> TenantKey:
@@ -230,43 +284,18 @@ class Keyring(Secret):
             self.expired()
         return self._tenant_key
 
-    def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
-        """Count the time anew, from the sending of a KMS call that was answered with yes.
-
-        :param boot: when it was sent, on the boot-time clock.
-        :param wall: when it was sent, in wall time.
-        :param revoke_within: how long the keys may be used after it, in seconds.
-        :param outage_grace: how much longer while the KMS does not answer.
-        """
-        # Spread, so that processes which opened a tenant together do not ask together.
-        refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
-        for ring in self.kin():
-            ring.renewed_until, ring.wall_renewed_until = boot + revoke_within, wall + revoke_within
-            ring.deadline, ring.wall_deadline = ring.renewed_until, ring.wall_renewed_until
-            ring.outage_grace, ring.refresh_at = outage_grace, refresh_at
-
-    def stretch(self, *, to_grace: bool) -> None:
-        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
-        more = self.outage_grace if to_grace else 0.0
-        for ring in self.kin():
-            ring.deadline, ring.wall_deadline = ring.renewed_until + more, ring.wall_renewed_until + more
-
-    def kin(self) -> list[Keyring]:
-        """This keyring and those of the same opening under other epochs, which share its time."""
-        return [ring for each in tuple(self._lineage) if (ring := each()) is not None]
-
     def clear(self) -> None:
-        """Take the keys away in place; everything that still holds this keyring fails from now on."""
-        self.cleared = True
-        self.fresh_until = self.deadline = self.write_until = 0.0
+        """Take the keys away in place, those of every epoch of this opening."""
+        self.lease.clear()
+
+    def wipe(self) -> None:
+        """Take away what this object holds; :meth:`clear` is for all others to call."""
+        self.fresh_until = self.write_until = 0.0
         self.write = self._no_key()
         self.openers = {}
         self._tenant_key = self.client = None
         for salts in self.live_salts:
             salts.clear()
-        for ring in self.kin():
-            if not ring.cleared:
-                ring.clear()
 
     def end(self) -> NoReturn:
         """Clear the keyring, whose deadline has passed.
@@ -278,6 +307,16 @@ class Keyring(Secret):
 
     def _no_key(self) -> ValueKey:
         return cast("ValueKey", _NoKey(self.expired))
+
+    def outdated(self) -> NoReturn:
+        """Raise the error of a keyring by which nothing is written any more, since nobody has looked for too long."""
+        if self.cleared:
+            self.expired()
+        raise KeystoreUnavailableError(
+            f"the keystore has not answered for a while; tenant {self.tenant!r} can be read but not written nor "
+            "searched until it does, since its data key or search salt may have changed",
+            tenant=self.tenant,
+        )
 
     def expired(self) -> NoReturn:
         """Raise the error of a cleared keyring."""

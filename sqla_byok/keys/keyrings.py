@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
+from datetime import date, datetime, time, timedelta, timezone
 from typing import NamedTuple, TypeVar
 
 from sqla_byok.audit import Actor, Audit, KeysOpened, acting
 from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
+from sqla_byok.crypto.values import DECRYPT_FAILURES
 from sqla_byok.errors import (
     ByokError,
+    ConfigurationError,
     KeysExpiredError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
@@ -35,12 +38,13 @@ from sqla_byok.errors import (
     WrongKeyError,
 )
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
-from sqla_byok.keys.health import CLOSED, DARK, GRACE, Health
-from sqla_byok.keys.keyring import Clock, Keyring, SealedRecord
+from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
+from sqla_byok.keys.keyring import Clock, Keyring, Lease, SealedRecord
 from sqla_byok.keys.keystore import Keystore, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
+from sqla_byok.metrics import Snapshot
 
 __all__ = ["Keyrings"]
 
@@ -54,6 +58,8 @@ _log = logging.getLogger("sqla_byok")
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
 
+# How often keys whose time is up are looked for where nothing else is done (seconds).
+_SWEEP_EVERY = 2.0
 # For how many tenants one query looks.
 _LOOKED_AT_ONCE = 500
 # As many as the keystore has connections.
@@ -74,6 +80,20 @@ def _own(error: ByokError, leads: bool) -> ByokError:
     return error if leads else copy.copy(error)
 
 
+def _sweep_for_ever(keyrings: weakref.ref[Keyrings], closed: threading.Event) -> None:
+    while not closed.wait(_SWEEP_EVERY):
+        found = keyrings()
+        if found is None:
+            return
+        found._sweep()
+        del found
+
+
+def midnight(day: date) -> float:
+    """The end of a day in UTC, in seconds since the epoch."""
+    return datetime.combine(day + timedelta(days=1), time(), timezone.utc).timestamp()
+
+
 class _Opening(Future["Keyring | None"]):
     """An opening under way. Gives the keyring to all who wait for it, or None: "look again"."""
 
@@ -81,16 +101,26 @@ class _Opening(Future["Keyring | None"]):
         super().__init__()
         self.waiting = 0
 
+    def leave(self, leads: bool) -> None:
+        """Count one less who waits; a leader was not counted."""
+        if not leads:
+            self.waiting -= 1
+
 
 class _Opened(NamedTuple):
-    """What an unwrap gave, and when it was sent."""
+    """What an unwrap gave, when it was sent, and when the keystore was looked at before."""
 
     row: TenantRow
     tenant_key: TenantKey
     records: Sequence[SealedRecord]
+    looked: float
     boot: float
     wall: float
     request_id: str | None
+
+
+class _MustOpenError(Exception):
+    """A thread that is for looking at the keystore has come to where the KMS has to be asked."""
 
 
 class Keyrings(Secret):
@@ -129,6 +159,8 @@ class Keyrings(Secret):
         self._executors: dict[str, ThreadPoolExecutor] = {}
         self._background: set[Future[None]] = set()
         self._next_sweep = 0.0
+        self._sweeper: threading.Thread | None = None
+        self._closed = threading.Event()
         self._lock = threading.Lock()  # for the books above; never held over I/O, and not by warm()
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._after_fork)
@@ -139,16 +171,17 @@ class Keyrings(Secret):
         ring = self._rings.get(tenant)
         if ring is None:
             return None
-        now = self._boot()
-        if now >= ring.fresh_until or self._wall() >= ring.wall_deadline:
+        now, lease = self._boot(), ring.lease
+        if now >= ring.fresh_until or self._wall() >= lease.wall_deadline:
             return None
-        ring.used = now
+        lease.used = now
         return ring
 
-    def get(self, tenant: str, reason: str = "open") -> Keyring:
+    def get(self, tenant: str, reason: str = "open", actor: Actor | None = None) -> Keyring:
         """The tenant's keyring, opened with one KMS call if it is not in memory.
 
         :param reason: what the audit and the customer's log are told.
+        :param actor: who asks, for the audit; who is named for this thread or task unless given.
         :raises UnknownTenantError: if the keystore has no such tenant.
         :raises KmsError: if the KMS refuses or does not answer.
         :raises KeystoreError: if the keystore does not answer, or does not authenticate.
@@ -157,21 +190,23 @@ class Keyrings(Secret):
         while ring is None:
             opening, leads = self._join(tenant)
             if leads:
-                self._lead(tenant, opening, reason, acting.get())
+                self._lead(tenant, opening, reason, actor or acting.get())
             try:
                 ring = opening.result()
             except ByokError as error:
                 raise _own(error, leads) from None
+            finally:
+                opening.leave(leads)
         return ring
 
-    async def aget(self, tenant: str, reason: str = "open") -> Keyring:
+    async def aget(self, tenant: str, reason: str = "open", actor: Actor | None = None) -> Keyring:
         """The same from asyncio: the keystore and the KMS are asked in a thread, and the event loop goes on."""
         ring = self.warm(tenant) or self._unit(tenant)
         while ring is None:
             opening, leads = self._join(tenant)
             if leads:
                 try:
-                    self._workers(tenant).submit(self._lead, tenant, opening, reason, acting.get())
+                    self._start(tenant, opening, reason, actor or acting.get())
                 except RuntimeError:  # the interpreter is shutting down
                     self._settle(tenant, opening)
                     opening.set_result(None)
@@ -181,15 +216,31 @@ class Keyrings(Secret):
                 ring = await asyncio.shield(asyncio.wrap_future(opening))
             except ByokError as error:
                 raise _own(error, leads) from None
+            finally:
+                opening.leave(leads)
         return ring
 
-    def enter(self, tenant: str) -> None:
-        """Open the tenant for a block that begins now."""
-        self._begin(self.get(tenant))
+    def look(self, ring: Keyring) -> Keyring | None:
+        """The keyring of a unit of work with what changed since it last looked; None where it has to be opened anew."""
+        return self._poll(ring, self._boot())
 
-    async def aenter(self, tenant: str) -> None:
+    async def alook(self, ring: Keyring) -> Keyring | None:
         """The same from asyncio."""
-        self._begin(await self.aget(tenant))
+        with self._lock:
+            pool = self._pool("poll", _POLLING_AT_ONCE)
+        return await asyncio.wrap_future(pool.submit(self.look, ring))
+
+    def enter(self, tenant: str, actor: Actor) -> None:
+        """Open the tenant for a block that begins now."""
+        ring = self.warm(tenant)
+        if ring is None:
+            self._begin(self.get(tenant, actor=actor))
+
+    async def aenter(self, tenant: str, actor: Actor) -> None:
+        """The same from asyncio."""
+        ring = self.warm(tenant)
+        if ring is None:
+            self._begin(await self.aget(tenant, actor=actor))
 
     def preload(self, tenants: Iterable[str], within: float) -> dict[str, Exception | None]:
         """Open tenants side by side. What fails is told, not raised.
@@ -213,19 +264,13 @@ class Keyrings(Secret):
     def forget(self, tenant: str | None = None) -> None:
         """Take the keys of one tenant, or of all, out of memory at once; what is being opened is opened anew."""
         with self._lock:
-            books = (self._rings, self._units)
-            if tenant is None:
-                dropped = [*(ring for book in books for ring in book.values()), *self._evicted]
-                for book in books:
-                    book.clear()
-                self._opening.clear()
-            else:
-                dropped = [ring for ring in self._evicted if ring.tenant == tenant]
-                dropped += [book.pop(tenant) for book in books if tenant in book]
-                self._opening.pop(tenant, None)
+            names = {*self._rings, *self._units, *(ring.tenant for ring in self._evicted)}
+            for opening in [*self._opening] if tenant is None else [tenant]:
+                self._opening.pop(opening, None)
         self.health.forget(tenant)
-        for ring in dropped:
-            self._end(ring, CLOSED)
+        for name in names if tenant is None else [tenant]:
+            for ring in self._taken(name):
+                self._end(ring, CLOSED)
 
     def owner_of(self, header: bytes) -> str | None:
         """Which open tenant a value's header belongs to, for error messages."""
@@ -247,10 +292,22 @@ class Keyrings(Secret):
         except KmsError as error:
             self.health.failed(ring.tenant, error)
             if not isinstance(error, KmsNoAnswerError):
-                self._drop(ring, error)
+                self.refused(ring.tenant, error)
             raise
         self.health.forget(ring.tenant)
         return answer
+
+    def refused(self, tenant: str, error: ByokError) -> None:
+        """Take every key of a tenant out of memory, since its KMS said no to whatever it was asked."""
+        for ring in self._taken(tenant):
+            ring.clear()
+        self.health.enter(tenant, DARK, error)
+
+    def _taken(self, tenant: str) -> list[Keyring]:
+        """All keyrings of a tenant, out of the books."""
+        with self._lock:
+            taken = [ring for ring in self._evicted if ring.tenant == tenant]
+            return taken + [book.pop(tenant) for book in (self._rings, self._units) if tenant in book]
 
     def room(self, ring: Keyring) -> int:
         """How many bytes the tenant's customer key encrypts at once. Makes no call."""
@@ -258,9 +315,32 @@ class Keyrings(Secret):
         wrapping = self._wrapping(ring)
         return client.room(Wrapped(wrapping.wrapped, wrapping.kms_key_version))
 
-    def rings(self) -> list[Keyring]:
-        """The keyrings in memory that can be used."""
-        return [ring for ring in list(self._rings.values()) if self._live(ring)]
+    def snapshot(self) -> Snapshot:
+        """The keys of this process at this moment, for metrics. Does no I/O."""
+        now, states = self._boot(), list(self.states().values())
+        rings = [ring for ring in list(self._rings.values()) if self._live(ring)]
+        in_use = [ring for ring in rings if ring.lease.used >= ring.lease.renewed_at]
+        expiries = [midnight(ring.expires) - self._wall() for ring in rings if ring.expires is not None]
+        return Snapshot(
+            fresh=states.count(FRESH),
+            grace=states.count(GRACE),
+            dark=states.count(DARK),
+            seconds_to_dark=min((ring.lease.deadline - now for ring in in_use), default=None),
+            waiters=self.waiting(),
+            breakers=self.health.breakers(),
+            epoch_lag=max((max(0.0, ring.lease.used - ring.looked_at) for ring in in_use), default=None),
+            decrypt_failures=DECRYPT_FAILURES.value,
+            earliest_expiry=min(expiries, default=None),
+        )
+
+    def states(self) -> dict[str, str]:
+        """The states of all tenants but the closed ones, as they are now."""
+        now = self._boot()
+        found = dict.fromkeys(self.health.dark(), DARK)
+        for ring in list(self._rings.values()):
+            if self._live(ring):
+                found[ring.tenant] = FRESH if now < ring.lease.renewed_until else GRACE
+        return found
 
     def waiting(self) -> int:
         """How many wait for a tenant that is being opened."""
@@ -280,6 +360,7 @@ class Keyrings(Secret):
     def close(self) -> None:
         """Forget all keys and end the worker threads."""
         with self._lock:
+            self._closed.set()
             executors, self._executors = self._executors, {}
         for executor in executors.values():
             executor.shutdown()
@@ -290,6 +371,10 @@ class Keyrings(Secret):
     def _join(self, tenant: str) -> tuple[_Opening, bool]:
         """The opening that is under way, or a new one that the caller has to lead."""
         with self._lock:
+            if self._closed.is_set():
+                raise ConfigurationError(
+                    "this Byok was closed; nothing is opened by it any more", tenant=tenant
+                )
             opening = self._opening.get(tenant)
             if opening is None:
                 opening = self._opening[tenant] = _Opening()
@@ -300,27 +385,47 @@ class Keyrings(Secret):
                 return opening, False
         raise self.health.again(error, POLL_EVERY)
 
-    def _lead(self, tenant: str, opening: _Opening, reason: str, actor: Actor) -> None:
-        opening.set_running_or_notify_cancel()
-        try:
-            ring = self._renew(tenant, opening, reason, actor)
-        except BaseException as error:
-            self._settle(tenant, opening)
-            if isinstance(error, Exception):
-                opening.set_exception(error)
+    def _start(self, tenant: str, opening: _Opening, reason: str, actor: Actor) -> None:
+        """Have a thread lead: one that looks at the keystore where the tenant is open, else one that asks the KMS."""
+        with self._lock:
+            ring = self._rings.get(tenant)
+            looks = ring is not None and self._live(ring)
+            pool = self._pool("poll", _POLLING_AT_ONCE) if looks else self._pool("open", CALLS_AT_ONCE)
+        pool.submit(self._lead, tenant, opening, reason, actor, may_ask=not looks)
+
+    def _lead(
+        self, tenant: str, opening: _Opening, reason: str, actor: Actor, *, may_ask: bool = True
+    ) -> None:
+        if not opening.running():
+            opening.set_running_or_notify_cancel()
+        # A listener may use the tenant: it is told when nobody waits for this opening any more.
+        with self._audit.later():
+            try:
+                ring = self._renew(tenant, opening, reason, actor, may_ask=may_ask)
+            except _MustOpenError:
+                with self._lock:
+                    pool = self._pool("open", CALLS_AT_ONCE)
+                pool.submit(self._lead, tenant, opening, reason, actor)
                 return
-            # Ctrl-C is for this thread alone; whoever else waits tries it in his own.
-            opening.set_result(None)
-            raise
-        self._settle(tenant, opening)
-        opening.set_result(ring)
+            except BaseException as error:
+                self._settle(tenant, opening)
+                if isinstance(error, Exception):
+                    opening.set_exception(error)
+                    return
+                # Ctrl-C is for this thread alone; whoever else waits tries it in his own.
+                opening.set_result(None)
+                raise
+            self._settle(tenant, opening)
+            opening.set_result(ring)
 
     def _settle(self, tenant: str, opening: _Opening) -> None:
         with self._lock:
             if self._opening.get(tenant) is opening:
                 del self._opening[tenant]
 
-    def _renew(self, tenant: str, opening: _Opening, reason: str, actor: Actor) -> Keyring | None:
+    def _renew(
+        self, tenant: str, opening: _Opening, reason: str, actor: Actor, *, may_ask: bool
+    ) -> Keyring | None:
         self._sweep()
         ring = self._rings.get(tenant)
         if ring is not None and self._live(ring):
@@ -328,18 +433,19 @@ class Keyrings(Secret):
             current = ring if now < ring.fresh_until else self._poll(ring, now)
             # Asked again after the poll, which may have taken long.
             if current is not None and self._live(current):
-                current.used = now
+                current.lease.used = now
                 self.refresh_soon(current)
                 return current
             ring = current or ring
-            self._drop(ring)
-            ring = None
+        if not may_ask:
+            raise _MustOpenError
         try:
             opened = self._open(tenant, reason)
         except ByokError as error:
-            if ring is not None and self._goes_on(ring, error):
-                return ring
-            raise
+            current = None if ring is None else self._goes_on(ring, error)
+            if current is None:
+                raise
+            return current
         self._audit.tell(KeysOpened(tenant, reason, actor.name, actor.purpose, opened.request_id))
         return self._admit(self._ring_of(opened), opening, ring)
 
@@ -349,11 +455,12 @@ class Keyrings(Secret):
             admitted = self._opening.get(ring.tenant) is opening
             if admitted:
                 self._rings.pop(ring.tenant, None)
-                if ring.one_unit:
+                if ring.lease.one_unit:
                     self._evicted.add(ring)  # whose unit it is holds it
                 else:
                     self._make_room()
                     self._rings[ring.tenant] = ring
+                self._watch()
         if old is not None:
             old.clear()
         if not admitted:
@@ -361,40 +468,51 @@ class Keyrings(Secret):
             return None
         return ring
 
-    def _goes_on(self, ring: Keyring, error: ByokError) -> bool:
-        """Whether keys whose time is up are used on, since their KMS did not answer and the tenant allows it."""
+    def _goes_on(self, ring: Keyring, error: ByokError) -> Keyring | None:
+        """The keys that are there, used on since their KMS did not answer: in their time, or in the tenant's grace.
+
+        They may have been idle for long: what changed meanwhile is taken over first, where that needs no KMS.
+        """
         if isinstance(error, KeystoreUnavailableError):
-            return False  # says nothing about the key
-        if isinstance(error, KmsNoAnswerError) and not ring.cleared:
-            ring.stretch(to_grace=error.retryable)
-            if self._live(ring):
-                self._looked(ring, self._boot())
-                self.health.enter(ring.tenant, GRACE, error)
-                return True
+            return None  # says nothing about the key
+        if isinstance(error, KmsNoAnswerError):
+            if self._boot() >= ring.lease.renewed_until or self._wall() >= ring.lease.wall_renewed_until:
+                ring.lease.stretch(to_grace=error.retryable)
+            current = self._poll(ring, self._boot()) if self._live(ring) else None
+            if current is None and self._live(ring):  # another tenant key, for which the KMS has to be asked
+                ring.fresh_until = min(ring.lease.deadline, self._boot() + POLL_EVERY)
+                current = ring
+            if current is not None and self._live(current):
+                if self._boot() >= current.lease.renewed_until:
+                    self.health.enter(ring.tenant, GRACE, error)
+                return current
         self._drop(ring, error)
-        return False
+        return None
 
     def _live(self, ring: Keyring) -> bool:
-        return not ring.cleared and self._boot() < ring.deadline and self._wall() < ring.wall_deadline
+        return ring.lease.live(self._boot(), self._wall())
 
-    def _over(self, ring: Keyring) -> bool:
-        """Whether not even an outage of the KMS could let the keys be used again."""
-        grace = ring.outage_grace
-        return (
-            ring.cleared
-            or self._boot() >= ring.renewed_until + grace
-            or self._wall() >= ring.wall_renewed_until + grace
-        )
+    def _watch(self) -> None:
+        """Have a thread take away keys whose time is up, also where nobody uses any."""
+        if self._sweeper is None:
+            keyrings = weakref.ref(self)
+            self._sweeper = threading.Thread(
+                target=_sweep_for_ever, args=(keyrings, self._closed), name="byok-sweep", daemon=True
+            )
+            self._sweeper.start()
 
     def _sweep(self) -> None:
         """Take the keys of idle tenants out of memory once their time is up; at most once a second."""
-        now = self._boot()
+        now, wall = self._boot(), self._wall()
         if now < self._next_sweep:
             return
         self._next_sweep = now + 1.0
         with self._lock:
-            ended = [ring for ring in (*self._rings.values(), *self._evicted) if self._over(ring)]
-            ended += [ring for ring in self._units.values() if not self._live(ring)]
+            ended = [
+                ring
+                for ring in (*self._rings.values(), *self._evicted, *self._units.values())
+                if ring.lease.over(now, wall)
+            ]
             for ring in ended:
                 for book in (self._rings, self._units):
                     if book.get(ring.tenant) is ring:
@@ -403,6 +521,9 @@ class Keyrings(Secret):
             self._end(ring, CLOSED)
 
     def _drop(self, ring: Keyring, error: ByokError | None = None) -> None:
+        if error is not None and not isinstance(error, KmsNoAnswerError):
+            self.refused(ring.tenant, error)
+            return
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 del self._rings[ring.tenant]
@@ -428,10 +549,11 @@ class Keyrings(Secret):
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
                 ring = self._succeed(ring, row, self._checked(ring.tenant_key, row))
-        except KeystoreUnavailableError:
-            # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look.
-            _log.warning("the keystore does not answer; tenant %r goes on with the keys it has", ring.tenant)
-            ring.fresh_until = min(ring.deadline, self._boot() + POLL_EVERY)
+        except (KeystoreUnavailableError, KmsNoAnswerError) as error:
+            # The keys stay good until their deadline; only writing stops, WRITE_WITHIN after the last look. It is the
+            # place where search salts are kept that answers as a KMS does.
+            _log.warning("%s; tenant %r goes on with the keys it has", type(error).__name__, ring.tenant)
+            ring.fresh_until = min(ring.lease.deadline, self._boot() + POLL_EVERY)
         except KeysExpiredError:
             return None  # forgotten meanwhile
         except Exception as error:
@@ -451,7 +573,7 @@ class Keyrings(Secret):
             each
             for each in list(self._rings.values())
             if each is not ring
-            and now - each.used < POLL_EVERY
+            and now - each.lease.used < POLL_EVERY
             and each.fresh_until - now < POLL_EVERY / 2
             and self._live(each)
         ]
@@ -460,9 +582,12 @@ class Keyrings(Secret):
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
         newer = ring.successor(row.epoch, records)
-        newer.wrapping = row.wrappings[0]
+        newer.wrapping, newer.expires = row.wrappings[0], ring.expires
         with self._lock:
-            if self._rings.get(ring.tenant) is ring:
+            current = self._rings.get(ring.tenant)
+            if current is not None and current.lease is ring.lease and current.epoch >= newer.epoch:
+                return current  # another thread was faster
+            if current is not None and current.lease is ring.lease:
                 self._rings[ring.tenant] = newer
             else:  # gone to make room; had it been forgotten, both would be cleared
                 self._evicted.add(newer)
@@ -486,22 +611,22 @@ class Keyrings(Secret):
 
     def _open(self, tenant: str, reason: str) -> _Opened:
         """One KMS call, and all that has to be true before its answer is used."""
-        row = self.row(tenant)
+        looked, row = self._boot(), self.row(tenant)
         try:
             self.health.admit(tenant)
             with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
-                return self._ask(row, reason)
+                return self._ask(row, reason, looked)
         except KmsError as error:
             if tenant not in self._rings:
                 self.health.enter(tenant, DARK, error)
             raise
 
-    def _ask(self, row: TenantRow, reason: str) -> _Opened:
+    def _ask(self, row: TenantRow, reason: str, looked: float) -> _Opened:
         boot, wall = self._boot(), self._wall()
         try:
             tenant_key = TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
             asked = request_id.get()
-            return _Opened(row, tenant_key, self._checked(tenant_key, row), boot, wall, asked)
+            return _Opened(row, tenant_key, self._checked(tenant_key, row), looked, boot, wall, asked)
         except KmsError as error:
             self.health.failed(row.tenant, error)
             raise
@@ -511,8 +636,8 @@ class Keyrings(Secret):
         row, tenant = opened.row, opened.row.tenant
         ring = Keyring(opened.tenant_key, row.epoch, opened.records)
         self._trust(ring, opened)
-        ring.used = opened.boot
-        self._looked(ring, opened.boot)
+        ring.lease.used = opened.boot
+        self._looked(ring, opened.looked)
         if not self._live(ring):
             ring.clear()
             raise KmsUnavailableError(
@@ -522,70 +647,89 @@ class Keyrings(Secret):
         return ring
 
     def _trust(self, ring: Keyring, opened: _Opened) -> None:
-        row = opened.row
-        ring.one_unit = row.revoke_within_ms == 0
-        revoke_within = UNIT_WITHIN if ring.one_unit else row.revoke_within_ms / 1000
-        ring.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
-        for each in ring.kin():
-            each.wrapping, each.client = row.wrappings[0], None  # the next direct call authenticates anew
-        self.health.succeeded(ring.tenant)
+        row, lease = opened.row, ring.lease
+        lease.one_unit = row.revoke_within_ms == 0
+        revoke_within = UNIT_WITHIN if lease.one_unit else row.revoke_within_ms / 1000
+        lease.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
+        ring.wrapping, ring.expires = (
+            row.wrappings[0],
+            self._customer_keys.describe(row.wrappings[0]).expires(),
+        )
+        ring.client = None  # the next direct call authenticates anew
+        self.health.succeeded(ring.tenant, CLOSED if lease.one_unit else FRESH)
 
     def refresh_soon(self, ring: Keyring) -> None:
         """Ask the KMS again in the background, where it is time to."""
-        if self._boot() < ring.refresh_at or ring.cleared:
+        lease = ring.lease
+        if self._boot() < lease.refresh_at or lease.cleared:
             return
         with self._lock:
             current = self._rings.get(ring.tenant)
-            if current is None or current not in ring.kin() or current.refreshing:
+            if current is None or current.lease is not lease or lease.refreshing or self._closed.is_set():
                 return
-            current.refreshing = True
-            pool = self._pool("refresh", _REFRESHING_AT_ONCE)
-        try:
-            future = pool.submit(self._refresh, current)
-        except RuntimeError:  # closed just now
-            current.refreshing = False
-            return
-        with self._lock:
+            try:
+                future = self._pool("refresh", _REFRESHING_AT_ONCE).submit(self._refresh, current)
+            except RuntimeError:  # the interpreter is shutting down
+                return
+            lease.refreshing = True
             self._background.add(future)
         future.add_done_callback(self._background.discard)
 
     def _refresh(self, ring: Keyring) -> None:
-        try:
-            opened = self._open(ring.tenant, "refresh")
-            if opened.tenant_key.id != ring.tenant_key.id:
-                self._drop(ring)  # rekeyed: the next use opens it anew
-                return
-            current = self._rings.get(ring.tenant, ring)
-            if current in ring.kin() and current.epoch < opened.row.epoch:
-                current = self._succeed(current, opened.row, opened.records)
-            self._trust(current, opened)
-            self._looked(current, opened.boot)
-            self._audit.tell(KeysOpened(ring.tenant, "refresh", request_id=opened.request_id))
-        except KmsNoAnswerError as error:
-            ring.stretch(to_grace=error.retryable)
-            ring.refresh_at = self._boot() + self.health.retry_in(ring.tenant)
-            if self._boot() >= ring.renewed_until:
-                self.health.enter(ring.tenant, GRACE, error)
-        except KeystoreUnavailableError:
-            ring.refresh_at = self._boot() + POLL_EVERY
-        except KeysExpiredError:
-            pass  # forgotten meanwhile
-        except ByokError as error:
-            self._drop(ring, error)
-        except Exception as error:  # noqa: BLE001 - nobody waits for it; its text could carry anything
-            self._drop(ring)
-            _log.error("tenant %r was dropped: %s while its KMS was asked", ring.tenant, type(error).__name__)
-        finally:
-            for each in ring.kin():
-                each.refreshing = False
+        tenant, lease = ring.tenant, ring.lease
+        with self._audit.later():
+            try:
+                self._take_over(lease, self._open(tenant, "refresh"))
+            except KmsNoAnswerError as error:
+                lease.stretch(to_grace=error.retryable)
+                lease.refresh_at = self._boot() + self.health.retry_in(tenant)
+                if self._boot() >= lease.renewed_until:
+                    self.health.enter(tenant, GRACE, error)
+            except KeystoreUnavailableError:
+                lease.refresh_at = self._boot() + POLL_EVERY
+            except KeysExpiredError:
+                pass  # forgotten meanwhile
+            except ByokError as error:
+                self._drop(ring, error)
+            except Exception as error:  # noqa: BLE001 - nobody waits for it; its text could carry anything
+                self._drop(ring)
+                _log.error("tenant %r was dropped: %s while its KMS was asked", tenant, type(error).__name__)
+            finally:
+                with self._lock:  # not before it was set
+                    lease.refreshing = False
+
+    def _take_over(self, lease: Lease, opened: _Opened) -> None:
+        """Go on with what a refresh found, unless the tenant was forgotten or opened anew meanwhile."""
+        row = opened.row
+        current = self._rings.get(row.tenant)
+        if current is None or current.lease is not lease:
+            return
+        if opened.tenant_key.id != current.tenant_key.id:  # rekeyed: results being read end with the old keys
+            newer = self._ring_of(opened)
+            with self._lock:
+                if self._rings.get(row.tenant) is not current:
+                    newer.clear()
+                    return
+                self._rings[row.tenant] = newer
+                self._evicted.add(current)
+        elif current.epoch > row.epoch:
+            return  # what was asked is older than what a look has found since; it is asked again
+        else:
+            newer = self._succeed(current, row, opened.records) if current.epoch < row.epoch else current
+            self._trust(newer, opened)
+            self._looked(newer, opened.looked)
+        self._audit.tell(KeysOpened(row.tenant, "refresh", request_id=opened.request_id))
 
     def unwrap(self, row: TenantRow, reason: str = "rotate") -> bytes:
         """One KMS call; the next wrapping is tried only on "no answer", never on "no"."""
         unanswered: KmsNoAnswerError | None = None
         for wrapping in row.wrappings:
             try:
-                payload = self._customer_keys.unwrap(wrapping, row.tenant, reason)
-                return unpack_tenant_key(payload, row.tenant, row.tenant_key_generation)
+                return unpack_tenant_key(
+                    self._customer_keys.unwrap(wrapping, row.tenant, reason),
+                    row.tenant,
+                    row.tenant_key_generation,
+                )
             except KmsNoAnswerError as error:
                 unanswered = error if unanswered is None else unanswered
         if unanswered is None:
@@ -613,23 +757,24 @@ class Keyrings(Secret):
         return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:
-        soon = now + POLL_EVERY
-        if now < ring.refresh_at:
-            soon = min(soon, ring.refresh_at)
-        ring.fresh_until = min(ring.deadline, soon)
-        ring.write_until = now + WRITE_WITHIN
+        soon, lease = now + POLL_EVERY, ring.lease
+        if now < lease.refresh_at:
+            soon = min(soon, lease.refresh_at)
+        ring.fresh_until = min(lease.deadline, soon)
+        ring.looked_at, ring.write_until = now, now + WRITE_WITHIN
 
     def _make_room(self) -> None:
         while len(self._rings) >= self._capacity:
-            oldest = min(self._rings.values(), key=lambda ring: ring.used)
+            oldest = min(self._rings.values(), key=lambda ring: ring.lease.used)
             # Not cleared: a statement that runs right now may hold it. Nobody else finds it any more.
             self._evicted.add(self._rings.pop(oldest.tenant))
+            self.health.enter(oldest.tenant, CLOSED)
 
     # -- units of work, for tenants with revoke_within=0 ----------------------------------------------------------
 
     def _begin(self, ring: Keyring) -> None:
         """Keep the keys of a tenant that is asked for each unit of work until the unit's first statement."""
-        if ring.one_unit:
+        if ring.lease.one_unit:
             with self._lock:
                 self._units[ring.tenant] = ring
 
@@ -640,18 +785,9 @@ class Keyrings(Secret):
             ring = self._units.pop(tenant, None)
         if ring is None or not self._live(ring):
             return None
-        opened_at = ring.renewed_until - UNIT_WITHIN
-        return ring if self._boot() - opened_at < _UNIT_BEGINS_WITHIN else None
+        return ring if self._boot() - ring.lease.renewed_at < _UNIT_BEGINS_WITHIN else None
 
     # -- threads ----------------------------------------------------------------------------------------------------
-
-    def _workers(self, tenant: str) -> ThreadPoolExecutor:
-        """Who asks the keystore about an open tenant, or the KMS about one that is not."""
-        with self._lock:
-            ring = self._rings.get(tenant)
-            if ring is not None and self._live(ring):
-                return self._pool("poll", _POLLING_AT_ONCE)
-            return self._pool("open", CALLS_AT_ONCE)
 
     def _pool(self, name: str, size: int) -> ThreadPoolExecutor:
         pool = self._executors.get(name)
@@ -663,8 +799,10 @@ class Keyrings(Secret):
         # The parent's threads and connections are not ours; its opened keys are, with their deadlines.
         self._lock = threading.Lock()
         self._opening, self._executors, self._background = {}, {}, set()
-        for ring in self._rings.values():
-            ring.refreshing = False
+        self._sweeper = None
+        for ring in (*self._rings.values(), *self._units.values(), *self._evicted):
+            # Its sockets are the parent's, and so may a lock be that a thread of the parent's held.
+            ring.lease.refreshing, ring.client = False, None
         self.health.after_fork()
         self._customer_keys.after_fork()
         self._keystore.database.after_fork()

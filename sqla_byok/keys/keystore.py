@@ -123,6 +123,7 @@ _claim = Table(
     keystore_metadata,
     Column("claim", _digest(), primary_key=True),
     Column("tenant", _name(), nullable=False),
+    Column("of", String(10), nullable=False),  # "key" or "salts": a new key leaves the other
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
 )
 
@@ -293,10 +294,11 @@ class Keystore(Secret):
                 continue  # another process may be creating them right now
         return self.database.write(work)
 
-    def insert(self, row: TenantRow, claims: Sequence[str] = ()) -> None:
+    def insert(self, row: TenantRow, claims: Sequence[str] = (), of_salts: Sequence[str] = ()) -> None:
         """Insert a new tenant; never overwrites.
 
-        :param claims: what belongs to this tenant only.
+        :param claims: what of its customer key belongs to this tenant only.
+        :param of_salts: what of the place where its search salt is kept.
         :raises TenantExistsError: if the tenant is there already.
         :raises ConfigurationError: if a claim is another tenant's.
         """
@@ -309,6 +311,7 @@ class Keystore(Secret):
                 )
             )
             self._insert_parts(connection, row, claims)
+            self._claim(connection, row.tenant, of_salts, "salts")
 
         exists = False
         try:
@@ -316,7 +319,7 @@ class Keystore(Secret):
         except IntegrityError:
             exists = True
         if exists:
-            self.check_claims(row.tenant, claims)
+            self.check_claims(row.tenant, (*claims, *of_salts))
             raise TenantExistsError(f"tenant {row.tenant!r} is already in the keystore", tenant=row.tenant)
         self._seen[row.tenant] = row.state  # also where one of that name was there before, and was removed
 
@@ -325,7 +328,7 @@ class Keystore(Secret):
 
         :param old: what :meth:`load` gave; nothing is written unless the keystore still has it.
         :param new: the same tenant with the next epoch.
-        :param claims: what belongs to this tenant only; as before unless given.
+        :param claims: what of its customer key belongs to this tenant only; as before unless given.
         :raises KeystoreConflictError: if another process has changed the tenant meanwhile.
         :raises ConfigurationError: if a claim is another tenant's.
         """
@@ -348,8 +351,10 @@ class Keystore(Secret):
                     f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
                     tenant=old.tenant,
                 )
-            for table in (_wrapping, _generation, *(() if claims is None else (_claim,))):
+            for table in (_wrapping, _generation):
                 connection.execute(delete(table).where(table.c.tenant == old.tenant))
+            if claims is not None:
+                connection.execute(delete(_claim).where(_claim.c.tenant == old.tenant, _claim.c.of == "key"))
             self._insert_parts(connection, new, claims or ())
 
         claimed = False
@@ -381,8 +386,12 @@ class Keystore(Secret):
             )
         for record in (*row.generations, *row.retired):
             connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
+        self._claim(connection, row.tenant, claims, "key")
+
+    @staticmethod
+    def _claim(connection: Connection, tenant: str, claims: Sequence[str], of: str) -> None:
         for claim in claims:
-            connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=row.tenant))
+            connection.execute(insert(_claim).values(claim=_claim_hash(claim), tenant=tenant, of=of))
 
     def claimed(self, tenant: str, claims: Sequence[str]) -> bool:
         """Whether all of it belongs to the tenant."""

@@ -22,7 +22,7 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.errors import ConfigurationError, TenantExistsError, UnknownTenantError
 from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.keyring import Clock, SealedRecord
-from sqla_byok.keys.keystore import Keystore, TenantRow
+from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, Salts
 
@@ -83,15 +83,14 @@ class Onboarding(Secret):
     ) -> None:
         """Give a tenant its keys, wrapped by its customer key; see :meth:`Byok.onboard`."""
         kms, claims = self.bound(tenant, kms)
-        if salts is not None:
-            claims = (*claims, *salts.claims())
+        of_salts = () if salts is None else salts.claims()
         wanted = kms.provider, stored_config(kms), revoke_within_ms, outage_grace_ms, salts
         if self._is_onboarded(tenant, *wanted):
             return
-        self._keystore.check_claims(tenant, claims)
+        self._keystore.check_claims(tenant, (*claims, *of_salts))
         try:
             self._keystore.insert(
-                self._new_row(tenant, kms, revoke_within_ms, outage_grace_ms, salts), claims
+                self._new_row(tenant, kms, revoke_within_ms, outage_grace_ms, salts), claims, of_salts
             )
         except TenantExistsError:
             # Somebody else onboarded it just now; theirs stands.
@@ -111,9 +110,10 @@ class Onboarding(Secret):
         wrapping = row.wrappings[0]
         kms = self._customer_keys.describe(wrapping)
         started = time.perf_counter()
-        payload = self._customer_keys.unwrap(wrapping, tenant, "probe")
+        unpack_tenant_key(
+            self._customer_keys.unwrap(wrapping, tenant, "probe"), tenant, row.tenant_key_generation
+        )
         seconds = time.perf_counter() - started
-        unpack_tenant_key(payload, tenant, row.tenant_key_generation)
         expires = kms.expires()
         return Proof(
             tenant, kms.provider, wrapping.kms_key_version, seconds, expires, self.warnings(tenant, expires)
@@ -123,7 +123,7 @@ class Onboarding(Secret):
         """Store another way to reach the same customer key, once it has proved to open the stored tenant key."""
         row = self.row(tenant)
         kms, claims = self.bound(tenant, kms)
-        first, *others = row.wrappings
+        first = row.wrappings[0]
         known = self._customer_keys.describe(first)
         if kms.provider != known.provider or kms.claims()[:1] != known.claims()[:1]:
             raise ConfigurationError(
@@ -135,12 +135,19 @@ class Onboarding(Secret):
         if changed == first:
             return
         self._keystore.check_claims(tenant, claims)
-        payload = self._customer_keys.unwrap(changed, tenant, "update-credentials")
-        tenant_key = TenantKey(
-            unpack_tenant_key(payload, tenant, row.tenant_key_generation), tenant, row.tenant_key_generation
-        )
+        self._keystore.replace(row, self._changed(row, changed), claims)
+
+    def _changed(self, row: TenantRow, changed: Wrapping) -> TenantRow:
+        """The next row, with its first wrapping reached in another way, which proves itself."""
+        payload = secret = b""
+        try:
+            payload = self._customer_keys.unwrap(changed, row.tenant, "update-credentials")
+            secret = unpack_tenant_key(payload, row.tenant, row.tenant_key_generation)
+            tenant_key = TenantKey(secret, row.tenant, row.tenant_key_generation)
+        finally:
+            payload = secret = b""  # crash reports show the variables of each frame
         tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
-        self._keystore.replace(row, row.next(tenant_key, wrappings=[changed, *others]), claims)
+        return row.next(tenant_key, wrappings=[changed, *row.wrappings[1:]])
 
     def row(self, tenant: str) -> TenantRow:
         """The tenant's authenticated row.
@@ -222,9 +229,13 @@ class Onboarding(Secret):
         Made here, so that no frame that touches the database holds a secret which a crash report could show.
         """
         secret, generation = new_key(), 1
-        payload = pack_tenant_key(secret, tenant, generation)
-        wrapping = self._customer_keys.wrap(kms, payload, tenant, "onboard")
-        tenant_key = TenantKey(secret, tenant, generation)
+        try:
+            wrapping = self._customer_keys.wrap(
+                kms, pack_tenant_key(secret, tenant, generation), tenant, "onboard"
+            )
+            tenant_key = TenantKey(secret, tenant, generation)
+        finally:
+            secret = b""
         data_key = tenant_key.seal(DATA_KEY, 1, new_key())
         salt = (
             tenant_key.seal(SEARCH_SALT, 1, new_search_salt())

@@ -65,8 +65,7 @@ class ExternalSalts(Secret):
         """The same reference under another tenant key; a salt that is sealed under the old one is stored anew."""
         salts, name = self._location(old, record)
         if salts.format != "raw":
-            secret = old.open(*record.record[:3], self._fetched(old, record).sealed)
-            _, sealed = new.seal(SEARCH_SALT, record.generation, secret)
+            sealed = _resealed(self._fetched(old, record), old, new)
             name = self._keep(new, record.generation, record.id, sealed, salts)
         return record._replace(sealed=self._reference(new, record.generation, record.id, salts, name))
 
@@ -77,17 +76,11 @@ class ExternalSalts(Secret):
     def _keep(
         self, tenant_key: TenantKey, generation: int, record_id: bytes, sealed: bytes, salts: Salts
     ) -> str:
-        """Store a sealed salt under a name that nobody else comes upon, but for the very first."""
-        name = salts.name(generation)
-        if generation > 1 or tenant_key.generation > 1:
-            name += f"-{record_id.hex()[:8]}{tenant_key.id.hex()[:8]}"
+        """Store a sealed salt under a name of its own: what an attempt that failed left behind is in nobody's way."""
+        name = f"{salts.name(generation)}-{record_id.hex()[:8]}{tenant_key.id.hex()[:8]}"
         text = base64.b64encode(sealed).decode()
         if self._asked(tenant_key.tenant, salts, lambda client: client.create(name, text)) != text:
-            raise SaltChangedError(
-                f"there is a salt in {name!r} already, of an earlier attempt or another keystore; delete it if nothing "
-                "uses it, or give another name",
-                tenant=tenant_key.tenant,
-            )
+            raise SaltChangedError(f"there is another salt in {name!r}", tenant=tenant_key.tenant)
         return name
 
     def _reference(
@@ -142,3 +135,8 @@ class ExternalSalts(Secret):
         except ByokError as error:
             error.tenant = tenant
             raise
+
+
+def _resealed(record: SealedRecord, old: TenantKey, new: TenantKey) -> bytes:
+    _, sealed = new.seal(record.kind, record.generation, old.open(*record.record[:3], record.sealed))
+    return sealed

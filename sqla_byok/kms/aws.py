@@ -203,6 +203,8 @@ class _AwsClient:
         self._kms = kms
         self._connection = shared
         self._reason = reason
+        # The customer's log then tells an access to a single value from the opening of the tenant.
+        self._purpose = "value" if reason == "direct" else "tenant-key"
         self._lock = threading.Lock()
         self._session: tuple[str, Session, float] | None = None  # for whom, and until when
 
@@ -238,7 +240,7 @@ class _AwsClient:
                 tenant=tenant,
                 session=session,
                 KeyId=key,
-                EncryptionContext=_context(tenant),
+                EncryptionContext=_context(tenant, self._purpose),
                 **arguments,
             )
         except KmsError as error:
@@ -300,10 +302,10 @@ def _session_name(reason: str, tenant: str) -> str:
     return re.sub(r"[^A-Za-z0-9_+=,.@-]", "-", f"sqla-byok-{reason}-{tenant}")[:64]
 
 
-def _context(tenant: str) -> dict[str, str]:
+def _context(tenant: str, purpose: str) -> dict[str, str]:
     return {
         "sqla-byok:format": "1",
-        "sqla-byok:purpose": "tenant-key",
+        "sqla-byok:purpose": purpose,
         "sqla-byok:tenant": tenant,
     }
 

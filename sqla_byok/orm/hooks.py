@@ -20,7 +20,6 @@ from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from sqla_byok.errors import (
     ConfigurationError,
-    KeystoreUnavailableError,
     NoTenantError,
     TenantMismatchError,
     UnsupportedQueryError,
@@ -32,10 +31,13 @@ from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
-__all__ = ["TENANT_OPTION", "attach"]
+__all__ = ["ACTOR_OPTION", "TENANT_OPTION", "attach"]
 
 TENANT_OPTION = "byok_tenant"
 """The execution option that says whose data a session, connection or engine works on."""
+
+ACTOR_OPTION = "byok_actor"
+"""Who is named in the audit for what it opens; Byok.session() sets it."""
 
 
 def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str | None]) -> None:
@@ -67,8 +69,15 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             tenant = current_tenant()
         if tenant is not None:
             ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
+            if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
+                ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
             if ring is None:
-                ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
+                who = options.get(ACTOR_OPTION)
+                ring = (
+                    await_only(keyrings.aget(tenant, actor=who))
+                    if in_greenlet()
+                    else keyrings.get(tenant, actor=who)
+                )
         is_dml = getattr(clause, "is_dml", None)
         if is_dml is None:
             refuse_compiled(clause)
@@ -92,7 +101,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> tuple[str, Any]:
         ring = binding.get()
-        if ring is not None and ring.one_unit:
+        if ring is not None and ring.lease.one_unit:
             upstream.hold(conn, ring)
         compiled = context.compiled
         if compiled is None:
@@ -113,6 +122,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             reading.set(ring)  # RETURNING together with server defaults is read before after_execute
         if sends and ring is not None:
             parameters = direct.send(context, parameters, keyrings, ring)
+            _may_bind(ring, clock, compared)  # again, since the KMS may have taken long to answer
         return statement, parameters
 
     def after_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any, result: Any) -> None:
@@ -147,9 +157,9 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
 def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     """The keyring of the connection's transaction, for a tenant that wants a KMS call for each."""
     ring: Keyring | None = upstream.held(conn)
-    if ring is None or ring.tenant != tenant or ring.cleared:
+    if ring is None or ring.tenant != tenant:
         return None
-    return ring if clock.boot() < ring.deadline and clock.wall() < ring.wall_deadline else None
+    return ring if ring.lease.live(clock.boot(), clock.wall()) else None
 
 
 class _Concerns(NamedTuple):
@@ -239,13 +249,7 @@ def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
             )
         return
     if clock.boot() >= ring.write_until:
-        if ring.cleared:
-            ring.expired()
-        raise KeystoreUnavailableError(
-            f"the keystore has not answered for a while; tenant {ring.tenant!r} can be read but not written nor "
-            "searched until it does, since its data key or search salt may have changed",
-            tenant=ring.tenant,
-        )
+        ring.outdated()
     if compared and compared != len(ring.live_salts):
         raise UnsupportedQueryError(
             f"the search salts of tenant {ring.tenant!r} are being rotated, and this statement was compiled "
@@ -268,11 +272,11 @@ class _TenantFetch:
         # After the fetch, which may have awaited, and before the rows are made of it.
         ring = self._ring
         if ring is not None:
-            clock = self._keyrings.clock
+            clock, lease = self._keyrings.clock, ring.lease
             now = clock.boot()
-            if now >= ring.deadline or clock.wall() >= ring.wall_deadline:
+            if now >= lease.deadline or clock.wall() >= lease.wall_deadline:
                 ring.end()
-            if now >= ring.refresh_at:
+            if now >= lease.refresh_at:
                 self._keyrings.refresh_soon(ring)
         self._reading.set(ring)
 

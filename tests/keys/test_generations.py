@@ -24,6 +24,7 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_byok import (
     Byok,
@@ -34,6 +35,7 @@ from sqla_byok import (
     KeystoreConflictError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
+    KmsUnavailableError,
     LocalKms,
     UnknownDataKeyError,
     UnknownTenantError,
@@ -399,6 +401,68 @@ def test_what_is_read_by_an_earlier_epoch_ends_with_the_tenant(world: World, end
             one.clock.turn(300)
         with pytest.raises(KeysExpiredError):
             next(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_in_grace_know_what_changed(tmp_path: Path, world: World, kind: str) -> None:
+    """Keys that outlive their deadline while the KMS does not answer are no older than the keystore says."""
+    one, two = world.one, world.two
+    one.byok.onboard("t1-grace", world.kms, outage_grace=3600)
+
+    def write(process: Process, mrn: str) -> None:
+        with process.engine.execution_options(byok_tenant="t1-grace").begin() as connection:
+            connection.execute(insert(_patient).values(mrn=mrn))
+
+    def find(process: Process, *mrns: str) -> list[str]:
+        with process.engine.execution_options(byok_tenant="t1-grace").connect() as connection:
+            return [each for mrn in mrns for each in connection.scalars(_mrns.where(_patient.c.mrn == mrn))]
+
+    write(two, "A")
+    _ROTATE[kind](one.byok, "t1-grace")
+    write(one, "B")
+
+    def silent() -> None:
+        raise KmsUnavailableError("no answer", tenant="t1-grace")
+
+    CountingKms.on_unwrap = staticmethod(silent)
+    two.clock.turn(301)  # idle since before the rotation
+    assert find(two, "A", "B") == ["A", "B"]
+    CountingKms.on_unwrap = staticmethod(lambda: None)
+
+
+def test_a_long_unit_of_work_looks_as_others_do(world: World) -> None:
+    """With a KMS call for each unit of work, one that lasts goes on writing and searching, and knows what changed."""
+    one, two = world.one, world.two
+    one.byok.onboard("t1-unit", world.kms, revoke_within=0)
+    find = select(_patient.c.id).where(_patient.c.mrn == "A")
+    with two.engine.execution_options(byok_tenant="t1-unit").connect() as connection:
+        assert connection.scalars(find).all() == []
+        world.kms.unwraps.clear()
+        one.clock.meanwhile = lambda: (two.clock.turn(SETTLE), connection.scalars(find).all())
+        one.byok.rotate_salt("t1-unit")
+        one.byok.rotate_data_key("t1-unit")
+        calls = world.calls
+        with one.engine.execution_options(byok_tenant="t1-unit").begin() as other:
+            other.execute(insert(_patient).values(mrn="A"))
+        calls += 1
+        two.clock.turn(POLL_EVERY)
+        assert connection.scalars(select(_patient.c.mrn).where(_patient.c.mrn == "A")).all() == ["A"]
+        assert world.calls == calls
+
+
+async def test_a_long_unit_of_work_under_asyncio(world: World, tmp_path: Path) -> None:
+    """The look of a unit of work does not hold up the event loop."""
+    byok, clock = world.one.byok, world.one.clock
+    await byok.aonboard("t1-unit", world.kms, revoke_within=0)
+    world.kms.unwraps.clear()
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'data.db'}")
+    byok.attach(engine)
+    async with byok.asession("t1-unit", engine) as session:
+        for _ in range(3):
+            assert (await session.scalars(select(_patient.c.id).where(_patient.c.mrn == "A"))).all() == []
+            clock.turn(WRITE_WITHIN + 1)
+    assert world.calls == 1
+    await engine.dispose()
 
 
 # -- retiring and destroying -----------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ class Cloud:
         with self.byok.tenant(tenant), self.engine.connect() as connection:
             return len(connection.scalars(select(_person.c.mrn).where(_person.c.mrn == mrn)).all())
 
+    @property
+    def secret(self) -> str:
+        """The name under which the newest salt was stored."""
+        return [body["Name"] for operation, body in self.server.requests if operation == "CreateSecret"][-1]
+
     def close(self) -> None:
         self.byok.close()
         self.hand.dispose()
@@ -200,7 +205,8 @@ def test_a_probe_asks_whatever_is_in_memory(cloud: Cloud) -> None:
     with pytest.raises(KeyDisabledError) as raised:
         cloud.byok.probe("t1")
     assert raised.value.action_by == "customer"
-    assert cloud.found("A-1") == 1
+    with pytest.raises(KeyDisabledError):  # a "no" is a "no", whatever was asked
+        cloud.found("A-1")
     with pytest.raises(UnknownTenantError):
         cloud.byok.probe("nobody")
     assert [(e.reason, e.outcome) for e in cloud.events if isinstance(e, KmsCalled)] == [
@@ -209,6 +215,7 @@ def test_a_probe_asks_whatever_is_in_memory(cloud: Cloud) -> None:
         ("open", "ok"),
         ("probe", "ok"),
         ("probe", "KeyDisabledError"),
+        ("open", "KeyDisabledError"),
     ]
 
 
@@ -306,6 +313,42 @@ def test_a_provider_of_ones_own_is_registered_once() -> None:
     assert providers["local"] is LocalKms
 
 
+class Drawer:
+    """A store of the operator's own, in memory."""
+
+    def __init__(self) -> None:
+        self.secrets: dict[str, str] = {}
+
+    def read(self, name: str) -> str | None:
+        return self.secrets.get(name)
+
+    def write(self, name: str, secret: str) -> None:
+        self.secrets[name] = secret
+
+
+def test_a_set_up_page_stores_a_secret(cloud: Cloud) -> None:
+    """In a store of the operator's, under its prefix for this tenant, and nowhere else."""
+    drawer = Drawer()
+    byok = cloud.another(
+        secret_stores={"drawer": drawer}, secret_prefixes=["drawer:byok/{tenant}/", "env:BYOK_"]
+    )
+    byok.store_secret("t1", "drawer:byok/t1/azure", "hunter2")
+    assert drawer.secrets == {"byok/t1/azure": "hunter2"}
+    for reference in (
+        "drawer:byok/t2/azure",
+        "drawer:azure",
+        "env:BYOK_T1",
+        "hunter2",
+        "cupboard:byok/t1/azure",
+    ):
+        with pytest.raises(ConfigurationError) as raised:
+            byok.store_secret("t1", reference, "s3cret")
+        assert "s3cret" not in str(raised.value)
+        assert "hunter2" not in str(raised.value)
+    assert drawer.secrets == {"byok/t1/azure": "hunter2"}
+    byok.close()
+
+
 # -- salts in AWS Secrets Manager ------------------------------------------------------------------------------------
 
 
@@ -317,7 +360,8 @@ def salts(**options: Any) -> AwsSecretsManagerSalts:
 def test_a_salt_kept_elsewhere_serves_searches(cloud: Cloud, form: Any) -> None:
     """One more call when the tenant is opened, none later; another process finds what this one wrote."""
     cloud.byok.onboard("t1", AwsKms(cloud.server.create_key()), salts=salts(format=form))
-    text = cloud.server.secret("byok/t1/salt")
+    assert cloud.secret.startswith("byok/t1/salt")
+    text = cloud.server.secret(cloud.secret)
     assert len(text) == (32 if form == "raw" else 84)
     cloud.server.calls.clear()
     cloud.write("A-1")
@@ -344,12 +388,29 @@ def test_a_raw_salt_that_is_there_already_is_taken(cloud: Cloud) -> None:
     assert cloud.server.secret("byok/t1/salt") == "0123456789abcdefghijklmnopqrstuv"
 
 
-def test_a_sealed_salt_of_somebody_else_is_not_taken(cloud: Cloud) -> None:
-    """What does not open under the tenant key is an error at onboarding, and nothing is stored."""
-    cloud.server.create_secret("byok/t1/salt", "A" * 83 + "=")
-    with pytest.raises(SaltChangedError, match="there is a salt in 'byok/t1/salt' already"):
-        cloud.byok.onboard("t1", AwsKms(cloud.server.create_key()), salts=salts())
-    assert cloud.byok.tenants() == []
+def test_a_sealed_salt_that_an_attempt_left_is_in_nobodys_way(cloud: Cloud) -> None:
+    """A crash between storing the salt and the row does not block the tenant; the next attempt stores its own."""
+    kms = AwsKms(cloud.server.create_key())
+    insert_ = cloud.byok._keystore.insert
+    cloud.byok._keystore.insert = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cloud.byok.onboard("t1", kms, salts=salts())
+    cloud.byok._keystore.insert = insert_  # type: ignore[method-assign]
+    left = cloud.secret
+    cloud.byok.onboard("t1", kms, salts=salts())
+    assert cloud.secret != left
+    cloud.write("A-1")
+    assert cloud.found("A-1") == 1
+
+
+def test_moving_to_another_key_keeps_the_place_of_the_salt(cloud: Cloud) -> None:
+    """Nobody else can have it afterwards, and onboarding again with the new key is fine."""
+    first, second = AwsKms(cloud.server.create_key()), AwsKms(cloud.server.create_key())
+    cloud.byok.onboard("t1", first, salts=salts())
+    cloud.byok.rewrap("t1", second)
+    cloud.byok.onboard("t1", second, salts=salts())
+    with pytest.raises(ConfigurationError, match="belongs to another tenant"):
+        cloud.byok.onboard("t2", first, salts=salts())
 
 
 @pytest.mark.parametrize("form", ["sealed", "raw"])
@@ -358,11 +419,12 @@ def test_a_salt_that_changed_is_no_silent_miss(cloud: Cloud, form: Any, change: 
     """Another salt, or none, is an error: at once for who opens the tenant, at the next refresh for who has it open."""
     cloud.byok.onboard("t1", AwsKms(cloud.server.create_key()), salts=salts(format=form))
     cloud.write("A-1")
-    cloud.server.delete_secret("byok/t1/salt", at_once=True)
+    name = cloud.secret
+    cloud.server.delete_secret(name, at_once=True)
     if change != "gone":
-        cloud.server.create_secret("byok/t1/salt", "B" * 32 if form == "raw" else "B" * 83 + "=")
+        cloud.server.create_secret(name, "B" * 32 if form == "raw" else "B" * 83 + "=")
     if change == "denied":
-        cloud.server.deny("byok/t1/salt")
+        cloud.server.deny(name)
     assert cloud.found("A-1") == 1  # open already
     error: type[Exception] = AccessDeniedError if change == "denied" else SaltChangedError
     cloud.clock.turn(226)

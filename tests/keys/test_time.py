@@ -95,9 +95,9 @@ def test_processes_that_opened_together_do_not_ask_together(world: World) -> Non
     ring = world.byok._keyrings.get("t1")
     points = set()
     for _ in range(200):
-        ring.renew(0.0, 0.0, 300.0, 0.0)
-        points.add(ring.refresh_at)
-        assert 150 <= ring.refresh_at <= 225
+        ring.lease.renew(0.0, 0.0, 300.0, 0.0)
+        points.add(ring.lease.refresh_at)
+        assert 150 <= ring.lease.refresh_at <= 225
     assert max(points) - min(points) > 50
     assert len(points) > 190
 
@@ -122,7 +122,7 @@ def test_a_no_in_the_background_drops_the_keys_at_once(world: World) -> None:
     with pytest.raises(KeyDisabledError):
         turn(world, 79, "t1")
     assert ring.cleared
-    assert world.clock.boot_now - ring.renewed_until < 0  # long before the deadline that it had
+    assert world.clock.boot_now - ring.lease.renewed_until < 0  # long before the deadline that it had
     with pytest.raises(KeyDisabledError):
         world.read()
 
@@ -165,7 +165,7 @@ def test_new_times_reach_the_processes_that_have_a_tenant_open(world: World) -> 
     """A refresh takes revoke_within and grace from the row as it is by then."""
     world.open("patient-one")
     ring = world.byok._keyrings.get("patient-one")
-    assert (ring.outage_grace, ring.renewed_until - world.clock.boot_now) == (GRACE, 300)
+    assert (ring.lease.outage_grace, ring.lease.renewed_until - world.clock.boot_now) == (GRACE, 300)
 
 
 def test_one_look_at_the_keystore_serves_all_tenants_in_use(world: World) -> None:
@@ -192,7 +192,7 @@ def test_an_outage_is_served_until_deadline_and_grace(
 ) -> None:
     """Not a second longer, whether the tenant was in use all the time or came back in the middle of it."""
     world.write("Ada", tenant="patient-one")
-    start = world.byok._keyrings.get("patient-one").renewed_until - 300
+    start = world.byok._keyrings.get("patient-one").lease.renewed_until - 300
     answer(error)
     if used:
         turn(world, 300 + GRACE - 1, "patient-one")
@@ -572,6 +572,187 @@ def test_units_of_two_tenants_on_one_connection(units: World) -> None:
         with units.byok.tenant("unit"):
             assert list(connection.scalars(first)) == ["Ada"]
     assert Counter(units.calls)["unit"] <= 3
+
+
+# -- what a second pair of eyes found ------------------------------------------------------------------------------
+
+
+def test_a_listener_may_use_the_tenant_that_it_is_told_of(
+    tmp_path: Path, counting_kms: CountingKms, keystore_key: str
+) -> None:
+    """An audit table on an attached engine is what many will write first: it must not wait for its own opening."""
+    told: list[str] = []
+    worlds: list[World] = []
+
+    def listen(event: Event) -> None:
+        if worlds and isinstance(event, KeysOpened) and not told:
+            told.append(event.tenant)
+            worlds[0].write("told", tenant=event.tenant)
+
+    world = World(tmp_path, counting_kms, keystore_key, on_event=listen)
+    worlds.append(world)
+    thread = threading.Thread(target=world.open, args=("t1",), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert (told, world.read()) == (["t1"], ["told"])
+    world.close()
+
+
+def test_a_no_takes_every_keyring_of_the_tenant(
+    tmp_path: Path, counting_kms: CountingKms, keystore_key: str
+) -> None:
+    """Also one that went to make room and is still held by a result, or that another opening made since."""
+    world = World(tmp_path, counting_kms, keystore_key, max_tenants=1)
+    world.open("t1")
+    old = world.byok._keyrings.get("t1")
+    world.open("t2")  # t1 has to go
+    world.open("t1")
+    new = world.byok._keyrings.get("t1")
+    assert old is not new
+    assert not old.cleared
+    answer(AccessDeniedError)
+    with pytest.raises(AccessDeniedError):
+        world.byok.probe("t1")
+    assert (old.cleared, new.cleared) == (True, True)
+    assert world.byok.tenants("dark") == ["t1"]
+    world.close()
+
+
+def test_what_an_idle_process_holds_is_taken_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys whose time is up go from memory although nobody uses the process any more."""
+    monkeypatch.setattr("sqla_byok.keys.keyrings._SWEEP_EVERY", 0.01)
+    world.open("t1")
+    ring = world.byok._keyrings.get("t1")
+    world.clock.turn(301)
+    for _ in range(1_000):
+        if ring.cleared:
+            break
+        threading.Event().wait(0.01)  # for the thread that sweeps
+    assert ring.cleared
+    assert world.byok.tenants("fresh") == []
+
+
+def test_nothing_is_opened_after_close(world: World) -> None:
+    """A handler that outlives the application's end gets an error, not keys in memory that nobody watches."""
+    world.open("t1")
+    world.byok.close()
+    with pytest.raises(ConfigurationError, match="closed"):
+        world.open("t1")
+    with pytest.raises(ConfigurationError, match="closed"):
+        world.read()
+
+
+def test_a_tenant_that_was_mended_is_tried_at_once(world: World) -> None:
+    """Who has swapped the credential, or probed with success, need not wait for the breaker."""
+    answer(ThrottledError, retry_after=60.0)
+    for _ in range(4):
+        with pytest.raises(ThrottledError):
+            world.open("t1")
+    answer()
+    world.byok.probe("t1")
+    world.open("t1")
+
+
+def test_a_rekey_during_an_outage_leaves_the_keys_that_are_there(world: World) -> None:
+    """Another process made a new tenant key; until the KMS can be asked for it, reading goes on, to the deadline."""
+    world.write("Ada")
+    other = world.another()
+    other.rekey("t1")
+    answer(KmsUnavailableError)
+    world.clock.turn(POLL_EVERY)
+    assert world.read() == ["Ada"]
+    world.clock.turn(250)
+    assert world.read() == ["Ada"]
+    world.byok._keyrings.drain()
+    world.clock.turn(300)
+    with pytest.raises(KmsUnavailableError):
+        world.read()
+    other.close()
+
+
+def test_sealing_needs_a_look_at_the_keystore_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sealed under a data key that was retired meanwhile would open nowhere."""
+    with world.byok.tenant("t1"):
+        world.byok.seal(b"x", "mail")
+
+        def silent(*_: object) -> None:
+            raise KeystoreUnavailableError("silent")
+
+        monkeypatch.setattr(world.byok._keystore.database, "read", silent)
+        world.clock.turn(16)
+        with pytest.raises(KeystoreUnavailableError, match="not written"):
+            world.byok.seal(b"x", "mail")
+
+
+def test_the_actor_of_a_session_and_of_nested_blocks(world: World, events: list[Event]) -> None:
+    """A session's own actor goes before the block's; a block without one inherits it."""
+    with world.byok.tenant("t1", actor="alice", reason="ward"):
+        with world.byok.tenant("t2"):
+            pass
+        with world.byok.session("t3", world.engine, actor="bob") as session:
+            world.byok.forget_keys("t3")
+            session.scalars(names).all()
+    opened = [(event.tenant, event.actor, event.purpose) for event in events if isinstance(event, KeysOpened)]
+    assert opened == [
+        ("t1", "alice", "ward"),
+        ("t2", "alice", "ward"),
+        ("t3", "bob", "ward"),
+        ("t3", "bob", "ward"),
+    ]
+
+
+async def test_waiters_that_are_cancelled_are_not_counted(world: World) -> None:
+    """They would fill the few places that a failing tenant has."""
+    release, asked, loop = threading.Event(), asyncio.Event(), asyncio.get_running_loop()
+
+    def wait() -> None:
+        loop.call_soon_threadsafe(asked.set)
+        assert release.wait(30)
+
+    CountingKms.on_unwrap = staticmethod(wait)
+
+    async def enter() -> None:
+        async with world.byok.tenant("t1"):
+            pass
+
+    tasks = [asyncio.create_task(enter()) for _ in range(50)]
+    await asked.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert world.byok._keyrings.waiting() == 0
+    release.set()
+
+
+async def test_dead_vaults_do_not_hold_up_looks_at_the_keystore(world: World) -> None:
+    """Two tenants that have to be opened anew wait for their KMS elsewhere than where open tenants are looked after."""
+    for tenant in ("t1", "t2", "t3"):
+        await asyncio.to_thread(world.open, tenant)
+    other = await asyncio.to_thread(world.another)
+    for tenant in ("t1", "t2"):
+        await asyncio.to_thread(other.rekey, tenant)
+    await asyncio.to_thread(other.close)
+    release = threading.Event()
+    CountingKms.on_unwrap = staticmethod(lambda: release.wait(30) and None)
+    world.clock.turn(POLL_EVERY)
+
+    async def enter(tenant: str) -> str:
+        async with world.byok.tenant(tenant):
+            return tenant
+
+    dead = [asyncio.create_task(enter(tenant)) for tenant in ("t1", "t2")]
+    await asyncio.sleep(0)
+    assert await asyncio.wait_for(enter("t3"), 20) == "t3"
+    assert not any(task.done() for task in dead)
+    release.set()
+    assert await asyncio.gather(*dead) == ["t1", "t2"]
+
+
+def test_one_name_is_no_list_of_tenants(world: World) -> None:
+    """preload("t1") would try to open "t" and "1"."""
+    with pytest.raises(ConfigurationError, match="list of tenants"):
+        world.byok.preload("t1")
 
 
 # -- what operators see ----------------------------------------------------------------------------------------------

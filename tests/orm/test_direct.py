@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ from sqla_byok import (
     ThrottledError,
     UnknownDataKeyError,
 )
-from sqla_byok.keys.direct import AT_ONCE
+from sqla_byok.keys.direct import AT_ONCE, _lanes
 from sqla_byok.orm import direct, types
 
 __all__ = ["local_kms", "meter"]  # fixtures
@@ -218,7 +219,6 @@ def test_statements_of_a_tenant_share_the_bound(local: Byok, sqlite: Engine, met
         thread.join()
     assert got == [SSNS] * 4
     assert meter.most == AT_ONCE
-    assert not any(thread.name.startswith("byok-direct") and thread.is_alive() for thread in threads)
 
 
 def test_a_hanging_kms_holds_up_no_other_tenant(local: Byok, sqlite: Engine, meter: Meter) -> None:
@@ -251,6 +251,30 @@ def test_a_hanging_kms_holds_up_no_other_tenant(local: Byok, sqlite: Engine, met
     for thread in threads:
         thread.join()
     assert found == ["other-0", "other-1", "other-2"]
+
+
+def test_ctrl_c_ends_the_calls(local: Byok, sqlite: Engine, meter: Meter) -> None:
+    """A batch that is given up leaves no queue of calls behind."""
+    release = threading.Event()
+
+    def interrupt(operation: str) -> None:
+        if len(meter.encrypted) == AT_ONCE:
+            pool, _ = _lanes._lanes["t1"]
+            while pool._work_queue.qsize() < 50 - AT_ONCE:
+                release.wait(0.001)  # until all are in the queue, and the main thread waits for them
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert release.wait(30)
+
+    meter.on_call = interrupt
+    with local.session("t1", sqlite) as session:
+        with pytest.raises(KeyboardInterrupt):
+            session.execute(insert(Patient), [{"ssn": f"s{n}"} for n in range(50)])
+        release.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("byok-direct"):
+                thread.join(30)
+                assert not thread.is_alive()
+    assert len(meter.encrypted) == AT_ONCE
 
 
 # -- the KMS says no -------------------------------------------------------------------------------------------------
@@ -623,6 +647,10 @@ def test_over_the_wire_to_aws(
         assert session.scalars(select(Patient.ssn).where(Patient.id < 10).order_by(Patient.id)).all() == SSNS
         session.scalars(select(Plain)).all()
         assert kms_server.calls == {"Encrypt": FILLED + 1, "Decrypt": 1 + 5}
+        # In the customer's log an access to a value is told from the opening of the tenant.
+        purposes = [body["EncryptionContext"]["sqla-byok:purpose"] for _, body in kms_server.requests]
+        assert purposes[2:4] == ["tenant-key", "value"]
+        assert set(purposes[3:]) == {"value"}
         kms_server.disable(key)
         with pytest.raises(KeyDisabledError):
             session.scalars(select(Patient.ssn)).all()

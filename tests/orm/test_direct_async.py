@@ -370,6 +370,7 @@ async def test_a_sealed_value_goes_nowhere_else(local: Byok, sqlite: AsyncEngine
             update(Patient).where(Patient.id == 2).values(ssn=ssn),
             update(patients).where(patients.c.id == bindparam("which")).values(ssn=bindparam("it")),
             select(Patient).where(Patient.ssn == ssn),
+            select(Note).where(Note.tag == ssn),
             select(Patient).where(Patient.ssn.in_([ssn])),
         ):
             named = {"which": 1, "it": ssn} if "it" in statement.compile().params else None
@@ -381,6 +382,7 @@ async def test_a_sealed_value_goes_nowhere_else(local: Byok, sqlite: AsyncEngine
                 "patient.name",
                 "plain.name",
                 "note.body",
+                "note.tag",
             )
             await session.rollback()
         visit = await session.get_one(Visit, 1)
