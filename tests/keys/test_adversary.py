@@ -148,6 +148,7 @@ COLUMNS: dict[str, tuple[str, type[ByokError] | None]] = {
     "byok_generation.state": (AFTER, KeystoreTamperedError),
     "byok_claim.claim": (UNREAD, None),
     "byok_claim.tenant": (UNREAD, None),
+    "byok_claim.of": (UNREAD, None),
 }
 
 # A look at the keystore every few seconds reads these; what else was changed shows when the keys are renewed.
