@@ -37,18 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "local_kms(reason): not with --kms=clouds, and why")
+def pytest_configure() -> None:
     # SIGTERM, as a cancelled CI job gets it, ends the run as Ctrl-C does: with the databases dropped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--kms") == "local":
-        return
-    for item in items:
-        for mark in item.iter_markers("local_kms"):
-            item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
 
 
 @pytest.fixture(scope="session")
