@@ -27,6 +27,7 @@ from sqlalchemy.sql.elements import (
     Case,
     Cast,
     ClauseElement,
+    ClauseList,
     ColumnClause,
     ColumnElement,
     Grouping,
@@ -336,9 +337,9 @@ class _Walk:
         self.findings: list[Finding] = []
         self.groups = False
         self._root: Any = None  # the expression that is being walked, as a whole
-        self._seen: dict[
-            tuple[int, bool], Any
-        ] = {}  # keeps what it has seen alive, so that no id comes twice
+        # What was walked, by its id, and kept alive, so that no id comes twice.
+        self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
+        self._sources: dict[int, Any] = {}
         self._scopes: list[tuple[Sequence[Any], Sequence[Any]]] = []
         self._found: set[Table] = set()
         self._texts: list[str] = []
@@ -402,28 +403,30 @@ class _Walk:
     def statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
         """Any statement; returns the columns of each of its parts."""
         key = (id(statement), why is None)
-        if key in self._seen:
-            return []
-        self._seen[key] = statement
-        root, self._root = self._root, None
-        try:
-            if isinstance(statement, Select):
-                return [self._select(statement, why)]
-            if isinstance(statement, CompoundSelect):
-                return self._compound(statement, why)
-            if getattr(statement, "is_dml", False):
-                self._dml(statement)
-            elif isinstance(statement, TextClause):
-                self._texts.append(statement.text)
-            elif isinstance(statement, TextualSelect):
-                self._texts.append(statement.element.text)
-            elif isinstance(statement, ColumnElement):
-                self.visit(statement, why)
-            elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
-                return self.statement(inner, why)
-            return []
-        finally:
+        known = self._seen.get(key)
+        if known is None:
+            root, self._root = self._root, None
+            self._seen[key] = known = (statement, [])
+            known[1].extend(self._statement(statement, why))
             self._root = root
+        return known[1]
+
+    def _statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
+        if isinstance(statement, Select):
+            return [self._select(statement, why)]
+        if isinstance(statement, CompoundSelect):
+            return self._compound(statement, why)
+        if getattr(statement, "is_dml", False):
+            self._dml(statement)
+        elif isinstance(statement, TextClause):
+            self._texts.append(statement.text)
+        elif isinstance(statement, TextualSelect):
+            self._texts.append(statement.element.text)
+        elif isinstance(statement, ColumnElement):
+            self.visit(statement, why)
+        elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
+            return self.statement(inner, why)
+        return []
 
     def _select(self, select: Any, why: _Why | None) -> list[Any]:
         parts = upstream.parts(select, self._compiled)
@@ -531,7 +534,8 @@ class _Walk:
             self._part(key, _COMPUTED)
         elif _is_light(table) and str(name).lower() in (known := _protected(table.name)):
             self._add(known[str(name).lower()], _LIGHT.what, _LIGHT.way, True)
-        if isinstance(value, ClauseElement):
+        # A value that is given an encrypted column's type, for bytes of one's own, is meant.
+        if isinstance(value, ClauseElement) and not isinstance(value, BindParameter):
             self._part(value, _COPIED)
 
     # -- FROM ------------------------------------------------------------------------------------------------------
@@ -541,10 +545,9 @@ class _Walk:
         if isinstance(source, Table):
             self._found.add(source)
             return
-        key = (id(source), True)
-        if key in self._seen:
+        if id(source) in self._sources:
             return
-        self._seen[key] = source
+        self._sources[id(source)] = source
         if isinstance(source, Join):
             self.source(source.left)
             self.source(source.right)
@@ -556,7 +559,7 @@ class _Walk:
             for value in upstream.rows_of_values(source):
                 if isinstance(value, ClauseElement):
                     self._part(value, _VALUES)
-        elif isinstance(source, FunctionElement):
+        elif isinstance(source, FunctionElement | TextClause):
             self._part(source, _COMPUTED)
         else:
             restated = upstream.restated(source)
@@ -656,14 +659,10 @@ class _Walk:
                 self._add(known[column.name.lower()], _LIGHT.what, _LIGHT.way, True)
 
     def _looked_up(self, comparison: HashComparison) -> None:
-        for side in (comparison.left, comparison.right):
-            bare = _bare(side)
-            for operand in (
-                getattr(bare, "clauses", (bare,)) if not isinstance(bare, FunctionElement) else (bare,)
-            ):
-                one = _bare(operand)
-                if not isinstance(one, BindParameter):
-                    self._part(one, None)
+        shown = comparison.rendered(1)  # what of it is sent
+        for side in (_bare(shown.left), _bare(shown.right)):
+            for operand in side.clauses if isinstance(side, ClauseList) else (side,):
+                self._part(_bare(operand), None)
 
     def _binary(self, binary: Any) -> None:
         left, right = binary.left, binary.right
