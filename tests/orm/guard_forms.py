@@ -388,7 +388,9 @@ LEGAL: dict[str, Legal] = {
     "HAVING count": lambda m: select(m.P.n).group_by(m.P.n).having(func.count(m.P.nick) > 0).order_by(m.P.n),
     "coalesce of one column": lambda m: select(func.coalesce(m.P.nick, m.P.nick, null())).order_by(m.P.id),
     "coalesce of two rows": lambda m: (
-        (lambda one: select(func.coalesce(one.nick, m.P.nick)).select_from(m.P).join(one, one.id == 1).order_by(m.P.id))(aliased(m.P))
+        (lambda one: (
+            select(func.coalesce(one.nick, m.P.nick)).select_from(m.P).join(one, one.id == 1).order_by(m.P.id)
+        ))(aliased(m.P))
     ),
     "case results": lambda m: select(case((m.P.n == 1, m.P.mrn), else_=null())).order_by(m.P.id),
     "EXISTS": lambda m: select(m.P.id).where(exists().where(m.R.mrn == m.P.mrn, m.R.code == "y")),

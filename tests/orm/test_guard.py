@@ -49,6 +49,7 @@ LOG = "sqla_byok.guard"
 @contextmanager
 def reached(engine: Engine) -> Iterator[list[str]]:
     """The SQL that the cursor was given within the block."""
+    engine.connect().close()  # the dialect's own questions come first
     sent: list[str] = []
 
     def listen(cursor: Any, statement: str, *rest: Any) -> None:
@@ -180,7 +181,7 @@ def test_a_report_lets_statements_run(
         for number in (1, 2):
             session.execute(select(P.id).where(P.n == number).order_by(P.mrn))
         session.execute(select(P.note).order_by(P.mrn))
-        session.execute(select(func.max(P.sec)))
+        session.execute(select(func.length(P.sec)))
     assert [record.name for record in caplog.records] == [LOG, LOG]
     report = byok.guard_report()
     assert {column: list(found.values()) for column, found in report.items()} == {

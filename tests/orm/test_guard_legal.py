@@ -18,7 +18,8 @@ def _plain(value: Any) -> Any:
     if mapper is None:
         return bytes(value) if isinstance(value, bytes) else value
     shown = [getattr(value, name) for name, _ in mapper.columns.items() if not name.endswith("_hash")]
-    for name, _ in mapper.relationships.items():
+    for relationship in mapper.relationships:
+        name = relationship.key
         loaded = value.__dict__.get(name)
         if isinstance(loaded, list):
             shown.append((name, [_plain(one) for one in loaded]))
