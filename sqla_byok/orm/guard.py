@@ -421,7 +421,7 @@ class _Walk:
         elif isinstance(statement, TextClause):
             self._texts.append(statement.text)
         elif isinstance(statement, TextualSelect):
-            self._texts.append(statement.element.text)
+            self._texts.append(str(statement.element))
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
@@ -628,8 +628,8 @@ class _Walk:
                 self._operand(part, _TUPLE)
         elif isinstance(element, Over):
             self.visit(element.element, _COMPUTED)
-            for part in (element.partition_by, element.order_by):
-                self.visit(part, _WINDOW)
+            self.visit(element.partition_by, _WINDOW)
+            self.visit(element.order_by, _WINDOW)
         elif (name := upstream.named_in_order_by(element)) is not None:
             self._named(name, why)
         else:
@@ -769,9 +769,9 @@ def _is_light(table: Any) -> bool:
 def _carried(column: Any) -> Any:
     """The type of the encrypted column whose ciphertext comes in a subquery's column under another type."""
     for base in column.base_columns:
-        inner = _bare(base)
-        while isinstance(inner, TypeCoerce | Label | Grouping):
-            inner = inner.clause if isinstance(inner, TypeCoerce) else inner.element
+        inner: Any = _bare(base)
+        while isinstance(inner, TypeCoerce):
+            inner = _bare(inner.clause)
         if _is_encrypted(inner):
             return inner.type
     return None

@@ -301,7 +301,7 @@ def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialec
     :raises KeystoreUnavailableError: if the salts may have changed since the process looked.
     """
     _may_bind(ring, clock, 0)
-    type_ = search_hash(column).type
+    type_: Any = search_hash(column).type
     binding, found = slot_of(dialect).binding, []
     token = binding.set(ring)
     try:

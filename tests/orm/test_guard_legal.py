@@ -34,6 +34,12 @@ def _rows(session: Session, form: Any, models: Models) -> list[Any]:
     return found
 
 
+def _known_to(engine: Engine) -> dict[str, Any]:
+    """MariaDB has no FILTER."""
+    mariadb = engine.dialect.name in ("mysql", "mariadb")
+    return {name: form for name, form in LEGAL.items() if not (mariadb and "FILTER" in name)}
+
+
 def test_legal_forms_give_their_twins_rows(engine: Engine, byok: Byok) -> None:
     """No false alarm, and no other row than in plaintext."""
     for models in (ENCRYPTED, PLAIN):
@@ -43,7 +49,7 @@ def test_legal_forms_give_their_twins_rows(engine: Engine, byok: Byok) -> None:
         session.add_all(rows(ENCRYPTED))
         session.add_all(rows(PLAIN))
         session.commit()
-        for name, form in LEGAL.items():
+        for name, form in _known_to(engine).items():
             try:
                 mine, theirs = (_rows(session, form, models) for models in (ENCRYPTED, PLAIN))
             except Exception as error:
@@ -64,7 +70,7 @@ async def test_legal_forms_give_their_twins_rows_from_asyncio(async_engine: Asyn
         session.add_all(rows(ENCRYPTED))
         session.add_all(rows(PLAIN))
         await session.commit()
-        for name, form in LEGAL.items():
+        for name, form in _known_to(async_engine.sync_engine).items():
             mine, theirs = [await session.run_sync(_rows, form, models) for models in (ENCRYPTED, PLAIN)]
             if mine != theirs or not mine:
                 wrong[name] = mine, theirs

@@ -303,6 +303,11 @@ def _run(session: Session, name: str, models: tuple[Any, ...]) -> Any:
     return result
 
 
+def _known_to(engine: Engine) -> list[str]:
+    """MariaDB has no FILTER."""
+    return [name for name in TUTORIAL if name != "filter" or engine.dialect.name not in ("mysql", "mariadb")]
+
+
 def test_tutorial_queries(engine: Engine, byok: Byok) -> None:
     """Every query of the tutorial runs, and gives over encrypted models what it gives over plaintext."""
     with byok.session("t1", engine) as session:
@@ -310,7 +315,7 @@ def test_tutorial_queries(engine: Engine, byok: Byok) -> None:
             models[0].metadata.create_all(engine)
             _fill(session, models)
         wrong = {}
-        for name in TUTORIAL:
+        for name in _known_to(engine):
             try:
                 mine, theirs = (_run(session, name, models) for models in (ENCRYPTED, PLAIN))
             except Exception as error:
@@ -329,7 +334,7 @@ async def test_tutorial_queries_from_asyncio(async_engine: AsyncEngine, abyok: B
             async with async_engine.begin() as connection:
                 await connection.run_sync(models[0].metadata.create_all)
             await session.run_sync(_fill, models)
-        for name in TUTORIAL:
+        for name in _known_to(async_engine.sync_engine):
             mine, theirs = [await session.run_sync(_run, name, models) for models in (ENCRYPTED, PLAIN)]
             if mine != theirs or not mine:
                 wrong[name] = mine, theirs
@@ -483,7 +488,7 @@ def test_sqladmin_pages(app_engine: tuple[Engine, Byok]) -> None:
         assert "new-name" in client.get(f"{page}/list?search=B-2").text
         assert client.delete(f"{page}/delete?pks=1").status_code == 200
         assert client.get(f"{page}/details/1").status_code == 404
-        with pytest.raises(UnsupportedQueryError, match="ORDER BY"):
+        with pytest.raises(UnsupportedQueryError, match="app_patient.mrn"):
             client.get(f"{page}/list?sortBy=mrn&sort=asc")
     with Session(engine) as session:
         assert session.scalars(select(Patient.mrn).order_by(Patient.id)).all() == ["B-2", "A-3"]
