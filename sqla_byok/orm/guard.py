@@ -209,6 +209,19 @@ _BIND = _Why(
 )
 
 
+_COMPARISONS = (_COMPARED, _TUPLE, _CASE, _HASH)
+
+
+def _may_be_a_value(type_: Any, source: Any, why: _Why) -> bool:
+    """Whether a parameter may carry a value of the column in the clear, and is not merely a length or a position."""
+    if isinstance(type_, _OURS):
+        return False
+    try:
+        return why in _COMPARISONS or type_.python_type is source.python_type
+    except NotImplementedError:
+        return True
+
+
 def _function(name: str) -> _Why:
     shown = f"{name}()" if name else "the function"
     return _Why(f"{shown} would be computed on ciphertext", _PYTHON)
@@ -351,7 +364,7 @@ class _Walk:
         source = type_.source if isinstance(type_, SearchHash) else type_
         way = why.way if source.searchable or why.unsearchable is None else why.unsearchable
         leaks = self._root is not None and any(
-            isinstance(element, BindParameter) and not isinstance(element.type, _OURS)
+            isinstance(element, BindParameter) and _may_be_a_value(element.type, source, why)
             for element in iterate(self._root)
         )
         self._add(_id(type_), why.what, way, leaks)
@@ -383,6 +396,7 @@ class _Walk:
             return
         columns = {name: table.name for table in self._found for name, _ in _encrypted_in(table)}
         here = {table.name.lower() for table in self._found}
+        here.update(column.name.lower() for table in self._found for column in table.c)
         for text in self._texts:
             for name in _names_in(text):
                 if name in columns or (_tables.get(name) and name not in here):
@@ -500,6 +514,9 @@ class _Walk:
         table = dml.table
         self.source(table)
         if not dml.is_delete:
+            if _is_light(table):
+                for name in self._compiled.bind_names.values():  # of values and of rows given apart
+                    self._light(table, name)
             items = [*upstream.values(dml)]
             for group in upstream.multi_values(dml):
                 items += [item for row in group if isinstance(row, Mapping) for item in row.items()]
@@ -532,8 +549,6 @@ class _Walk:
             return
         if column is not None and isinstance(key, ColumnElement):
             self._part(key, _COMPUTED)
-        elif _is_light(table) and str(name).lower() in (known := _protected(table.name)):
-            self._add(known[str(name).lower()], _LIGHT.what, _LIGHT.way, True)
         # A value that is given an encrypted column's type, for bytes of one's own, is meant.
         if isinstance(value, ClauseElement) and not isinstance(value, BindParameter):
             self._part(value, _COPIED)
@@ -655,8 +670,14 @@ class _Walk:
         elif not isinstance(table, Table):
             if why is not None and (carried := _carried(column)) is not None:
                 self._refuse(carried, why)
-            if _is_light(table) and column.name.lower() in (known := _protected(table.name)):
-                self._add(known[column.name.lower()], _LIGHT.what, _LIGHT.way, True)
+            for base in column.base_columns:
+                if _is_light(getattr(base, "table", None)):
+                    self._light(base.table, base.name)
+
+    def _light(self, table: Any, name: str) -> None:
+        known = _protected(table.name)
+        if name.lower() in known:
+            self._add(known[name.lower()], _LIGHT.what, _LIGHT.way, True)
 
     def _looked_up(self, comparison: HashComparison) -> None:
         shown = comparison.rendered(1)  # what of it is sent

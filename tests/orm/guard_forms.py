@@ -294,6 +294,9 @@ REFUSED: dict[str, Refused] = {
     "SELECT from table()": Refused(
         lambda p, r: select((t := table("g_patient", column("id"), column("mrn"))).c.id).where(t.c.mrn == SECRET)
     ),
+    "SELECT from an alias of table()": Refused(
+        lambda p, r: select(table("g_patient", column("id"), column("mrn")).alias().c.mrn)
+    ),
     "INSERT into table()": Refused(
         lambda p, r: insert(table("g_patient", column("id"), column("mrn"))).values(id=1, mrn=SECRET)
     ),

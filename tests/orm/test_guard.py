@@ -12,7 +12,11 @@ from keys_tools import TurnableClock
 from orm.guard_forms import ENCRYPTED, MRN, REFUSED, REFUSED_ORM, SECRET, Refused, rows
 from orm.search_forms import statements
 from sqlalchemy import (
+    Column,
     Engine,
+    MetaData,
+    String,
+    Table,
     bindparam,
     column,
     create_engine,
@@ -35,6 +39,7 @@ from sqla_byok import (
     Byok,
     ConfigurationError,
     Digest,
+    Encrypted,
     LocalKms,
     NoTenantError,
     UnsupportedQueryError,
@@ -181,11 +186,13 @@ def test_a_report_lets_statements_run(
         for number in (1, 2):
             session.execute(select(P.id).where(P.n == number).order_by(P.mrn))
         session.execute(select(P.note).order_by(P.mrn))
+        session.execute(select(func.substr(P.nick, 1, 3)))
         session.execute(select(func.length(P.sec)))
-    assert [record.name for record in caplog.records] == [LOG, LOG]
+    assert [record.name for record in caplog.records] == [LOG] * 3
     report = byok.guard_report()
     assert {column: list(found.values()) for column, found in report.items()} == {
         MRN: [2],
+        "g_patient.nick": [1],
         "g_patient.sec": [1],
     }
     assert all(message.startswith(f"{column}: ") for column, found in report.items() for message in found)
@@ -249,9 +256,11 @@ def refusing(engine: Engine, byok: Byok) -> Iterator[Engine]:
 
 def test_text_that_names_a_protected_table_is_refused(refusing: Engine, byok: Byok) -> None:
     """By tokens, in text(), in exec_driver_sql() and within a statement; strings, comments and DDL do not count."""
+    namesake = Table(
+        "note", MetaData(), Column("x", Encrypted(String))
+    )  # as a plain column of the statement's table
+    assert namesake.c.x.type.column_id == "note.x"
     with refusing.connect() as connection:
-        quote = refusing.dialect.identifier_preparer.quote
-        assert quote
         for sql in NAMING:
             with reached(refusing) as sent:
                 with pytest.raises(UnsupportedQueryError, match="textual SQL"):
@@ -317,6 +326,8 @@ def test_light_tables_of_other_names_are_free(engine: Engine, byok: Byok) -> Non
         connection.execute(update(light).where(light.c.id == 1).values(note="x"))
         assert connection.execute(select(func.count()).select_from(light)).scalar() == 0
         assert connection.execute(select(light.c.id, light.c.note)).all() == []
+        with pytest.raises(UnsupportedQueryError, match=r"table\(\)"):
+            connection.execute(insert(light), [{"id": 1, "mrn": SECRET}, {"id": 2, "mrn": SECRET}])
 
 
 # -- hashes of one's own ---------------------------------------------------------------------------------------------
