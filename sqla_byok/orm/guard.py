@@ -455,7 +455,7 @@ class _Walk:
             self._told_apart(parts.columns, _DISTINCT)
         for column in parts.distinct_on:
             self._part(column, _DISTINCT)
-        self._grouped(parts.group_by)
+        self._grouped(parts.group_by, parts.columns)
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         for other in parts.others:
@@ -481,7 +481,7 @@ class _Walk:
         self._scopes.append((lists[0] if lists else (), ()))
         for column in order_by:
             self._ordered(column, lists[0] if lists else ())
-        self._grouped(group_by)
+        self._grouped(group_by, lists[0] if lists else ())
         self._scopes.pop()
         return lists
 
@@ -496,19 +496,27 @@ class _Walk:
         else:
             self.groups = True
 
-    def _grouped(self, elements: Iterable[Any]) -> None:
-        bare = [_referred(element) for element in elements]
+    def _grouped(self, elements: Iterable[Any], columns: Sequence[Any]) -> None:
+        bare = [_referred(one) for element in elements for one in self._meant(element, columns)]
         self._told_apart(bare, _GROUP_BY)
         for element in bare:
             if not isinstance(getattr(element, "type", None), _OURS) or not isinstance(element, ColumnClause):
                 self._part(element, _GROUP_BY)
 
     def _ordered(self, element: Any, columns: Sequence[Any]) -> None:
-        if isinstance(element, TextClause) and (ordinal := re.match(r"\s*(\d+)\b", element.text)):
-            place = int(ordinal.group(1)) - 1
-            if place < len(columns):
-                self._part(columns[place], _ORDER_BY)
-        self._part(element, _ORDER_BY)
+        for meant in self._meant(element, columns):
+            self._part(meant, _ORDER_BY)
+
+    def _meant(self, element: Any, columns: Sequence[Any]) -> list[Any]:
+        """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
+        bare = element
+        while isinstance(bare, UnaryExpression):
+            bare = bare.element
+        if (name := upstream.named_in_order_by(bare)) is not None:
+            return self._of_name(name)
+        text = bare.text if isinstance(bare, TextClause) else getattr(bare, "is_literal", False) and bare.name
+        places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
+        return [columns[place] for place in places if place < len(columns)] or [element]
 
     def _dml(self, dml: Any) -> None:
         table = dml.table
@@ -646,7 +654,8 @@ class _Walk:
             self.visit(element.partition_by, _WINDOW)
             self.visit(element.order_by, _WINDOW)
         elif (name := upstream.named_in_order_by(element)) is not None:
-            self._named(name, why)
+            for column in self._of_name(name):
+                self._part(column, why)
         else:
             if isinstance(element, UnaryExpression) and why is None:
                 why = _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED
@@ -740,14 +749,11 @@ class _Walk:
             self._refuse(cast.type, _CAST)
         self.visit(cast.clause, _CAST)
 
-    def _named(self, name: str, why: _Why | None) -> None:
-        """A column that is named by a string."""
+    def _of_name(self, name: str) -> list[Any]:
+        """The columns that a string may name."""
         columns, froms = self._scopes[-1] if self._scopes else ((), ())
         found = [column for column in columns if name in upstream.names_of(column)]
-        if not found:
-            found = [source.c[name] for source in froms if name in source.c]
-        for column in found:
-            self._part(column, why)
+        return found or [source.c[name] for source in froms if name in getattr(source, "c", ())]
 
 
 # -- what an element is ----------------------------------------------------------------------------------------------

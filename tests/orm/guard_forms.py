@@ -188,6 +188,9 @@ REFUSED: dict[str, Refused] = {
     "ORDER BY a label's name": Refused(lambda p, r: select(p.id, p.mrn.label("m")).order_by("m")),
     "ORDER BY a label": Refused(lambda p, r: _labelled(p)),
     "ORDER BY a position": Refused(lambda p, r: select(p.id, p.mrn).order_by(text("2 DESC"))),
+    "ORDER BY a literal position": Refused(lambda p, r: select(p.id, p.mrn).order_by(literal_column("2"))),
+    "ORDER BY positions": Refused(lambda p, r: select(p.id, p.mrn).order_by(text("1, 2"))),
+    "GROUP BY a position": Refused(lambda p, r: select(p.mrn, func.count()).group_by(text("1"))),
     "ORDER BY case": Refused(lambda p, r: select(p.id).order_by(case((p.id == 1, p.mrn)))),
     "ORDER BY in a subquery": Refused(
         lambda p, r: select(func.count()).select_from(select(p.id).order_by(p.mrn).limit(1).subquery())
@@ -411,6 +414,9 @@ LEGAL: dict[str, Legal] = {
     "DISTINCT of plain columns": lambda m: select(m.P.note).where(m.P.nick == "ada").distinct(),
     "GROUP BY the key": lambda m: (
         select(m.P.id, m.P.mrn, func.count(m.R.id)).join(m.P.visits).group_by(m.P.id, m.P.mrn).order_by(m.P.id)
+    ),
+    "GROUP BY the key by name": lambda m: (
+        select(m.P.id.label("i"), m.P.mrn.label("m"), func.count(m.R.id)).join(m.P.visits).group_by("i", "m")
     ),
     "GROUP BY a plain column": lambda m: (
         select(m.P.n, func.count(m.P.sec)).where(m.P.mrn != "b").group_by(m.P.n).order_by(m.P.n)
