@@ -416,7 +416,8 @@ LEGAL: dict[str, Legal] = {
         select(m.P.id, m.P.mrn, func.count(m.R.id)).join(m.P.visits).group_by(m.P.id, m.P.mrn).order_by(m.P.id)
     ),
     "GROUP BY the key by name": lambda m: (
-        select(m.P.id.label("i"), m.P.mrn.label("m"), func.count(m.R.id)).join(m.P.visits).group_by("i", "m")
+        select(m.P.id.label("i"), m.P.mrn.label("m"), func.count(m.R.id))
+        .join(m.P.visits).group_by("i", "m").order_by("i")
     ),
     "GROUP BY a plain column": lambda m: (
         select(m.P.n, func.count(m.P.sec)).where(m.P.mrn != "b").group_by(m.P.n).order_by(m.P.n)
