@@ -281,6 +281,21 @@ def measure_bystander(report: Report, attached: Engine, other: Engine) -> None:
     idle.dispose()
 
 
+def measure_guard(report: Report, attached: Engine) -> None:
+    """The guard's walk, once for each compiled statement, beside compiling it. A cached statement is not walked."""
+    from sqla_byok.orm.guard import Findings, Guard
+
+    guard, times = Guard("raise", "warn", Findings()), 200
+    statement = (
+        select(SecretLookUp).where(SecretLookUp.mrn == "x", SecretLookUp.id > 1).order_by(SecretLookUp.id)
+    )
+    compiled = statement.compile(attached)
+    measured = ratio(
+        repeat(lambda: guard.judge(compiled), times), repeat(lambda: statement.compile(attached), times), 15
+    )
+    report.ratio("the guard's walk ÷ compiling the statement", measured, 0.6, times, "statement")
+
+
 def analyze(engine: Engine) -> None:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for model in (SecretLookUp, PlainLookUp):
@@ -384,6 +399,7 @@ def main() -> int:
                 byok.attach(attached)
                 Base.metadata.create_all(attached)
             measure_values(report, byok, found["sqlite"][0])
+            measure_guard(report, found["sqlite"][0])
             for kind, (attached, other) in found.items():
                 measure_bystander(report, attached, other)
                 measure_rows(

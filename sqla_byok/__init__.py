@@ -43,6 +43,7 @@ from sqla_byok.keys.keystore import keystore_metadata
 from sqla_byok.keys.onboarding import Proof
 from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
+from sqla_byok.orm.guard import search_hash
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok, Outcome, Status
@@ -95,4 +96,5 @@ __all__ = [
     "UnsupportedQueryError",
     "WrongKeyError",
     "keystore_metadata",
+    "search_hash",
 ]

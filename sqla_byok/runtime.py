@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine
+from sqlalchemy import URL, Connection, Dialect, Engine
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Session
 
 from sqla_byok.audit import Actor, Audit, Event, acting
@@ -27,6 +28,7 @@ from sqla_byok.errors import (
     KmsRefusedError,
     NotAttachedError,
     NoTenantError,
+    UnsupportedQueryError,
 )
 from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.database import open_database
@@ -42,8 +44,10 @@ from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
-from sqla_byok.orm.hooks import ACTOR_OPTION, TENANT_OPTION, attach
+from sqla_byok.orm.guard import Findings, Guard
+from sqla_byok.orm.hooks import ACTOR_OPTION, TENANT_OPTION, attach, hashes
 from sqla_byok.orm.slots import refuse_foreign, slot_of
+from sqla_byok.orm.types import Digest
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -170,6 +174,8 @@ class Byok(Secret):
         self._single_tenant = single_tenant
         self._tenant: ContextVar[_Scope | None] = ContextVar("byok_tenant", default=None)
         clock = clock or SystemClock()
+        self._findings, self._dialect = Findings(), cast("Dialect | None", None)
+        self._clock = clock
         self._audit = Audit(*(() if on_event is None else (on_event,)))
         self._secrets = Secrets(secret_prefixes, secret_stores, profiles["default"])
         self._database = open_database(keystore)
@@ -202,16 +208,35 @@ class Byok(Secret):
         """:meth:`create_keystore` from asyncio."""
         await asyncio.to_thread(self.create_keystore)
 
-    def attach(self, *engines: Engine | AsyncEngine) -> None:
+    def attach(
+        self,
+        *engines: Engine | AsyncEngine,
+        guard: Literal["raise", "report"] = "raise",
+        raw_sql: Literal["warn", "refuse", "allow"] = "warn",
+    ) -> None:
         """Let statements on these engines, sync or async, encrypt and decrypt. Makes no connection.
 
         From now on the engine hides parameters in logs and exceptions. Attaching twice changes nothing.
 
-        :raises ConfigurationError: if an engine is attached to another Byok.
+        :param guard: ``"raise"``: a statement that would compare, sort, group or compute on ciphertext raises
+            :class:`UnsupportedQueryError` before it reaches the database. ``"report"``: it is logged once to
+            ``sqla_byok.guard``, counted in :meth:`guard_report` and let through, for the time before a first migration;
+            but one that would send a value in the clear, and what the column's own operators refuse, raises even then.
+        :param raw_sql: what happens to textual SQL that names a table with encrypted columns: ``"warn"`` logs each text
+            once, ``"refuse"`` raises, ``"allow"`` does nothing. DDL and inspection are left alone.
+        :raises ConfigurationError: if an engine is attached to another Byok, or for another word.
         """
         for engine in engines:
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
-            attach(sync_engine, self._keyrings, self._current_tenant)
+            attach(sync_engine, self._keyrings, self._current_tenant, Guard(guard, raw_sql, self._findings))
+            self._dialect = self._dialect or type(sync_engine.dialect)()
+
+    def guard_report(self) -> dict[str, dict[str, int]]:
+        """What the guard has found on engines attached with ``guard="report"``, since the start of the process.
+
+        :returns: by column id, what was found and what to do, with the number of compiled statements in which it was.
+        """
+        return self._findings.summary()
 
     @staticmethod
     def register_kms(provider: type[Kms]) -> None:
@@ -653,6 +678,47 @@ class Byok(Secret):
         async with AsyncSession(engine.execution_options(**options_of_all), **options) as session:
             yield session
 
+    def hash(self, column: Any, value: Any) -> Digest:
+        """The search hash of a value for the current tenant, for handwritten SQL.
+
+        ::
+
+            with byok.tenant("org-42"):
+                mrn = byok.hash(Patient.mrn, "A-1")
+                connection.execute(text("SELECT id FROM patient WHERE mrn_hash = :mrn"), {"mrn": mrn})
+
+        :param column: the attribute or column; searchable.
+        :param value: what its type takes; normalized as the column says.
+        :returns: 32 bytes.
+        :raises UnsupportedQueryError: while the tenant's search salts are being rotated, when a value may have several
+            hashes: take :meth:`hashes` with IN. And if the column has no hashes, or the value is None.
+        :raises EncodeError: if the value does not fit the column.
+        :raises NoTenantError: outside ``byok.tenant()``, without ``single_tenant``.
+        :raises KmsError: if the tenant has to be opened and its KMS refuses or does not answer.
+        """
+        return _only(self.hashes(column, value), column)
+
+    async def ahash(self, column: Any, value: Any) -> Digest:
+        """:meth:`hash` from asyncio."""
+        return _only(await self.ahashes(column, value), column)
+
+    def hashes(self, column: Any, value: Any) -> list[Digest]:
+        """All search hashes that a value may have for the current tenant: one, and more while salts are rotated.
+
+        ::
+
+            find = text("SELECT id FROM patient WHERE mrn_hash IN :mrn")
+            find = find.bindparams(bindparam("mrn", expanding=True))
+            connection.execute(find, {"mrn": byok.hashes(Patient.mrn, "A-1")})
+
+        Takes and raises what :meth:`hash` does, and returns the active salt's hash first.
+        """
+        return hashes(column, value, self._ring(), self._clock, self._dialect or DefaultDialect())
+
+    async def ahashes(self, column: Any, value: Any) -> list[Digest]:
+        """:meth:`hashes` from asyncio."""
+        return hashes(column, value, await self._aring(), self._clock, self._dialect or DefaultDialect())
+
     def seal(self, data: bytes, purpose: str) -> bytes:
         """Encrypt bytes under the current tenant's data key, for a place outside the columns: a task's argument, a
         cache, a file.
@@ -745,6 +811,15 @@ class Byok(Secret):
             )
         if slot_of(engine.dialect).keyrings is not self._keyrings:
             raise NotAttachedError("give the engine to Byok.attach() before you open a session on it")
+
+
+def _only(found: list[Digest], column: Any) -> Digest:
+    if len(found) > 1:
+        raise UnsupportedQueryError(
+            f"{column}: the tenant's search salts are being rotated, so that the value may have one of {len(found)} "
+            "hashes; look it up with Byok.hashes() and IN"
+        )
+    return found[0]
 
 
 class _Scope(NamedTuple):

@@ -36,6 +36,7 @@ from sqlalchemy import (
     Time,
     Uuid,
     bindparam,
+    case,
     create_engine,
     delete,
     event,
@@ -44,6 +45,7 @@ from sqlalchemy import (
     literal,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -416,6 +418,17 @@ REFUSED = [
     Failure("IN with a class in the list", lambda w: w.search(Patient.mrn.in_([CANARY, Patient])), EncodeError),
     Failure("equality, not searchable", lambda w: w.search(Patient.name == CANARY), UnsupportedQueryError),
     Failure("IN, not searchable", lambda w: w.search(Patient.name.in_([CANARY])), UnsupportedQueryError),
+    Failure("a literal on the left", lambda w: w.search(literal(CANARY) == Patient.mrn), UnsupportedQueryError),
+    Failure("a literal on the left of the hash",
+            lambda w: w.search(literal(CANARY) == Patient.mrn_hash), UnsupportedQueryError),
+    Failure("equality of a function", lambda w: w.search(func.lower(Patient.mrn) == CANARY), UnsupportedQueryError),
+    Failure("case of a value", lambda w: w.search(case({CANARY: 1}, value=Patient.mrn) == 1), UnsupportedQueryError),
+    Failure("coalesce with a literal",
+            lambda w: w.s.execute(select(func.coalesce(Patient.mrn, CANARY))), UnsupportedQueryError),
+    Failure("a tuple", lambda w: w.search(tuple_(Patient.id, Patient.mrn).in_([(1, CANARY)])), UnsupportedQueryError),
+    Failure("a name for two columns",
+            lambda w: w.search(Patient.mrn == bindparam("q"), Patient.size == bindparam("q"), q=CANARY),
+            (UnsupportedQueryError, StatementError)),
     Failure("equality with a function", lambda w: w.search(Patient.mrn == func.lower(CANARY)), UnsupportedQueryError),
     # statements that would write what no hash follows
     Failure("INSERT of an expression",

@@ -63,6 +63,9 @@ _ROTATING = (
     "it cannot be compared with another column or a subquery while its salts are being rotated, since equal values may "
     "have unequal hashes until their rows are moved; compare it with values"
 )
+_OTHER_KEY = (
+    "{} hashes with another salt or in another way; give both columns one salt_scope, hash and normalize"
+)
 _NOT_SEARCHABLE = "it is not searchable; declare it with Encrypted(…, searchable=True) and fill its hashes"
 
 
@@ -156,6 +159,8 @@ class HashComparison(BinaryExpression[Any]):
             left, right = _hashed(left, column), _hashed(right, column)
         elif not (_is_hash_column(left) or _is_hash_column(right)):
             _refuse(left, "only an encrypted column itself can be looked up, not an expression over it")
+        else:
+            _check_one_key(left, right)
         return self._over(left, right, self.operator) if live == 1 else self._fanned_out(left, right, live)
 
     def _fanned_out(self, left: Any, right: Any, live: int) -> ColumnElement[Any]:
@@ -225,8 +230,7 @@ def _hashed(operand: Any, column: Any) -> Any:
     if source.type.search_key != column.type.search_key:
         _refuse(
             column,
-            f"{_named(source)} hashes with another salt or in another way; give both columns one salt_scope, hash "
-            "and normalize",
+            _OTHER_KEY.format(_named(source)),
         )
     found = hash_column_of(source)
     if found is None:
@@ -342,6 +346,14 @@ def _select_of_hash(select: Any, source: Any, found: Any) -> Any:
     # The ORM finds the entity in a column's annotations, and by it the joins and criteria of an inheriting class.
     entity = {key: value for key, value in source._annotations.items() if key != "proxy_key"}
     return _bare(select.element).with_only_columns(found._annotate(entity)).scalar_subquery()
+
+
+def _check_one_key(left: Any, right: Any) -> None:
+    """Refuse a comparison of two hash columns whose hashes say nothing of each other."""
+    sides = [getattr(_bare(side), "type", None) for side in (left, right)]
+    keys = {side.source.search_key for side in sides if isinstance(side, SearchHash)}
+    if len(keys) > 1:
+        _refuse(left, _OTHER_KEY.format(_named(right)))
 
 
 def _check_searchable(element: Any) -> None:

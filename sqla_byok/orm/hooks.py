@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
@@ -28,10 +28,11 @@ from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import direct, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
+from sqla_byok.orm.guard import Guard, Verdict, search_hash
 from sqla_byok.orm.slots import slot_of
-from sqla_byok.orm.types import Encrypted, SearchHash
+from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 
-__all__ = ["ACTOR_OPTION", "TENANT_OPTION", "attach"]
+__all__ = ["ACTOR_OPTION", "TENANT_OPTION", "attach", "hashes"]
 
 TENANT_OPTION = "byok_tenant"
 """The execution option that says whose data a session, connection or engine works on."""
@@ -40,11 +41,14 @@ ACTOR_OPTION = "byok_actor"
 """Who is named in the audit for what it opens; Byok.session() sets it."""
 
 
-def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str | None]) -> None:
+def attach(
+    engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str | None], guard: Guard
+) -> None:
     """Put the statement hooks on an engine. Its statements' parameters are hidden from logs and exceptions.
 
     :param keyrings: where the tenants' keys are.
     :param current_tenant: tells whose turn it is in this thread or task, where no execution option says it.
+    :param guard: judges each compiled statement, and text.
     :raises ConfigurationError: if the engine is attached to other keyrings already.
     """
     # A view made by execution_options() shares its engine's dialect: hooks on the view alone would leave the engine
@@ -62,6 +66,9 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
     # What a statement run by another one's column default or event has to put back. One level is enough: where more
     # tenants are nested, before_cursor_execute refuses.
     enclosing: ContextVar[Keyring | None] = ContextVar("byok_enclosing", default=None)
+
+    def ask(compiled: Any) -> _Concerns:
+        return _concerns(compiled, guard)
 
     def before_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> tuple[Any, Any, Any]:
         tenant, ring = options.get(TENANT_OPTION), None
@@ -105,8 +112,11 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             upstream.hold(conn, ring)
         compiled = context.compiled
         if compiled is None:
+            _refuse(guard.text(statement))
             return statement, parameters
-        encrypts, decrypts, sends, _, compared = upstream.known(compiled, _concerns)
+        encrypts, decrypts, sends, _, compared, verdict = upstream.known(compiled, ask)
+        if verdict is not None:
+            _heed(verdict, ring)
         if not (encrypts or decrypts or compared):
             return statement, parameters
         if encrypts or compared:
@@ -132,7 +142,7 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         context = getattr(result, "context", None)  # a default's result is a plain value
         if context is None or context.compiled is None or result._soft_closed:
             return
-        concerns = upstream.known(context.compiled, _concerns)
+        concerns = upstream.known(context.compiled, ask)
         if concerns.decrypts:
             ring = upstream.remembered(context)
             strategy, opener = result.cursor_strategy, None
@@ -170,20 +180,45 @@ class _Concerns(NamedTuple):
     sends: bool  # values to the customer's KMS
     opens: bool  # values by the customer's KMS
     compared: int  # by how many search salts it compares
+    verdict: Verdict | None  # where the guard has something to say
 
 
-def _concerns(compiled: Any) -> _Concerns:
+def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     """Asked once per compiled statement."""
     refuse_embedded(getattr(compiled, "ctes", None) or ())
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
+    verdict = guard.judge(compiled)
     return _Concerns(
         encrypts=any(isinstance(type_, Encrypted | SearchHash) for type_ in binds),
         decrypts=bool(results),
         sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in binds),
         opens=any(type_.mode == "direct" for type_ in results),
         compared=upstream.compared(compiled),
+        verdict=None if verdict.refusal is None and not verdict.groups else verdict,
     )
+
+
+def _heed(verdict: Verdict, ring: Keyring | None) -> None:
+    """Refuse what the guard refuses, and what tells hashes apart where one value may have several."""
+    _refuse(verdict.refusal)
+    if ring is None:
+        raise NoTenantError(
+            "no tenant is set for this statement, which groups by search hashes: nobody could say whether equal "
+            "values have equal hashes; run it in byok.session(tenant, engine)"
+        )
+    if len(ring.live_salts) > 1:
+        raise UnsupportedQueryError(
+            f"the search salts of tenant {ring.tenant!r} are being rotated, so that one value may have several hashes: "
+            "grouping by them would count it several times; wait until the rows are hashed anew, or group in Python",
+            tenant=ring.tenant,
+        )
+
+
+def _refuse(refusal: tuple[str, str | None] | None) -> None:
+    if refusal is not None:
+        message, column = refusal
+        raise UnsupportedQueryError(message, column=column)
 
 
 def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
@@ -256,6 +291,30 @@ def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
             "beforehand for another number of them; execute the statement itself",
             tenant=ring.tenant,
         )
+
+
+def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialect) -> list[Digest]:
+    """What a value may be hashed to by each of a tenant's live search salts, the active one first.
+
+    :param column: an attribute or column that is encrypted and searchable.
+    :param dialect: one of the kind that the column is used with, attached to nothing.
+    :raises UnsupportedQueryError: if the column has no hashes, or the value is NULL.
+    :raises KeystoreUnavailableError: if the salts may have changed since the process looked.
+    """
+    _may_bind(ring, clock, 0)
+    type_: Any = search_hash(column).type
+    binding, found = slot_of(dialect).binding, []
+    token = binding.set(ring)
+    try:
+        for slot in range(len(ring.live_salts)):
+            process = type_.at(slot).bind_processor(dialect)
+            found.append(process(value))
+    finally:
+        binding.reset(token)
+    if None in found:
+        name = type_.source.column_id
+        raise UnsupportedQueryError(f"{name}: NULL has no hash; test the column with IS NULL", column=name)
+    return [Digest(one) for one in found]
 
 
 class _TenantFetch:

@@ -8,32 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint
 from sqlalchemy.orm.interfaces import CompileStateOption
+from sqlalchemy.sql.elements import _label_reference, _textual_label_reference
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.util import immutabledict
 
 __all__ = [
     "FanOut",
+    "Parts",
     "compared",
+    "conflict_criteria",
     "conflict_elements",
     "conflict_values",
     "conflicts",
+    "criteria",
+    "executed",
     "held",
     "hold",
     "known",
     "multi_values",
+    "named_in_order_by",
+    "names_of",
     "note_compared",
+    "ordering",
+    "parts",
     "pinned",
     "plain_table",
     "processors",
+    "referred",
     "remember",
     "remembered",
     "render_again",
     "resolved",
+    "restated",
     "result_types",
+    "returning",
+    "rows_of_values",
     "select_names",
     "target",
     "unique_columns",
@@ -239,3 +254,127 @@ def pinned(connection: Any, tenant: str | None) -> str | None:
         known = connection._sqla_byok = (transaction, tenant)
     first: str | None = known[1]
     return first
+
+
+# -- what the guard reads of a statement -------------------------------------------------------------------------------
+
+
+def executed(compiled: Any) -> Any:
+    """The statement that was compiled, as SQLAlchemy Core has it.
+
+    Of an ORM statement it is the one with joined inheritance, relationships' ORDER BY, eager loads and loader criteria
+    put in; ``compiled.statement`` has none of them.
+    """
+    state = getattr(compiled, "compile_state", None)
+    return resolved(compiled.statement if state is None else state.statement)
+
+
+class _Top:
+    """Stands for a compiler that is about to compile a statement which is in no other."""
+
+    stack = ()
+
+    def __init__(self, compiled: Any) -> None:
+        self._global_attributes = dict(compiled._global_attributes)  # loader criteria among them
+
+
+class Parts(NamedTuple):
+    """What a SELECT consists of."""
+
+    columns: list[Any]
+    froms: Sequence[Any]
+    criteria: Sequence[Any]
+    group_by: Sequence[Any]
+    order_by: Sequence[Any]
+    distinct: bool
+    distinct_on: Sequence[Any]
+    others: list[Any]
+
+
+def parts(select: Any, compiled: Any) -> Parts:
+    """The parts of a SELECT; of one of the ORM as SQLAlchemy Core has them.
+
+    :param compiled: the compiled statement that it is or stands in.
+    """
+    state = select._compile_state_factory(select, _Top(compiled))
+    select, columns = state.statement, []
+    for column in select._raw_columns:
+        if isinstance(column, FromClause) and not isinstance(column, FunctionElement):
+            columns.extend(column.c)
+        else:
+            columns.append(column)
+    on = getattr(select, "_pre_columns_clause", None)  # 2.1
+    distinct_on = [*select._distinct_on, *getattr(on, "_distinct_on", ())]
+    others = [getattr(select, name, None) for name in _OTHERS]
+    texts = [element for element, _ in (*select._prefixes, *select._suffixes)]
+    return Parts(
+        columns=columns,
+        froms=state._get_display_froms(),
+        criteria=(*select._where_criteria, *select._having_criteria),
+        group_by=select._group_by_clauses,
+        order_by=select._order_by_clauses,
+        distinct=bool(select._distinct),
+        distinct_on=distinct_on,
+        others=[*(other for other in others if other is not None), *texts],
+    )
+
+
+# The extensions of 2.1 are the last three.
+_OTHERS = (
+    "_limit_clause",
+    "_offset_clause",
+    "_fetch_clause",
+    "_post_select_clause",
+    "_post_criteria_clause",
+    "_post_body_clause",
+)
+
+
+def ordering(compound: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The ORDER BY and GROUP BY of a UNION or the like."""
+    return compound._order_by_clauses, compound._group_by_clauses
+
+
+def named_in_order_by(element: Any) -> str | None:
+    """The name, where an ORDER BY, GROUP BY or window names a column by a string."""
+    return str(element.element) if isinstance(element, _textual_label_reference) else None
+
+
+def referred(element: Any) -> Any:
+    """The label that an ORDER BY refers to; None for anything else."""
+    return element.element if isinstance(element, _label_reference) else None
+
+
+def names_of(column: Any) -> set[Any]:
+    """The strings by which an ORDER BY finds a result column."""
+    return {getattr(column, name, None) for name in ("key", "name", "_tq_label")} - {None}
+
+
+def restated(cte: Any) -> Any:
+    """What a recursive CTE began with; None for any other FROM."""
+    return getattr(cte, "_restates", None)
+
+
+def rows_of_values(values: Any) -> Iterator[Any]:
+    """The values of a VALUES."""
+    for group in values._data:
+        for row in group:
+            yield from row
+
+
+def criteria(dml: Any) -> Sequence[Any]:
+    """The WHERE of an UPDATE or DELETE."""
+    found: Sequence[Any] = getattr(dml, "_where_criteria", ())
+    return found
+
+
+def returning(dml: Any) -> Sequence[Any]:
+    """What an INSERT, UPDATE or DELETE returns."""
+    found: Sequence[Any] = dml._returning
+    return found
+
+
+def conflict_criteria(conflict: Any) -> list[Any]:
+    """The two WHERE of an ON CONFLICT."""
+    found = (getattr(conflict, name, None) for name in ("inferred_target_whereclause", "update_whereclause"))
+    return [one for one in found if one is not None]

@@ -16,8 +16,7 @@ from sqlalchemy.orm import (
     with_polymorphic,
 )
 
-from sqla_byok import Byok, Encrypted
-from sqla_byok.errors import DecryptError
+from sqla_byok import Byok, Encrypted, UnsupportedQueryError
 
 
 def searchable(**options: Any) -> Encrypted[str]:
@@ -215,10 +214,9 @@ def test_concrete_tables_with_derived_ids_fail_loudly(byok: Byok, engine: Engine
         session.commit()
         session.expunge_all()
 
-        with pytest.raises(DecryptError):
-            session.scalars(select(contact)).all()
-        with pytest.raises(DecryptError):
-            session.scalars(select(contact.phone)).all()
+        for wanted in (contact, contact.phone):
+            with pytest.raises(UnsupportedQueryError, match="declare one column_id"):
+                session.scalars(select(wanted)).all()
         assert session.scalars(select(emergency.phone)).all() == ["2"], "its own table is read as ever"
 
 

@@ -669,7 +669,7 @@ def test_a_hash_that_was_read_before(world: World) -> None:
             with pytest.raises(UnsupportedQueryError, match="look the value up"):
                 session.scalars(select(Person.id).where(criterion)).all()
         with pytest.raises(UnsupportedQueryError, match="while its salts are being rotated"):
-            session.scalars(select(Person.id).where(Person.mrn_hash == Person.nick_hash)).all()
+            session.scalars(select(Person.id).where(Person.mrn_hash == Visit.mrn_hash)).all()
 
 
 def test_hashes_are_compared_for_a_tenant_only(world: World) -> None:

@@ -32,6 +32,7 @@ from sqlalchemy import (
     literal,
     select,
     update,
+    values,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SADeprecationWarning
@@ -464,3 +465,44 @@ def test_the_types_of_a_statements_result_are_known() -> None:
     for _ in range(2):
         assert upstream.known(compiled, lambda it: asked.append(it) or "found") == "found"
     assert asked == [compiled]
+
+
+def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
+    """guard.py: what `parts` and `executed` read, with the ORM's own joins and ORDER BY in it, also of a subquery."""
+    statement = select(Dog).where(Dog.name == "x").order_by(Dog.id, "name").group_by(Dog.id)
+    statement = statement.distinct().limit(1).prefix_with("/*+ */")
+    compiled: Any = statement.compile(engine)
+    for select_ in (upstream.executed(compiled), statement):
+        parts = upstream.parts(select_, compiled)
+        assert {column.table.name for column in parts.columns} == {"animal", "dog"}
+        assert [str(source) for source in parts.froms] == ["animal JOIN dog ON animal.id = dog.id"]
+        assert parts.distinct
+        assert not parts.distinct_on
+        assert len(parts.criteria) == len(parts.group_by) == 1
+        assert [upstream.named_in_order_by(element) for element in parts.order_by] == [None, "name"]
+        assert len(parts.others) == 2
+    labelled = Animal.name.label("x")
+    (reference,) = upstream.parts(select(labelled).order_by(labelled), compiled).order_by
+    assert upstream.referred(reference).element.name == "name"
+    assert {"x"} <= upstream.names_of(labelled)
+
+
+def test_what_the_guard_reads_of_other_statements() -> None:
+    """guard.py: `ordering`, `restated`, `rows_of_values`, `criteria`, `returning`, `conflict_criteria`."""
+    animal: Any = Animal.__table__
+    both = select(animal.c.id).union(select(animal.c.id)).order_by("id")
+    assert [upstream.named_in_order_by(element) for element in upstream.ordering(both)[0]] == ["id"]
+    first = select(animal.c.id).cte(recursive=True)
+    assert upstream.restated(first.union(select(first.c.id))) is first
+    assert upstream.restated(animal) is None
+    given = values(animal.c.id, animal.c.name, name="v").data([(1, "a"), (2, "b")])
+    assert list(upstream.rows_of_values(given)) == [1, "a", 2, "b"]
+    changed = update(animal).where(animal.c.id == 1).returning(animal.c.name)
+    assert len(upstream.criteria(changed)) == 1
+    assert list(upstream.returning(changed)) == [animal.c.name]
+    assert upstream.criteria(insert(animal)) == ()
+    upsert = postgresql.insert(animal).on_conflict_do_update(
+        index_elements=["id"], index_where=animal.c.id > 1, set_={"name": "x"}, where=animal.c.id > 2
+    )
+    (conflict,) = upstream.conflicts(upsert)
+    assert len(upstream.conflict_criteria(conflict)) == 2
