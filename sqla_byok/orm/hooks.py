@@ -27,22 +27,30 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.orm import direct, upstream
+from sqla_byok.orm import direct, tenancy, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
+from sqla_byok.orm.isolation import (
+    SEALED,
+    TENANT_OPTION,
+    Across,
+    AcrossRing,
+    Scopes,
+    Statements,
+    Whose,
+    shown,
+    whose,
+)
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
-__all__ = ["TENANT_OPTION", "attach"]
-
-TENANT_OPTION = "byok_tenant"
-"""The execution option that says whose data a session, connection or engine works on."""
+__all__ = ["attach"]
 
 
-def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str | None]) -> None:
+def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes) -> None:
     """Put the statement hooks on an engine. Its statements' parameters are hidden from logs and exceptions.
 
     :param keyrings: where the tenants' keys are.
-    :param current_tenant: tells whose turn it is in this thread or task, where no execution option says it.
+    :param scopes: tells whose turn it is in this thread or task, where no execution option says it.
     :raises ConfigurationError: if the engine is attached to other keyrings already.
     """
     # A view made by execution_options() shares its engine's dialect: hooks on the view alone would leave the engine
@@ -55,26 +63,24 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         raise ConfigurationError(
             "this engine is attached to another Byok already; give each Byok engines of its own"
         )
-    slot.keyrings = keyrings
+    slot.keyrings, slot.scopes = keyrings, scopes
     binding, reading, clock = slot.binding, slot.reading, keyrings.clock
     # What a statement run by another one's column default or event has to put back. One level is enough: where more
     # tenants are nested, before_cursor_execute refuses.
-    enclosing: ContextVar[Keyring | None] = ContextVar("byok_enclosing", default=None)
+    enclosing: ContextVar[Statements | None] = ContextVar("byok_enclosing", default=None)
 
     def before_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> tuple[Any, Any, Any]:
-        tenant, ring = options.get(TENANT_OPTION), None
-        if tenant is None:
-            tenant = current_tenant()
+        tenant, ring = whose(options, scopes), None
         if tenant is not None:
-            ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
-            if ring is not None and ring.one_unit and clock.boot() >= ring.fresh_until:
-                ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
-            if ring is None:
-                ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
+            # Nothing but a name is found there.
+            ring = keyrings.warm(tenant) or _opened(conn, tenant, keyrings)  # type: ignore[arg-type]
         is_dml = getattr(clause, "is_dml", None)
         if is_dml is None:
             refuse_compiled(clause)
-        elif is_dml and not clause.is_delete:
+        elif is_dml and tenancy.used:
+            rows = multi or ([params] if params else [])
+            clause = tenancy.check(upstream.resolved(clause), rows, tenant)
+        if is_dml and not clause.is_delete:
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
@@ -99,21 +105,22 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         compiled = context.compiled
         if compiled is None:
             return statement, parameters
+        if tenancy.used and context.isinsert:
+            tenancy.check_defaults(context, whose(context.execution_options, scopes))
         encrypts, decrypts, sends, _, compared = upstream.known(compiled, _concerns)
         if not (encrypts or decrypts or compared):
             return statement, parameters
         if encrypts or compared:
             _may_bind(ring, clock, compared)
-        tenant = context.execution_options.get(TENANT_OPTION)
-        if tenant is None:
-            tenant = current_tenant()
+        tenant = whose(context.execution_options, scopes)
+        if context.execution_options.get(TENANT_OPTION) is None:
             _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
         _check_unchanged(ring, tenant)
         # What runs between here and after_execute may be another tenant's.
         upstream.remember(context, ring)
         if decrypts and context.is_crud:
             reading.set(ring)  # RETURNING together with server defaults is read before after_execute
-        if sends and ring is not None:
+        if sends and isinstance(ring, Keyring):
             parameters = direct.send(context, parameters, keyrings, ring)
             _may_bind(ring, clock, compared)  # again, since the KMS may have taken long to answer
         return statement, parameters
@@ -147,10 +154,33 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
     getattr(logger, "logger", logger).addFilter(_hide_rows)
 
 
+def _opened(conn: Any, tenant: Whose, keyrings: Keyrings) -> Statements:
+    """The keyring of a tenant that is not in memory, or needs a look; of several; of nobody."""
+    if tenant is SEALED:
+        return SEALED
+    if isinstance(tenant, Across):
+        return AcrossRing(
+            tenant, [keyrings.warm(name) or _one(conn, name, keyrings) for name in tenant.names]
+        )
+    return _one(conn, tenant, keyrings)  # type: ignore[arg-type]  # what remains
+
+
+def _one(conn: Any, tenant: str, keyrings: Keyrings) -> Keyring:
+    clock = keyrings.clock
+    ring = _of_unit(conn, tenant, clock)
+    if ring is not None and ring.one_unit and clock.boot() >= ring.fresh_until:
+        ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
+    if ring is None:
+        ring = await_only(keyrings.aget(tenant)) if in_greenlet() else keyrings.get(tenant)
+    return ring
+
+
 def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     """The keyring of the connection's transaction, for a tenant that wants a KMS call for each."""
-    ring: Keyring | None = upstream.held(conn)
-    if ring is None or ring.tenant != tenant or ring.cleared:
+    held: Statements | None = upstream.held(conn)
+    rings = held.rings if isinstance(held, AcrossRing) else [held]
+    ring = next((ring for ring in rings if isinstance(ring, Keyring) and ring.tenant == tenant), None)
+    if ring is None or ring.cleared:
         return None
     return ring if clock.boot() < ring.deadline and clock.wall() < ring.wall_deadline else None
 
@@ -179,7 +209,7 @@ def _concerns(compiled: Any) -> _Concerns:
     )
 
 
-def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
+def _check_one_tenant(conn: Any, tenant: Whose | None, *, updates: bool) -> None:
     """Refuse an UPDATE in a transaction that began with another tenant.
 
     A session that outlives a block still holds the objects of the block's tenant, and would write them under the
@@ -190,17 +220,17 @@ def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
         raise TenantMismatchError(
             f"this transaction began with tenant {first!r} and would now update rows for {tenant!r}; give each "
             "tenant a session of its own, with byok.session(tenant, engine)",
-            tenant=tenant,
-            owner=first,
+            tenant=shown(tenant),
+            owner=shown(first),
         )
 
 
-def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
-    if tenant != (None if ring is None else ring.tenant):
+def _check_unchanged(ring: Statements | None, tenant: Whose | None) -> None:
+    if shown(tenant) != (None if ring is None else ring.tenant):
         raise TenantMismatchError(
             "the tenant changed while this statement was prepared: a column default, a type or an event ran a "
             "statement of its own that failed, or changed the tenant",
-            tenant=tenant,
+            tenant=shown(tenant),
             owner=None if ring is None else ring.tenant,
         )
 
@@ -232,7 +262,7 @@ def _refuse_upsert(statement: Any) -> None:
                 )
 
 
-def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
+def _may_bind(ring: Statements | None, clock: Clock, compared: int) -> None:
     """Refuse to write and to search by keys that may have changed since the process looked."""
     if ring is None:
         if compared:
@@ -240,6 +270,10 @@ def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
                 "no tenant is set for this statement, which compares search hashes: nobody could say whether equal "
                 "values have equal hashes; run it in byok.session(tenant, engine)"
             )
+        return
+    if ring is SEALED:
+        if compared:
+            SEALED.search()
         return
     if clock.boot() >= ring.write_until:
         if ring.cleared:
@@ -263,7 +297,7 @@ class _TenantFetch:
     __slots__ = ("_inner", "_keyrings", "_reading", "_ring")
 
     def __init__(
-        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], keyrings: Keyrings
+        self, inner: Any, ring: Statements | None, reading: ContextVar[Statements | None], keyrings: Keyrings
     ) -> None:
         self._inner, self._ring, self._reading, self._keyrings = inner, ring, reading, keyrings
 
@@ -276,7 +310,8 @@ class _TenantFetch:
             if now >= ring.deadline or clock.wall() >= ring.wall_deadline:
                 ring.end()
             if now >= ring.refresh_at:
-                self._keyrings.refresh_soon(ring)
+                for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
+                    self._keyrings.refresh_soon(each)  # type: ignore[arg-type]  # sealed is never due
         self._reading.set(ring)
 
     @property

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Dialect
 
 from sqla_byok.crypto.formats import HEADER_SIZE, is_direct
-from sqla_byok.crypto.values import Ring, explain_foreign
+from sqla_byok.crypto.values import DECRYPT_FAILURES, Ring, explain_foreign
 from sqla_byok.errors import (
     DecryptError,
     KeystoreUnavailableError,
@@ -26,6 +26,8 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.orm.isolation import SEALED, Scopes, Statements
+from sqla_byok.orm.sealed import Sealed
 
 __all__ = ["Slot", "refuse_foreign", "slot_of"]
 
@@ -36,14 +38,16 @@ class Slot:
     :ivar binding: the keyring for the parameters of the statement being prepared.
     :ivar reading: the keyring for the rows being fetched.
     :ivar keyrings: all open tenants; ``None`` until the engine is attached.
+    :ivar scopes: whose turn it is; likewise.
     """
 
-    __slots__ = ("__weakref__", "binding", "keyrings", "reading")
+    __slots__ = ("__weakref__", "binding", "keyrings", "reading", "scopes")
 
     def __init__(self) -> None:
-        self.binding: ContextVar[Keyring | None] = ContextVar("byok_binding", default=None)
-        self.reading: ContextVar[Keyring | None] = ContextVar("byok_reading", default=None)
+        self.binding: ContextVar[Statements | None] = ContextVar("byok_binding", default=None)
+        self.reading: ContextVar[Statements | None] = ContextVar("byok_reading", default=None)
         self.keyrings: Keyrings | None = None
+        self.scopes: Scopes | None = None
 
     def nobody(self, column: str) -> NoReturn:
         """Raise the error for a value that has to be encrypted, hashed or decrypted with no keyring there."""
@@ -59,15 +63,26 @@ class Slot:
             column=column,
         )
 
+    def foreign(self, column: str, ring: Ring | None, blob: bytes) -> Sealed:
+        """What is read of a stored value whose key is not in the keyring of the result: an error, unless sealed."""
+        if ring is SEALED:
+            # Nothing can authenticate it, but plaintext from before a migration is not to pass for ciphertext.
+            explain_foreign(blob, column, None)
+            return Sealed(column, blob)
+        DECRYPT_FAILURES.add()
+        return self.refuse(column, ring, blob)
+
     def refuse(self, column: str, ring: Ring | None, blob: bytes) -> NoReturn:
         """Raise the error for a stored value whose key is not in the keyring of the result being read."""
         explain_foreign(blob, column, None if ring is None else ring.tenant)
         if ring is None or self.keyrings is None:
             self.nobody(column)
-        refuse_foreign(self.keyrings, column, cast("Keyring", ring), blob)  # the hooks put nothing else there
+        refuse_foreign(
+            self.keyrings, column, cast("Statements", ring), blob
+        )  # the hooks put nothing else there
 
 
-def refuse_foreign(keyrings: Keyrings, where: str, ring: Keyring, blob: bytes) -> NoReturn:
+def refuse_foreign(keyrings: Keyrings, where: str, ring: Statements, blob: bytes) -> NoReturn:
     """Raise the error for a value whose key is not in the keyring that was to open it.
 
     :param where: the column id, or what else says what the value is.
@@ -85,24 +100,28 @@ def refuse_foreign(keyrings: Keyrings, where: str, ring: Keyring, blob: bytes) -
     owner = keyrings.owner_of(blob[:HEADER_SIZE])
     if owner is not None:
         raise TenantMismatchError(
-            f"{where}: a value of tenant {owner!r} was read for tenant {ring.tenant!r}; filter the query by tenant",
+            f"{where}: a value of tenant {owner!r} was read {_for(ring)}; filter the query by tenant",
             tenant=ring.tenant,
             column=where,
             owner=owner,
         )
     if keyrings.clock.boot() >= ring.write_until:
         raise KeystoreUnavailableError(
-            f"{where}: a stored value was sealed under a data key that this process does not know for tenant "
-            f"{ring.tenant!r}; it may be newer than the last look at the keystore, which has not answered for a while",
+            f"{where}: a stored value was sealed under a data key that this process does not know "
+            f"{_for(ring)}; it may be newer than the last look at the keystore, which has not answered for a while",
             tenant=ring.tenant,
             column=where,
         )
     raise UnknownDataKeyError(
-        f"{where}: a stored value was sealed under a data key that tenant {ring.tenant!r} does not have; it is "
-        "another tenant's, or its generation was retired",
+        f"{where}: a stored value was sealed under a data key that is not there {_for(ring)}; it is another tenant's, "
+        "who is not open in this process, or its generation was retired",
         tenant=ring.tenant,
         column=where,
     )
+
+
+def _for(ring: Statements) -> str:
+    return f"for tenant {ring.tenant!r}" if isinstance(ring, Keyring) else ring.tenant
 
 
 _slots: WeakKeyDictionary[Dialect, Slot] = WeakKeyDictionary()

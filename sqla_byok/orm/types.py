@@ -54,6 +54,12 @@ class Digest(bytes):
         return f"Digest({self.hex()})"
 
 
+class _Kept(Digest):
+    """A search hash that is written as it is, where the values themselves are bytes too."""
+
+    __slots__ = ()
+
+
 class Encrypted(TypeDecorator[_T], Generic[_T]):
     """A column whose values are encrypted under the tenant's key before they reach the database.
 
@@ -216,7 +222,13 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         to_plain, codec, _ = _plain(self.type_, dialect)
         length = getattr(_undecorated(self.type_, dialect), "length", None)
         seal = seal_with(
-            slot.binding.get, lambda: slot.nobody(column), column, codec, limit=length, pad_to=self.pad_to
+            slot.binding.get,
+            lambda: slot.nobody(column),
+            column,
+            codec,
+            limit=length,
+            pad_to=self.pad_to,
+            kept=(Sealed, lambda value: direct.resealed(slot, column, value)),
         )
         checked = _checked(to_plain, column, EncodeError)
         if self.mode == "direct":
@@ -236,7 +248,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         """What makes the Python value of a stored value's bytes, under the keyring that ``current`` gives."""
         slot, column = slot_of(dialect), self.column_id or ""
         _, codec, from_plain = _plain(self.type_, dialect)
-        opened = open_with(current, lambda ring, blob: slot.refuse(column, ring, blob), column, codec)
+        opened = open_with(current, lambda ring, blob: slot.foreign(column, ring, blob), column, codec)
         return _chain(opened, _checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
@@ -279,6 +291,10 @@ class SearchHash(TypeDecorator[Digest]):
             found = self._slots.setdefault(slot, SearchHash(self.source, slot))
         return found
 
+    def kept(self, digest: Digest) -> Digest:
+        """What is bound to have this hash stored as it is."""
+        return _Kept(digest) if _codec(self.source.type_).name == "bytes" else digest
+
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         # BLOB cannot be indexed whole there.
         return mysql.BINARY(32) if dialect.name in ("mysql", "mariadb") else self.impl_instance
@@ -317,8 +333,12 @@ class SearchHash(TypeDecorator[Digest]):
                 )
             return bytes(value)
 
+        def bind_bytes(value: Any) -> bytes | None:
+            hashed: bytes | None = bytes(value) if type(value) is _Kept else process(value)
+            return hashed
+
         # Where the values themselves are bytes, a digest is a value like any other.
-        hash_or_keep = process if codec.name == "bytes" else bind
+        hash_or_keep: _Process = bind_bytes if codec.name == "bytes" else bind
         if source.mode == "direct" or source.normalize is not None:
             hash_or_keep = direct.refusing(hash_or_keep, column)
         return _chain(hash_or_keep, _driver_binary(dialect))
@@ -468,15 +488,13 @@ def _enum_steps(type_: sqltypes.Enum) -> tuple[_Process | None, _Process | None]
 def _checked(
     step: _Process | None, column: str, error: type[EncodeError] | type[DecryptError]
 ) -> _Process | None:
-    """Keep the wrapped type's own code from telling a value in its exception."""
+    """Keep the wrapped type's own code from telling a value in its exception, and from sealed values."""
     if step is None:
         return None
 
     def convert(value: Any) -> Any:
         if type(value) is Sealed:
-            raise EncodeError(
-                f"{column}: it takes no sealed value; await byok.areveal() first", column=column
-            )
+            return value
         try:
             return step(value)
         except Exception as raised:  # noqa: BLE001 - a user's code

@@ -231,11 +231,11 @@ def held(connection: Any) -> Any:
     return ring if transaction is not None and transaction is connection.get_transaction() else None
 
 
-def pinned(connection: Any, tenant: str | None) -> str | None:
+def pinned(connection: Any, tenant: T) -> T:
     """The first tenant of the connection's transaction: this one, where none was there before."""
     transaction = connection.get_transaction()
     known = connection.__dict__.get("_sqla_byok")
     if known is None or known[0] is not transaction:
         known = connection._sqla_byok = (transaction, tenant)
-    first: str | None = known[1]
+    first: T = known[1]
     return first
