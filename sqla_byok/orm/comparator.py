@@ -60,9 +60,11 @@ _OF_HASHES = {
 _WRAPPERS = (Label, Grouping)
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a searchable encrypted column"
 _ROTATING = (
-    "it cannot be compared with another column or a subquery while its salts are being rotated, since equal values may "
-    "have unequal hashes until their rows are moved; compare it with values"
+    "it cannot be compared with another column or a subquery while its salts are being rotated, nor across several "
+    "tenants, since equal values may have unequal hashes; compare it with values"
 )
+# By how many search salts, of several tenants or of one that rotates them, a statement looks a value up.
+_SALTS_AT_MOST = 20
 _NOT_SEARCHABLE = "it is not searchable; declare it with Encrypted(…, searchable=True) and fill its hashes"
 
 
@@ -193,6 +195,12 @@ def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -
     # The statement hooks see to it that a statement is compiled anew where the number is another.
     ring = slot_of(compiler.dialect).binding.get()
     live = 1 if ring is None else len(ring.live_salts)
+    if live > _SALTS_AT_MOST:
+        column = next(element.encrypted(), element.left)
+        _refuse(
+            column,
+            f"a search takes at most {_SALTS_AT_MOST} search salts, not {live}; name fewer tenants at once",
+        )
     upstream.note_compared(compiler, live)
     return compiler.process(element.rendered(live), **kwargs)
 
