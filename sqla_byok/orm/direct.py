@@ -61,7 +61,7 @@ def writer(slot: Slot, column: str, seal: _Process, final: _Process | None) -> _
 
     def bind(value: Any) -> Any:
         if type(value) is Sealed:
-            stored = resealed(slot, column, value)
+            stored = resealed(slot, column, slot.binding.get(), value)
             return stored if final is None else final(stored)
         inner = seal(value)
         return None if inner is None else Pending(Cell(column, inner), final)
@@ -118,8 +118,10 @@ def _sent(parameters: Any) -> Any:
     return parameters.stored if type(parameters) is Pending else parameters
 
 
-def resealed(slot: Slot, column: str, value: Sealed) -> bytes:
+def resealed(slot: Slot, column: str, ring: Any, value: Sealed) -> bytes:
     """The stored value that is written for a sealed one: the same bytes, to the same column, for the same tenant.
+
+    :param ring: the keyring of the running statement.
 
     :raises EncodeError: if it is another column's.
     :raises TenantMismatchError: if it is another tenant's.
@@ -130,7 +132,6 @@ def resealed(slot: Slot, column: str, value: Sealed) -> bytes:
             "reveal it first, with byok.reveal() or areveal()",
             column=column,
         )
-    ring = slot.binding.get()
     if isinstance(ring, AcrossRing):
         ring.write  # noqa: B018 - says whose it would be
     if ring is not SEALED:
@@ -298,7 +299,7 @@ def _find(
     slot = slot_of(bind.dialect)
     if slot.keyrings is not keyrings:
         raise NotAttachedError(f"{value.column}: the object's engine is not attached to this Byok")
-    tenant = tenant_of(bind)
+    tenant = type_.owner or tenant_of(bind)
     if tenant is None:
         slot.nobody(value.column)
     return _Found(value, type_, bind.dialect, tenant)

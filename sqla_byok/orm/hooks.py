@@ -9,13 +9,15 @@ are still read under the tenant of their statement.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
+from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from sqla_byok.errors import (
@@ -30,18 +32,20 @@ from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import direct, tenancy, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.isolation import (
+    ALL_SEALED,
     SEALED,
     TENANT_OPTION,
     Across,
     AcrossRing,
+    Owned,
     Scopes,
     Statements,
     Whose,
     shown,
     whose,
 )
-from sqla_byok.orm.slots import slot_of
-from sqla_byok.orm.types import Encrypted, SearchHash
+from sqla_byok.orm.slots import Slot, slot_of
+from sqla_byok.orm.types import Encrypted, SearchHash, owners
 
 __all__ = ["attach"]
 
@@ -74,6 +78,14 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes) -> None:
         if tenant is not None:
             # Nothing but a name is found there.
             ring = keyrings.warm(tenant) or _opened(conn, tenant, keyrings)  # type: ignore[arg-type]
+        if owners:
+            owned = _owned(conn, clause, multi or [params], tenant, keyrings)
+            if slot.binding_owned.get() is not owned:
+                slot.binding_owned.set(owned)
+            if any(len(each.live_salts) > 1 for each in owned.values()):
+                clause = _fan_out(
+                    clause, tuple(sorted((n, len(each.live_salts)) for n, each in owned.items()))
+                )
         is_dml = getattr(clause, "is_dml", None)
         if is_dml is None:
             refuse_compiled(clause)
@@ -107,7 +119,14 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes) -> None:
             return statement, parameters
         if tenancy.used and context.isinsert:
             tenancy.check_defaults(context, whose(context.execution_options, scopes))
-        encrypts, decrypts, sends, _, compared = upstream.known(compiled, _concerns)
+        encrypts, decrypts, sends, _, compared, owned_by = upstream.known(compiled, _concerns)
+        if owned_by:
+            owned = _complete(conn, slot.binding_owned.get(), owned_by, keyrings)
+            for name, live in upstream.compared_owned(compiled).items():
+                _may_bind(owned[name] if owned else SEALED, clock, live)
+            upstream.remember_owned(context, owned)
+            if context.is_crud:
+                slot.reading_owned.set(owned)
         if not (encrypts or decrypts or compared):
             return statement, parameters
         if encrypts or compared:
@@ -133,6 +152,9 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes) -> None:
         if context is None or context.compiled is None or result._soft_closed:
             return
         concerns = upstream.known(context.compiled, _concerns)
+        if concerns.owned_by:
+            owned = upstream.remembered_owned(context)
+            result.cursor_strategy = _OwnedFetch(result.cursor_strategy, owned, slot, keyrings)
         if concerns.decrypts:
             ring = upstream.remembered(context)
             strategy, opener = result.cursor_strategy, None
@@ -193,6 +215,7 @@ class _Concerns(NamedTuple):
     sends: bool  # values to the customer's KMS
     opens: bool  # values by the customer's KMS
     compared: int  # by how many search salts it compares
+    owned_by: frozenset[str]  # whose columns it has beside those of its tenant
 
 
 def _concerns(compiled: Any) -> _Concerns:
@@ -200,13 +223,55 @@ def _concerns(compiled: Any) -> _Concerns:
     refuse_embedded(getattr(compiled, "ctes", None) or ())
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
+    owned_by = {_owner(type_) for type_ in (*binds, *results)} | upstream.compared_owned(compiled).keys()
+    if owned_by:
+        binds = [type_ for type_ in binds if _owner(type_) is None]
+        results = [type_ for type_ in results if _owner(type_) is None]
     return _Concerns(
         encrypts=any(isinstance(type_, Encrypted | SearchHash) for type_ in binds),
         decrypts=bool(results),
         sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in binds),
         opens=any(type_.mode == "direct" for type_ in results),
         compared=upstream.compared(compiled),
+        owned_by=frozenset(name for name in owned_by if name is not None),
     )
+
+
+def _owner(type_: Any) -> str | None:
+    """Whose keys a type takes, where they are not the statement's tenant's."""
+    source = type_.source if isinstance(type_, SearchHash) else type_
+    return source.owner if isinstance(source, Encrypted) else None
+
+
+def _owned(
+    conn: Any, clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, keyrings: Keyrings
+) -> Owned:
+    """The keyrings of the owners of single columns: those in memory, and those that the statement shows it needs."""
+    if tenant is SEALED:
+        return ALL_SEALED
+    owned = Owned((name, ring) for name in owners if (ring := keyrings.warm(name)) is not None)
+    return owned if len(owned) == len(owners) else _complete(conn, owned, _named(clause, rows), keyrings)
+
+
+def _complete(conn: Any, owned: Owned, names: Iterable[str], keyrings: Keyrings) -> Owned:
+    missing = [name for name in names if name not in owned]
+    return Owned({**owned, **{name: _one(conn, name, keyrings) for name in missing}}) if missing else owned
+
+
+def _named(clause: Any, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The owners of columns that a statement compares or sets; those of what it only reads can wait."""
+    if not isinstance(clause, ClauseElement):
+        return set()
+    statement = upstream.resolved(clause)
+    columns = list(iterate(statement))
+    if getattr(statement, "is_dml", False) and not statement.is_delete:
+        written = {getattr(key, "key", key) for key, _ in upstream.values(statement)}.union(*rows)
+        columns += [
+            column
+            for column in upstream.target(statement)[0].c
+            if column.key in written or column.default or column.onupdate or upstream.multi_values(statement)
+        ]
+    return {owner for column in columns if (owner := _owner(getattr(column, "type", None))) is not None}
 
 
 def _check_one_tenant(conn: Any, tenant: Whose | None, *, updates: bool) -> None:
@@ -235,7 +300,7 @@ def _check_unchanged(ring: Statements | None, tenant: Whose | None) -> None:
         )
 
 
-def _fan_out(clause: Any, live: int) -> Any:
+def _fan_out(clause: Any, live: Hashable) -> Any:
     """Have a statement compiled for several search salts."""
     statement = upstream.resolved(clause)
     if getattr(statement, "is_insert", False):
@@ -349,6 +414,26 @@ class _TenantFetch:
 
     def handle_exception(self, *args: Any) -> Any:
         return self._inner.handle_exception(*args)
+
+
+class _OwnedFetch(_TenantFetch):
+    """The same for the columns of a result that have owners of their own."""
+
+    __slots__ = ("_owned", "_slot")
+
+    def __init__(self, inner: Any, owned: Owned, slot: Slot, keyrings: Keyrings) -> None:
+        super().__init__(inner, None, slot.reading, keyrings)
+        self._owned, self._slot = owned, slot
+
+    def _enter(self) -> None:
+        clock = self._keyrings.clock
+        for ring in self._owned.values():
+            if clock.boot() >= ring.deadline or clock.wall() >= ring.wall_deadline:
+                ring.end()
+        self._slot.reading_owned.set(self._owned)
+
+    def _around(self, inner: Any) -> _OwnedFetch:
+        return _OwnedFetch(inner, self._owned, self._slot, self._keyrings)
 
 
 class _DirectFetch(_TenantFetch):

@@ -20,11 +20,14 @@ from sqla_byok.errors import NoTenantError, SealedError
 from sqla_byok.keys.keyring import Keyring
 
 __all__ = [
+    "ALL_SEALED",
+    "NOT_OPEN",
     "SEALED",
     "SEALED_OPTION",
     "TENANT_OPTION",
     "Across",
     "AcrossRing",
+    "Owned",
     "Scope",
     "Scopes",
     "Statements",
@@ -213,6 +216,23 @@ TENANT_OPTION = "byok_tenant"
 
 SEALED_OPTION = "byok_sealed"
 """The execution option that has a session, connection or engine work without keys; it goes before any tenant."""
+
+
+class Owned(dict[str, Statements]):
+    """The keyrings of the owners of single columns, by their names."""
+
+
+class _AllSealed(Owned):
+    """The same for a statement that runs sealed."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return SEALED
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+NOT_OPEN, ALL_SEALED = Owned(), _AllSealed()
 
 
 class Scope(NamedTuple):

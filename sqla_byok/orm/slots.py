@@ -8,6 +8,7 @@ slot, and its processors raise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NoReturn, cast
 from weakref import WeakKeyDictionary
@@ -26,7 +27,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.orm.isolation import SEALED, Scopes, Statements
+from sqla_byok.orm.isolation import NOT_OPEN, SEALED, Owned, Scopes, Statements
 from sqla_byok.orm.sealed import Sealed
 
 __all__ = ["Slot", "refuse_foreign", "slot_of"]
@@ -37,24 +38,45 @@ class Slot:
 
     :ivar binding: the keyring for the parameters of the statement being prepared.
     :ivar reading: the keyring for the rows being fetched.
+    :ivar binding_owned: those of columns with an owner of their own, by the owner's name; for the parameters.
+    :ivar reading_owned: likewise for the rows.
     :ivar keyrings: all open tenants; ``None`` until the engine is attached.
     :ivar scopes: whose turn it is; likewise.
     """
 
-    __slots__ = ("__weakref__", "binding", "keyrings", "reading", "scopes")
+    __slots__ = ("__weakref__", "binding", "binding_owned", "keyrings", "reading", "reading_owned", "scopes")
 
     def __init__(self) -> None:
         self.binding: ContextVar[Statements | None] = ContextVar("byok_binding", default=None)
         self.reading: ContextVar[Statements | None] = ContextVar("byok_reading", default=None)
+        self.binding_owned: ContextVar[Owned] = ContextVar("byok_binding_owned", default=NOT_OPEN)
+        self.reading_owned: ContextVar[Owned] = ContextVar("byok_reading_owned", default=NOT_OPEN)
         self.keyrings: Keyrings | None = None
         self.scopes: Scopes | None = None
 
-    def nobody(self, column: str) -> NoReturn:
+    def binding_of(self, owner: str | None) -> Callable[[], Statements | None]:
+        """What gives the keyring for the parameters of a column with this owner; None: the statement's own."""
+        current = self.binding_owned.get
+        return self.binding.get if owner is None else lambda: current().get(owner)
+
+    def reading_of(self, owner: str | None) -> Callable[[], Statements | None]:
+        """Likewise for the rows being fetched."""
+        current = self.reading_owned.get
+        return self.reading.get if owner is None else lambda: current().get(owner)
+
+    def nobody(self, column: str, owner: str | None = None) -> NoReturn:
         """Raise the error for a value that has to be encrypted, hashed or decrypted with no keyring there."""
         if self.keyrings is None:
             raise NotAttachedError(
                 f"{column}: this engine was not given to Byok.attach(), so the value can be neither encrypted nor "
                 "decrypted; attach the engine first",
+                column=column,
+            )
+        if owner is not None:
+            raise NoTenantError(
+                f"{column}: the keys of its owner {owner!r} are not open, and this statement hides that it needs them; "
+                f"open them beforehand, with byok.preload([{owner!r}])",
+                tenant=owner,
                 column=column,
             )
         raise NoTenantError(

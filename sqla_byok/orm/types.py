@@ -16,7 +16,7 @@ from sqlalchemy.util import memoized_property
 
 from sqla_byok.crypto import codecs
 from sqla_byok.crypto.codecs import Codec
-from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD
+from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD, check_tenant
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
 from sqla_byok.crypto.values import Ring, hash_with, open_with, seal_with
 from sqla_byok.errors import (
@@ -30,10 +30,13 @@ from sqla_byok.orm import direct
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 
-__all__ = ["Digest", "Encrypted", "SearchHash"]
+__all__ = ["Digest", "Encrypted", "SearchHash", "owners"]
 
 _T = TypeVar("_T")
 _Process = Callable[[Any], Any]
+
+owners: set[str] = set()
+"""The tenants that some column names as its owner; empty in most applications."""
 
 # Drivers that take and give bytes as they are. LargeBinary would wrap each value in the driver's Binary(): with
 # psycopg that alone made an insert of five columns 1.4 times as long.
@@ -89,6 +92,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     :param column_id: the name bound into the ciphertext and the salt; by default ``table.column`` (with the schema in
         front, where there is one). Give it to keep data readable when a table or column is renamed: the old name.
     :param pad_to: pad the plaintext to a multiple of so many bytes (2 to 65,536), where the length would tell.
+    :param owner: the tenant whose keys the column takes, whatever the statement's tenant is, and also where there is
+        none: for an e-mail address that has to be found before the tenant is known. Not with ``mode="direct"``.
     :param mode: ``"envelope"``: values are encrypted here, under the tenant's data key. ``"direct"``: each value is
         then encrypted by the customer's KMS as well, so that every read and write of one is a call to it and stands in
         the customer's own log; values are limited to what the customer key takes (144 bytes for RSA-2048, 4,050 for
@@ -110,6 +115,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         normalize: Callable[[Any], Any] | None = None,
         column_id: str | None = None,
         pad_to: int | None = None,
+        owner: str | None = None,
         mode: Literal["envelope", "direct"] = "envelope",
     ) -> None:
         super().__init__()
@@ -120,6 +126,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.normalize = normalize
         self.column_id = column_id
         self.pad_to = pad_to
+        self.owner = owner
         self.mode = mode
         self.declared_id = column_id
         self._check_options()
@@ -131,6 +138,13 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             raise DeclarationError("pad_to takes 2 to 65,536 bytes")
         if self.mode not in ("envelope", "direct"):
             raise DeclarationError("mode takes 'envelope' or 'direct'")
+        if self.owner is not None:
+            check_tenant(self.owner)
+            if self.mode == "direct":
+                raise DeclarationError(
+                    "mode='direct' takes no owner: its values are encrypted by the tenant's KMS"
+                )
+            owners.add(self.owner)
         if not self.searchable:
             if self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
                 raise DeclarationError("hash, salt_scope and normalize need searchable=True")
@@ -172,7 +186,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def search_key(self) -> tuple[Any, ...]:
         """Two columns whose keys are equal have equal hashes for equal values."""
         codec = _codec(self.type_)
-        return self.scope, self.hash, codec.name, self.normalize
+        return self.scope, self.hash, codec.name, self.normalize, self.owner
 
     # -- what SQLAlchemy asks --------------------------------------------------------------------------------------
 
@@ -185,7 +199,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             return NO_CACHE
         return (
             type(self), inner, self.searchable, self.hash, self.salt_scope, self.normalize, self.column_id, self.pad_to,
-            self.mode,
+            self.owner, self.mode,
         )  # fmt: skip
 
     @property
@@ -219,16 +233,17 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         if self.column_id is None:
             return _unbound
         slot, column = slot_of(dialect), self.column_id
+        current = slot.binding_of(self.owner)
         to_plain, codec, _ = _plain(self.type_, dialect)
         length = getattr(_undecorated(self.type_, dialect), "length", None)
         seal = seal_with(
-            slot.binding.get,
-            lambda: slot.nobody(column),
+            current,
+            lambda: slot.nobody(column, self.owner),
             column,
             codec,
             limit=length,
             pad_to=self.pad_to,
-            kept=(Sealed, lambda value: direct.resealed(slot, column, value)),
+            kept=(Sealed, lambda value: direct.resealed(slot, column, current(), value)),
         )
         checked = _checked(to_plain, column, EncodeError)
         if self.mode == "direct":
@@ -239,7 +254,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         if self.column_id is None:
             return _unbound
         slot = slot_of(dialect)
-        to_bytes, opened = _driver_bytes(dialect, coltype), self.opened(dialect, slot.reading.get)
+        to_bytes, opened = _driver_bytes(dialect, coltype), self.opened(dialect, slot.reading_of(self.owner))
         if self.mode == "direct":
             return direct.Reader(slot, self.column_id, to_bytes, opened, dialect.is_async)
         return _chain(to_bytes, opened)
@@ -262,6 +277,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             "normalize": self.normalize,
             "column_id": self.column_id,
             "pad_to": self.pad_to,
+            "owner": self.owner,
             "mode": None if self.mode == "envelope" else self.mode,
         }
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
@@ -308,9 +324,10 @@ class SearchHash(TypeDecorator[Digest]):
             return _unbound
         slot, column = slot_of(dialect), source.column_id
         to_plain, codec, _ = _plain(source.type_, dialect)
+        current = slot.binding_of(source.owner)
         to_hash = hash_with(
-            slot.binding.get,
-            lambda: slot.nobody(column),
+            current,
+            lambda: slot.nobody(column, source.owner),
             column,
             codec,
             source.hash,
@@ -324,7 +341,7 @@ class SearchHash(TypeDecorator[Digest]):
             if type(value) is not Digest:
                 hashed: bytes | None = process(value)
                 return hashed
-            ring = slot.binding.get()
+            ring = current()
             if ring is not None and len(ring.live_salts) > 1:
                 raise UnsupportedQueryError(
                     f"{column}: a search hash cannot be looked up while the search salts are being rotated, since "

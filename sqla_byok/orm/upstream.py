@@ -6,7 +6,7 @@ lines, 2.0 and 2.1, are tested against what stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from sqlalchemy.util import immutabledict
 __all__ = [
     "FanOut",
     "compared",
+    "compared_owned",
     "conflict_elements",
     "conflict_values",
     "conflicts",
@@ -30,7 +31,9 @@ __all__ = [
     "plain_table",
     "processors",
     "remember",
+    "remember_owned",
     "remembered",
+    "remembered_owned",
     "render_again",
     "resolved",
     "result_types",
@@ -51,25 +54,37 @@ Item = tuple[Any, Any]
 class FanOut(CompileStateOption):
     """An option that does nothing but enter a statement's cache key.
 
-    :param live: how many search salts the compiled statement looks up.
+    :param live: how many search salts the compiled statement looks up, and whose.
     """
 
     propagate_to_loaders = False
     _cache_key_traversal = [("live", InternalTraversal.dp_plain_obj)]  # noqa: RUF012 - SQLAlchemy's declaration
 
-    def __init__(self, live: int) -> None:
+    def __init__(self, live: Hashable) -> None:
         self.live = live
 
 
-def note_compared(compiler: Any, live: int) -> None:
-    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts."""
-    compiler._sqla_byok_live = live
+def note_compared(compiler: Any, live: int, owner: str | None) -> None:
+    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts.
+
+    :param owner: whose they are, where they are not the statement's tenant's.
+    """
+    if owner is None:
+        compiler._sqla_byok_live = live
+    else:
+        compiler.__dict__.setdefault("_sqla_byok_owned", {})[owner] = live
 
 
 def compared(compiled: Any) -> int:
     """By how many search salts a compiled statement compares; 0 where it compares no search hashes."""
     live: int = compiled.__dict__.get("_sqla_byok_live", 0)
     return live
+
+
+def compared_owned(compiled: Any) -> Mapping[str, int]:
+    """Likewise for each owner of single columns by whose salts it compares."""
+    owned: Mapping[str, int] = compiled.__dict__.get("_sqla_byok_owned", {})
+    return owned
 
 
 def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
@@ -218,6 +233,16 @@ def remember(context: Any, ring: Any) -> None:
 def remembered(context: Any) -> Any:
     """The keyring that the statement was executed with."""
     return context._sqla_byok
+
+
+def remember_owned(context: Any, owned: Any) -> None:
+    """Keep the keyrings of the owners of single columns with a statement's execution."""
+    context._sqla_byok_owned = owned
+
+
+def remembered_owned(context: Any) -> Any:
+    """Those keyrings; None where it has no such column."""
+    return context.__dict__.get("_sqla_byok_owned")
 
 
 def hold(connection: Any, ring: Any) -> None:
