@@ -558,8 +558,9 @@ class Byok(Secret):
         ``byok_tenant`` goes before the block.
 
         A :class:`~sqlalchemy.orm.Session` serves one tenant: do not carry one from a block into another
-        tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
-        :meth:`session` has neither trap.
+        tenant's. One with ``expire_on_commit=False`` that still holds the other's values is refused
+        (:class:`TenantMismatchError`). And do not ``yield`` from within a block: a generator's caller would run under
+        its tenant. :meth:`session` has neither trap.
 
         :param actor: who asks, for the audit.
         :param reason: what for.

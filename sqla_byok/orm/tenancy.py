@@ -13,12 +13,13 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Alias, Column, Join, Table, event, inspect, or_
-from sqlalchemy.orm import Mapper
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
-from sqla_byok.orm.isolation import SEALED, Across, Whose, shown, whose
+from sqla_byok.orm.isolation import SEALED, TENANT_OPTION, Across, Whose, shown, whose
+from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted
 
@@ -96,6 +97,41 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         for value in (*history.added, *history.unchanged, *history.deleted):
             if names is not None and (value is not None or inspect(target).persistent):
                 _check_value(table.c[key], value, names)
+
+
+_SESSION_TENANT = "byok_tenant"
+
+
+@event.listens_for(Session, "after_begin")
+def _check_session(session: Session, transaction: Any, connection: Any) -> None:
+    """Refuse a session that still holds one tenant's values when it begins a transaction in another's block.
+
+    It would write what changed in them under the other's keys. With ``expire_on_commit=True`` it holds none, nor after
+    ``expunge_all()`` and ``close()``.
+    """
+    scopes = slot_of(connection.dialect).scopes
+    if scopes is None or connection.get_execution_options().get(TENANT_OPTION) is not None:
+        return
+    tenant, before = scopes.current(), session.info.get(_SESSION_TENANT)
+    if tenant is None or tenant is SEALED or tenant == before:
+        return
+    if before is not None and any(_holds_values(state) for state in session.identity_map.all_states()):
+        raise TenantMismatchError(
+            f"this session holds values of tenant {shown(before)!r} that its last commit did not expire, and would now "
+            f"work for {shown(tenant)!r}; give each tenant a session of its own, or close() it in between",
+            tenant=shown(tenant),
+            owner=shown(before),
+        )
+    session.info[_SESSION_TENANT] = tenant
+
+
+def _holds_values(state: Any) -> bool:
+    return any(
+        isinstance(attribute.columns[0].type, Encrypted)
+        and attribute.key in state.dict
+        and type(state.dict[attribute.key]) is not Sealed
+        for attribute in state.mapper.column_attrs
+    )
 
 
 # -- statements ------------------------------------------------------------------------------------------------------

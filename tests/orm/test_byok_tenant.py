@@ -378,6 +378,33 @@ def test_a_class_without_the_column_is_refused() -> None:
             id: Mapped[int] = mapped_column(primary_key=True)
 
 
+def test_a_session_does_not_carry_values_into_another_tenants_block(byok: Byok, data: Engine) -> None:
+    """With expire_on_commit=False it would encrypt for t2 what it read for t1; cleared in between it serves both."""
+    mine, theirs = select(Patient).where(Patient.id == 1), select(Patient).where(Patient.id == 11)
+    for expire in (True, False):
+        with Session(data, expire_on_commit=expire) as session:
+            with byok.tenant("t1"):
+                kept = session.scalars(mine).one()
+                session.commit()
+                assert session.scalars(mine).one() is kept
+                session.commit()
+            with byok.tenant("t2"):
+                if not expire:
+                    with pytest.raises(TenantMismatchError, match=r"'t1'.*'t2'"):
+                        session.scalars(theirs).one()
+                    session.close()
+                assert session.scalars(theirs).one().name == "t2 Ada"
+                session.commit()
+            with byok.sealed(**WHO):
+                assert session.scalar(select(Patient.id).where(Patient.id == 1)) == 1
+    with Session(data, expire_on_commit=False) as session:
+        with byok.sealed(**WHO):
+            held = session.scalars(mine).one()
+            session.commit()
+        with byok.tenant("t1"):
+            assert byok.reveal(held, "name") == "t1 Ada"
+
+
 async def test_flushes_and_statements_under_asyncio(abyok: Byok, async_engine: AsyncEngine) -> None:
     """The same checks where the flush runs in a greenlet."""
     async with async_engine.begin() as connection:

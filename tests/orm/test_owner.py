@@ -102,7 +102,9 @@ def test_it_is_found_before_the_tenant_is_known(byok: Byok, data: Engine) -> Non
     for _ in range(2):
         with Session(data) as session:
             assert [tuple(row) for row in session.execute(query)] == [(2, "Ada@t2")]
-            assert session.scalars(select(User.id).where(User.email.in_(["ada@t1", "ada@t2"]))).all() == [
+            assert session.scalars(
+                select(User.id).where(User.email.in_(["ada@t1", "ada@t2"])).order_by(User.id)
+            ).all() == [
                 1,
                 2,
             ]
