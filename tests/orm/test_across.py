@@ -29,6 +29,7 @@ from sqla_byok import (
     UnsupportedQueryError,
 )
 from sqla_byok.audit import AcrossOpened, Event
+from sqla_byok.orm.isolation import Across, AcrossRing
 
 WHO = {"actor": "ada", "reason": "ticket 4711"}
 TENANTS = ("t1", "t2", "t3")
@@ -327,6 +328,19 @@ def test_a_tenant_that_goes_dark_stops_what_is_read(counted: tuple[Byok, Engine,
                 result.all()
             result.close()
             connection.rollback()
+
+
+def test_keys_that_are_taken_away_are_gone_here_too(counted: tuple[Byok, Engine, TurnableClock]) -> None:
+    """The keyring of several tenants holds no key of its own: a batch that is being decrypted stops as well."""
+    byok, _, _ = counted
+    rings = [byok._keyrings.get(name) for name in ("t1", "t2")]
+    ring = AcrossRing(Across(("t1", "t2")), rings)
+    mine, theirs = (list(each.openers) for each in rings)
+    rings[0].clear()
+    assert [header in ring.openers for header in (*mine, *theirs)] == [False] * len(mine) + [True] * len(
+        theirs
+    )
+    assert ring.cleared
 
 
 def test_one_dark_tenant_keeps_the_block_shut(

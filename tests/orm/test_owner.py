@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from keys_tools import CountingKms, TurnableClock
 from sqlalchemy import (
+    Column,
     Engine,
     ForeignKey,
     LargeBinary,
+    MetaData,
     String,
+    Table,
     create_engine,
     insert,
     select,
@@ -274,9 +277,26 @@ def test_the_owners_salts_can_be_rotated(counted: tuple[Byok, Engine, TurnableCl
 
 
 def test_columns_of_different_owners_are_not_compared(byok: Byok, data: Engine) -> None:
-    """Equal values have unequal hashes."""
+    """Equal values have unequal hashes, also where the columns share a scope."""
+    shared: Any = {"searchable": True, "salt_scope": "shared"}
+    table = Table(
+        "shared",
+        MetaData(),
+        Column("ours", Encrypted(String(9), owner="vendor", **shared)),
+        Column("theirs", Encrypted(String(9), **shared)),
+    )
     with byok.session("t1", data) as session, pytest.raises(UnsupportedQueryError, match="another salt"):
-        session.execute(select(User.id).where(User.email == User.name))
+        session.execute(select(table).where(table.c.ours == table.c.theirs))
+
+
+def test_an_open_result_ends_with_the_owners_time(counted: tuple[Byok, Engine, TurnableClock]) -> None:
+    """Whoever fetches on after the deadline reads nothing of the owner's columns."""
+    _, engine, clock = counted
+    with Session(engine) as session:
+        result = session.execute(select(Note.text))
+        clock.turn(301)
+        with pytest.raises(KeysExpiredError):
+            result.all()
 
 
 def test_what_cannot_be_declared() -> None:
