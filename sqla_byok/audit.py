@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 __all__ = [
+    "AcrossOpened",
     "Actor",
     "Audit",
     "Event",
@@ -22,6 +23,7 @@ __all__ = [
     "KeyStateChanged",
     "KeysOpened",
     "KmsCalled",
+    "SealedOpened",
     "acting",
 ]
 
@@ -117,7 +119,33 @@ class GenerationChanged:
     epoch: int
 
 
-Event = KmsCalled | KeysOpened | KeyStateChanged | GenerationChanged
+@dataclass(frozen=True)
+class AcrossOpened:
+    """Somebody began to read the rows of several tenants: :meth:`sqla_byok.Byok.across`.
+
+    :param tenants: whose, sorted.
+    :param actor: who.
+    :param purpose: what for.
+    """
+
+    tenants: tuple[str, ...]
+    actor: str
+    purpose: str
+
+
+@dataclass(frozen=True)
+class SealedOpened:
+    """Somebody began to work on rows without their tenants' keys: :meth:`sqla_byok.Byok.sealed`.
+
+    :param actor: who.
+    :param purpose: what for.
+    """
+
+    actor: str
+    purpose: str
+
+
+Event = KmsCalled | KeysOpened | KeyStateChanged | GenerationChanged | AcrossOpened | SealedOpened
 
 
 class Audit:

@@ -8,6 +8,7 @@
     │   ├── NotAttachedError          the engine was not given to Byok.attach()
     │   └── MissingExtraError         an optional package is not installed
     ├── NoTenantError                 nobody said whose data this is
+    ├── SealedError                   it needs keys, and runs sealed
     ├── UnknownTenantError            the tenant was never onboarded
     ├── TenantExistsError             the tenant was onboarded with another configuration
     ├── EncodeError                   a value does not fit its encrypted column
@@ -75,6 +76,7 @@ __all__ = [
     "NotAttachedError",
     "NotEncryptedError",
     "SaltChangedError",
+    "SealedError",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",
@@ -130,6 +132,10 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 class NoTenantError(ByokError):
     """A statement with encrypted values ran with no tenant set."""
+
+
+class SealedError(ByokError):
+    """What was asked takes a tenant's keys, and runs sealed, without any: a search, or a new encrypted value."""
 
 
 class UnknownTenantError(ByokError):

@@ -7,18 +7,17 @@ import base64
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Dialect, Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Session
 
-from sqla_byok.audit import Actor, Audit, Event, acting
+from sqla_byok.audit import AcrossOpened, Actor, Audit, Event, SealedOpened, acting
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT, Secret, check_tenant
 from sqla_byok.crypto.values import open_bytes, seal_bytes
 from sqla_byok.errors import (
@@ -45,7 +44,8 @@ from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.guard import Findings, Guard
-from sqla_byok.orm.hooks import ACTOR_OPTION, TENANT_OPTION, attach, hashes
+from sqla_byok.orm.hooks import ACTOR_OPTION, attach, hashes
+from sqla_byok.orm.isolation import SEALED, TENANT_OPTION, Across, Scopes, Whose, one_tenant, whose
 from sqla_byok.orm.slots import refuse_foreign, slot_of
 from sqla_byok.orm.types import Digest
 
@@ -171,8 +171,7 @@ class Byok(Secret):
         profiles = {"default": {}, **(kms_profiles or {})}
         for settings in profiles.values():
             Profile.parse(settings)
-        self._single_tenant = single_tenant
-        self._tenant: ContextVar[_Scope | None] = ContextVar("byok_tenant", default=None)
+        self._scopes = Scopes(single_tenant)
         clock = clock or SystemClock()
         self._findings, self._dialect = Findings(), cast("Dialect | None", None)
         self._clock = clock
@@ -228,7 +227,7 @@ class Byok(Secret):
         """
         for engine in engines:
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
-            attach(sync_engine, self._keyrings, self._current_tenant, Guard(guard, raw_sql, self._findings))
+            attach(sync_engine, self._keyrings, self._scopes, Guard(guard, raw_sql, self._findings))
             self._dialect = self._dialect or type(sync_engine.dialect)()
 
     def guard_report(self) -> dict[str, dict[str, int]]:
@@ -612,15 +611,66 @@ class Byok(Secret):
         ``byok_tenant`` goes before the block.
 
         A :class:`~sqlalchemy.orm.Session` serves one tenant: do not carry one from a block into another
-        tenant's. And do not ``yield`` from within a block: a generator's caller would run under its tenant.
-        :meth:`session` has neither trap.
+        tenant's. One with ``expire_on_commit=False`` that still holds the other's values is refused
+        (:class:`TenantMismatchError`). And do not ``yield`` from within a block: a generator's caller would run under
+        its tenant. :meth:`session` has neither trap.
 
         :param actor: who asks, for the audit; as in the block around it unless given.
         :param reason: what for; likewise.
         :raises UnknownTenantError: on entering, if the tenant was never onboarded.
         :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
         """
-        return _Within(tenant, self._tenant, self._keyrings, Actor(actor, reason))
+        return _Within((tenant,), self._scopes, self._keyrings, self._audit, Actor(actor, reason))
+
+    def across(self, tenants: Iterable[str], *, actor: str, reason: str) -> _Across:
+        """Read rows of several tenants within a block, each under its own tenant's keys: ``with`` or ``async with``.
+
+        ::
+
+            with byok.across(["org-1", "org-2"], actor="ada@vendor", reason="ticket 4711"), Session(engine) as session:
+                session.scalars(select(Patient).where(Patient.mrn == "A-1")).all()
+
+        Entering opens the tenants that are not in memory, and tells the audit (:class:`~sqla_byok.audit.AcrossOpened`).
+        A row of a tenant that was not named still raises :class:`TenantMismatchError`. Equality searches by the hashes
+        of all the tenants, up to 20 search salts in all. A new encrypted value needs one tenant: that of a
+        :meth:`tenant` block within, or of the execution option ``byok_tenant``, which both go before this block.
+        Columns in ``mode="direct"`` are read as :class:`Sealed`.
+
+        :param tenants: their names.
+        :param actor: who asks.
+        :param reason: what for.
+        :raises ConfigurationError: without tenants, actor or reason.
+        :raises UnknownTenantError: on entering, if one of them was never onboarded.
+        :raises KmsError: on entering, if the KMS of one of them refuses or does not answer.
+        """
+        names = () if isinstance(tenants, str) else tuple(sorted(set(tenants)))
+        if not names:
+            raise ConfigurationError("across() takes a list of at least one tenant's name")
+        return _Across(names, self._scopes, self._keyrings, self._audit, _accountable(actor, reason))
+
+    def sealed(self, *, actor: str, reason: str) -> _Sealed:
+        """Work on rows within a block without any tenant's keys or KMS: ``with`` or ``async with``.
+
+        ::
+
+            with byok.sealed(actor="ada@vendor", reason="contract ended"), Session(engine) as session:
+                patient = session.get_one(Patient, 1)
+                patient.name                               # <Sealed patient.name>
+                session.delete(patient)
+                session.commit()
+
+        Encrypted attributes are read as :class:`Sealed`, whoever's they are; a flush leaves them as they were, and they
+        can be copied to the same column of another row. Plain columns are read, searched and written as ever. A new
+        encrypted value and a search on an encrypted column raise :class:`SealedError`. It holds for sessions with a
+        tenant of their own too; a :meth:`tenant` or :meth:`across` block within ends it. The audit is told
+        (:class:`~sqla_byok.audit.SealedOpened`). Engines and sessions can be sealed for good by the execution option
+        ``byok_sealed=True``.
+
+        :param actor: who asks.
+        :param reason: what for.
+        :raises ConfigurationError: without actor or reason.
+        """
+        return _Sealed((), self._scopes, self._keyrings, self._audit, _accountable(actor, reason))
 
     @contextmanager
     def session(
@@ -760,16 +810,11 @@ class Byok(Secret):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _current_tenant(self) -> str | None:
-        scope = self._tenant.get()
-        return self._single_tenant if scope is None else scope.tenant
-
     def _tenant_of(self, bind: Engine | Connection) -> str | None:
-        tenant: str | None = bind.get_execution_options().get(TENANT_OPTION)
-        return self._current_tenant() if tenant is None else tenant
+        return one_tenant(whose(bind.get_execution_options(), self._scopes))
 
     def _required_tenant(self) -> str:
-        tenant = self._current_tenant()
+        tenant = one_tenant(self._scopes.current())
         if tenant is None:
             raise NoTenantError("no tenant is set; do this within 'with byok.tenant(tenant)'")
         return tenant
@@ -822,41 +867,34 @@ def _only(found: list[Digest], column: Any) -> Digest:
     return found[0]
 
 
-class _Scope(NamedTuple):
-    """Whose turn it is in a thread or task, and whose it is again afterwards."""
-
-    tenant: str
-    outer: _Scope | None
-    block: _Within
-    before: Actor
-
-
 class _Within:
     """The block of :meth:`Byok.tenant`. Holds no state, so one may be entered by several threads and tasks."""
 
-    __slots__ = ("_actor", "_keyrings", "_name", "_variable")
+    __slots__ = ("_actor", "_audit", "_keyrings", "_names", "_scopes")
 
     def __init__(
-        self, name: str, variable: ContextVar[_Scope | None], keyrings: Keyrings, actor: Actor
+        self, names: tuple[str, ...], scopes: Scopes, keyrings: Keyrings, audit: Audit, actor: Actor
     ) -> None:
-        self._name, self._variable, self._keyrings, self._actor = name, variable, keyrings, actor
+        self._names, self._scopes, self._keyrings = names, scopes, keyrings
+        self._audit, self._actor = audit, actor
 
     def __enter__(self) -> None:
         who = _inheriting(*self._actor)
-        self._keyrings.enter(self._name, who)
+        for name in self._names:
+            self._keyrings.enter(name, who)
         self._begin(who)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        scope = self._variable.get()
+        scope = self._scopes.innermost.get()
         if scope is not None and scope.block is self and acting.get() is not scope.before:
             acting.set(scope.before)
-        self._variable.set(self._without_me(scope))
+        self._scopes.end(self)
 
     async def __aenter__(self) -> None:
         who = _inheriting(*self._actor)
-        await self._keyrings.aenter(self._name, who)
+        await asyncio.gather(*(self._keyrings.aenter(name, who) for name in self._names))
         self._begin(who)
 
     async def __aexit__(
@@ -866,15 +904,46 @@ class _Within:
 
     def _begin(self, who: Actor) -> None:
         before = acting.get()
-        self._variable.set(_Scope(self._name, self._variable.get(), self, before))
+        self._tell()
+        self._scopes.begin(self._whose(), self, before)
         if who is not before:
             acting.set(who)
 
-    def _without_me(self, scope: _Scope | None) -> _Scope | None:
-        # Generators can leave blocks in another order than they entered them, or in another task.
-        if scope is None or scope.block is self:
-            return None if scope is None else scope.outer
-        return scope._replace(outer=self._without_me(scope.outer))
+    def _whose(self) -> Whose:
+        return self._names[0]
+
+    def _tell(self) -> None:
+        """Opening one tenant is told where its keys come into memory."""
+
+
+class _Across(_Within):
+    """The block of :meth:`Byok.across`."""
+
+    __slots__ = ()
+
+    def _whose(self) -> Whose:
+        return Across(self._names)
+
+    def _tell(self) -> None:
+        self._audit.tell(AcrossOpened(self._names, str(self._actor.name), str(self._actor.purpose)))
+
+
+class _Sealed(_Within):
+    """The block of :meth:`Byok.sealed`."""
+
+    __slots__ = ()
+
+    def _whose(self) -> Whose:
+        return SEALED
+
+    def _tell(self) -> None:
+        self._audit.tell(SealedOpened(str(self._actor.name), str(self._actor.purpose)))
+
+
+def _accountable(actor: str, reason: str) -> Actor:
+    if not (actor and reason):
+        raise ConfigurationError("say who asks (actor=) and what for (reason=); the audit is told both")
+    return Actor(actor, reason)
 
 
 def _inheriting(actor: str | None, reason: str | None) -> Actor:

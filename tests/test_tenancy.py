@@ -323,7 +323,7 @@ def test_one_block_object_in_many_threads(on_sqlite: Byok, sqlite: Engine) -> No
             if not late:
                 step.wait(10)
             step.wait(10)
-        found.append(on_sqlite._current_tenant())
+        found.append(on_sqlite._scopes.current())
 
     threads = [threading.Thread(target=run, args=(late,)) for late in (False, True)]
     for thread in threads:
@@ -344,9 +344,9 @@ def test_generators_that_leave_in_another_order(on_sqlite: Byok) -> None:
     next(first)
     next(second)
     first.close()
-    assert on_sqlite._current_tenant() == "t2"
+    assert on_sqlite._scopes.current() == "t2"
     second.close()
-    assert on_sqlite._current_tenant() is None
+    assert on_sqlite._scopes.current() is None
 
 
 # -- results ---------------------------------------------------------------------------------------------------------

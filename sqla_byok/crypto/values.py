@@ -122,6 +122,7 @@ def seal_with(
     codec: Codec,
     limit: int | None = None,
     pad_to: int | None = None,
+    kept: tuple[type, Callable[[Any], bytes]] | None = None,
 ) -> Callable[[Any], bytes | None]:
     """Build the function that turns a Python value into a stored value.
 
@@ -130,12 +131,14 @@ def seal_with(
     :param column: the column id, bound into each value.
     :param limit: the longest text in characters that needs no further check.
     :param pad_to: pad the plaintext to a multiple of so many bytes.
+    :param kept: a class whose objects are stored values already, and what takes the bytes out of one.
     :returns: ``None`` for ``None``, else 46 bytes more than the (padded) plaintext. The function raises
         :class:`~sqla_byok.errors.EncodeError` for a value that does not fit.
     """
     tail = column_aad(column, codec.name)
     encode = codec.encode
     longest = (sys.maxsize if limit is None else limit) if codec.name == "str" else -1
+    kept_type, keep = kept or (None, None)
 
     def seal(value: Any) -> bytes | None:
         if value is None:
@@ -145,7 +148,12 @@ def seal_with(
             nobody()
         plaintext, unfit = b"", None
         try:
-            plaintext = value.encode() if type(value) is str and len(value) <= longest else encode(value)
+            if type(value) is str and len(value) <= longest:
+                plaintext = value.encode()
+            elif type(value) is kept_type and keep is not None:
+                return keep(value)
+            else:
+                plaintext = encode(value)
         except UnfitError as error:
             unfit = str(error)
         except UnicodeEncodeError:
@@ -163,14 +171,14 @@ def seal_with(
 
 def open_with(
     current: Callable[[], Ring | None],
-    refuse: Callable[[Ring | None, bytes], NoReturn],
+    foreign: Callable[[Ring | None, bytes], Any],
     column: str,
     codec: Codec,
 ) -> Callable[[Any], Any]:
     """Build the function that turns a stored value back into the Python value.
 
     :param current: gives the keyring of the result being read.
-    :param refuse: raises the error for a value whose key is not in that keyring.
+    :param foreign: told of a value whose key is not in that keyring; raises the error, or says what is read instead.
     :returns: ``None`` for ``None``. The function raises :class:`~sqla_byok.errors.TamperedError` for a value that
         does not authenticate in this column, and never returns such a value.
     """
@@ -187,10 +195,10 @@ def open_with(
         except Exception:  # noqa: BLE001 - whatever it is, its text and its chain could carry the plaintext
             ring = current()
         # Out here, nothing is chained to what is raised.
-        DECRYPT_FAILURES.add()
         blob = bytes(blob) if isinstance(blob, bytes | bytearray | memoryview) else b""
         if ring is None or blob[:HEADER_SIZE] not in ring.openers:
-            refuse(ring, blob)
+            return foreign(ring, blob)
+        DECRYPT_FAILURES.add()
         raise TamperedError(
             f"{column}: a stored value does not authenticate; it was altered, or it was written for another column",
             column=column,

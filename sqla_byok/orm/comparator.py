@@ -58,14 +58,17 @@ _OF_HASHES = {
     operators.distinct_op,
 }
 _WRAPPERS = (Label, Grouping)
+_OURS = (Encrypted, SearchHash)
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a searchable encrypted column"
 _ROTATING = (
-    "it cannot be compared with another column or a subquery while its salts are being rotated, since equal values may "
-    "have unequal hashes until their rows are moved; compare it with values"
+    "it cannot be compared with another column or a subquery while its salts are being rotated, nor across several "
+    "tenants, since equal values may have unequal hashes; compare it with values"
 )
 _OTHER_KEY = (
     "{} hashes with another salt or in another way; give both columns one salt_scope, hash and normalize"
 )
+# By how many search salts, of several tenants or of one that rotates them, a statement looks a value up.
+_SALTS_AT_MOST = 20
 _NOT_SEARCHABLE = "it is not searchable; declare it with Encrypted(…, searchable=True) and fill its hashes"
 
 
@@ -196,9 +199,19 @@ class HashComparison(BinaryExpression[Any]):
 @compiles(HashComparison)
 def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -> Any:
     # The statement hooks see to it that a statement is compiled anew where the number is another.
-    ring = slot_of(compiler.dialect).binding.get()
+    column = next(element.encrypted(), element.left)
+    type_ = getattr(column, "type", None)
+    owner = (
+        (type_.source if isinstance(type_, SearchHash) else type_).owner if isinstance(type_, _OURS) else None
+    )
+    ring = slot_of(compiler.dialect).binding_of(owner)()
     live = 1 if ring is None else len(ring.live_salts)
-    upstream.note_compared(compiler, live)
+    if live > _SALTS_AT_MOST:
+        _refuse(
+            column,
+            f"a search takes at most {_SALTS_AT_MOST} search salts, not {live}; name fewer tenants at once",
+        )
+    upstream.note_compared(compiler, live, owner)
     return compiler.process(element.rendered(live), **kwargs)
 
 

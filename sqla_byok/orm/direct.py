@@ -24,6 +24,7 @@ from sqla_byok.keys.direct import Cell, adecrypt, aencrypt, decrypt, encrypt
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import upstream
+from sqla_byok.orm.isolation import SEALED, AcrossRing, Statements
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import Slot, slot_of
 
@@ -60,7 +61,7 @@ def writer(slot: Slot, column: str, seal: _Process, final: _Process | None) -> _
 
     def bind(value: Any) -> Any:
         if type(value) is Sealed:
-            stored = _resealed(slot, column, value)
+            stored = resealed(slot, column, slot.binding.get(), value)
             return stored if final is None else final(stored)
         inner = seal(value)
         return None if inner is None else Pending(Cell(column, inner), final)
@@ -74,7 +75,8 @@ def refusing(process: _Process, column: str) -> _Process:
     def bind(value: Any) -> Any:
         if type(value) is Sealed:
             raise EncodeError(
-                f"{column}: a sealed value has no search hash; await byok.areveal() first, and give the plaintext",
+                f"{column}: a sealed value has no search hash; reveal it first, with byok.reveal() or areveal(), and "
+                "give the plaintext",
                 column=column,
             )
         return process(value)
@@ -116,14 +118,24 @@ def _sent(parameters: Any) -> Any:
     return parameters.stored if type(parameters) is Pending else parameters
 
 
-def _resealed(slot: Slot, column: str, value: Sealed) -> bytes:
+def resealed(slot: Slot, column: str, ring: Any, value: Sealed) -> bytes:
+    """The stored value that is written for a sealed one: the same bytes, to the same column, for the same tenant.
+
+    :param ring: the keyring of the running statement.
+
+    :raises EncodeError: if it is another column's.
+    :raises TenantMismatchError: if it is another tenant's.
+    """
     if value.column != column:
         raise EncodeError(
             f"{column}: a sealed value of {value.column} can be written to that column only; "
-            "await byok.areveal() first",
+            "reveal it first, with byok.reveal() or areveal()",
             column=column,
         )
-    _check_owner(slot, column, slot.binding.get(), value.stored)
+    if isinstance(ring, AcrossRing):
+        ring.write  # noqa: B018 - says whose it would be
+    if ring is not SEALED:
+        _check_owner(slot, column, ring, value.stored)
     return value.stored
 
 
@@ -152,16 +164,18 @@ class Reader:
         if value is None:
             return None
         ring = self._slot.reading.get()
-        if self._is_async:
+        if ring is SEALED:
+            return self._open(value)
+        if self._is_async or isinstance(ring, AcrossRing):
             _check_owner(self._slot, self._column, ring, value)
             return Sealed(self._column, bytes(value))
         cell = self.cell(ring, value)
         # Fetched past opener(): RETURNING beside server defaults, and rows whose columns go by name.
-        if cell is not None and ring is not None and self._slot.keyrings is not None:
+        if cell is not None and isinstance(ring, Keyring) and self._slot.keyrings is not None:
             (value,) = decrypt(self._slot.keyrings, ring, [cell])
         return self._open(value)
 
-    def cell(self, ring: Keyring | None, value: Any) -> Cell | None:
+    def cell(self, ring: Statements | None, value: Any) -> Cell | None:
         """What the KMS has to decrypt of a raw value; None if it has not."""
         if self._is_async or not isinstance(value, bytes | bytearray | memoryview):
             return None
@@ -173,9 +187,11 @@ class Reader:
 
 
 def opener(
-    result: Any, keyrings: Keyrings, ring: Keyring | None
+    result: Any, keyrings: Keyrings, ring: Statements | None
 ) -> Callable[[Sequence[Any]], list[Any]] | None:
     """What opens the direct values in rows fetched from a result; None where it has none, or leaves them sealed.
+
+    They stay sealed where there are several tenants: whoever wants one reveals it for its tenant.
 
     A value that stands in several of the rows, as a joined load repeats it, is decrypted once.
     """
@@ -184,7 +200,7 @@ def opener(
         for place, process in enumerate(upstream.processors(result))
         if isinstance(process, Reader)
     ]
-    if not readers or ring is None or result.dialect.is_async:
+    if not readers or not isinstance(ring, Keyring) or result.dialect.is_async:
         return None
 
     def open_rows(rows: Sequence[Any]) -> list[Any]:
@@ -205,7 +221,7 @@ def opener(
     return open_rows
 
 
-def _check_owner(slot: Slot, column: str, ring: Keyring | None, value: Any) -> None:
+def _check_owner(slot: Slot, column: str, ring: Statements | None, value: Any) -> None:
     """Refuse another tenant's value, or one that is not ours, before the KMS hears of it."""
     value = bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
     key_id = value[2:HEADER_SIZE]
@@ -283,7 +299,7 @@ def _find(
     slot = slot_of(bind.dialect)
     if slot.keyrings is not keyrings:
         raise NotAttachedError(f"{value.column}: the object's engine is not attached to this Byok")
-    tenant = tenant_of(bind)
+    tenant = type_.owner or tenant_of(bind)
     if tenant is None:
         slot.nobody(value.column)
     return _Found(value, type_, bind.dialect, tenant)

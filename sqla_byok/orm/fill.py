@@ -17,10 +17,11 @@ from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, 
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import NullType
 
-from sqla_byok.errors import UnsupportedQueryError
+from sqla_byok.errors import EncodeError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import hash_column_of
-from sqla_byok.orm.types import Encrypted, SearchHash
+from sqla_byok.orm.sealed import Sealed
+from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
 __all__ = ["fill", "refuse_compiled", "refuse_embedded"]
@@ -147,13 +148,28 @@ def _fill_rows(clause: Any, table: Any, plan: _Plan, rows: Sequence[Row]) -> lis
     for source, hash_key in plan.pairs:
         for row in filled:
             try:
-                row[hash_key] = row[source]
+                value = row[source]
+                row[hash_key] = value if type(value) is not Sealed else _copied(table.c[hash_key], row)
             except KeyError:
                 # A flush INSERT sends None for each attribute that was not set. Left here it would go before a value
                 # that comes from .values() or from a default.
                 if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
                     _refuse_hash(table.c[hash_key])
     return filled  # type: ignore[return-value]
+
+
+def _copied(column: Any, row: Row) -> Digest:
+    """The hash that is written with a sealed value, which nobody can hash: that of the row that it was read from."""
+    given = row.get(column.key)
+    if not isinstance(given, Digest):
+        name = column.type.source.column_id
+        raise EncodeError(
+            f"{name}: a sealed value has no search hash by itself; read the row's {column.key} too, with undefer(), "
+            "and write both as parameters, or reveal the value first",
+            column=name,
+        )
+    kept: Digest = column.type.kept(given)
+    return kept
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

@@ -9,15 +9,18 @@ are still read under the tenant of their statement.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
+from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
+from sqla_byok.audit import Actor
 from sqla_byok.errors import (
     ConfigurationError,
     NoTenantError,
@@ -26,28 +29,36 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.orm import direct, upstream
+from sqla_byok.orm import direct, tenancy, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.guard import Guard, Verdict, search_hash
-from sqla_byok.orm.slots import slot_of
-from sqla_byok.orm.types import Digest, Encrypted, SearchHash
+from sqla_byok.orm.isolation import (
+    ALL_SEALED,
+    SEALED,
+    TENANT_OPTION,
+    Across,
+    AcrossRing,
+    Owned,
+    Scopes,
+    Statements,
+    Whose,
+    shown,
+    whose,
+)
+from sqla_byok.orm.slots import Slot, slot_of
+from sqla_byok.orm.types import Digest, Encrypted, SearchHash, owners
 
-__all__ = ["ACTOR_OPTION", "TENANT_OPTION", "attach", "hashes"]
-
-TENANT_OPTION = "byok_tenant"
-"""The execution option that says whose data a session, connection or engine works on."""
+__all__ = ["ACTOR_OPTION", "attach", "hashes"]
 
 ACTOR_OPTION = "byok_actor"
 """Who is named in the audit for what it opens; Byok.session() sets it."""
 
 
-def attach(
-    engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str | None], guard: Guard
-) -> None:
+def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> None:
     """Put the statement hooks on an engine. Its statements' parameters are hidden from logs and exceptions.
 
     :param keyrings: where the tenants' keys are.
-    :param current_tenant: tells whose turn it is in this thread or task, where no execution option says it.
+    :param scopes: tells whose turn it is in this thread or task, where no execution option says it.
     :param guard: judges each compiled statement, and text.
     :raises ConfigurationError: if the engine is attached to other keyrings already.
     """
@@ -61,34 +72,37 @@ def attach(
         raise ConfigurationError(
             "this engine is attached to another Byok already; give each Byok engines of its own"
         )
-    slot.keyrings = keyrings
+    slot.keyrings, slot.scopes = keyrings, scopes
     binding, reading, clock = slot.binding, slot.reading, keyrings.clock
     # What a statement run by another one's column default or event has to put back. One level is enough: where more
     # tenants are nested, before_cursor_execute refuses.
-    enclosing: ContextVar[Keyring | None] = ContextVar("byok_enclosing", default=None)
+    enclosing: ContextVar[Statements | None] = ContextVar("byok_enclosing", default=None)
 
     def ask(compiled: Any) -> _Concerns:
         return _concerns(compiled, guard)
 
     def before_execute(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> tuple[Any, Any, Any]:
-        tenant, ring = options.get(TENANT_OPTION), None
-        if tenant is None:
-            tenant = current_tenant()
+        tenant, ring = whose(options, scopes), None
         if tenant is not None:
-            ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
-            if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
-                ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
-            if ring is None:
-                who = options.get(ACTOR_OPTION)
-                ring = (
-                    await_only(keyrings.aget(tenant, actor=who))
-                    if in_greenlet()
-                    else keyrings.get(tenant, actor=who)
+            # Nothing but a name is found there.
+            ring = keyrings.warm(tenant) or _opened(  # type: ignore[arg-type]
+                conn, tenant, keyrings, options.get(ACTOR_OPTION)
+            )
+        if owners:
+            owned = _owned(conn, clause, multi or [params], tenant, keyrings)
+            if slot.binding_owned.get() is not owned:
+                slot.binding_owned.set(owned)
+            if any(len(each.live_salts) > 1 for each in owned.values()):
+                clause = _fan_out(
+                    clause, tuple(sorted((n, len(each.live_salts)) for n, each in owned.items()))
                 )
         is_dml = getattr(clause, "is_dml", None)
         if is_dml is None:
             refuse_compiled(clause)
-        elif is_dml and not clause.is_delete:
+        elif is_dml and tenancy.used:
+            rows = multi or ([params] if params else [])
+            clause = tenancy.check(upstream.resolved(clause), rows, tenant)
+        if is_dml and not clause.is_delete:
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
@@ -114,23 +128,31 @@ def attach(
         if compiled is None:
             _refuse(guard.text(statement))
             return statement, parameters
-        encrypts, decrypts, sends, _, compared, verdict = upstream.known(compiled, ask)
+        if tenancy.used and context.isinsert:
+            tenancy.check_defaults(context, whose(context.execution_options, scopes))
+        encrypts, decrypts, sends, _, compared, verdict, owned_by = upstream.known(compiled, ask)
         if verdict is not None:
             _heed(verdict, ring)
+        if owned_by:
+            owned = _complete(conn, slot.binding_owned.get(), owned_by, keyrings)
+            for name, live in upstream.compared_owned(compiled).items():
+                _may_bind(owned[name] if owned else SEALED, clock, live)
+            upstream.remember_owned(context, owned)
+            if context.is_crud:
+                slot.reading_owned.set(owned)
         if not (encrypts or decrypts or compared):
             return statement, parameters
         if encrypts or compared:
             _may_bind(ring, clock, compared)
-        tenant = context.execution_options.get(TENANT_OPTION)
-        if tenant is None:
-            tenant = current_tenant()
+        tenant = whose(context.execution_options, scopes)
+        if context.execution_options.get(TENANT_OPTION) is None:
             _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
         _check_unchanged(ring, tenant)
         # What runs between here and after_execute may be another tenant's.
         upstream.remember(context, ring)
         if decrypts and context.is_crud:
             reading.set(ring)  # RETURNING together with server defaults is read before after_execute
-        if sends and ring is not None:
+        if sends and isinstance(ring, Keyring):
             parameters = direct.send(context, parameters, keyrings, ring)
             _may_bind(ring, clock, compared)  # again, since the KMS may have taken long to answer
         return statement, parameters
@@ -143,6 +165,9 @@ def attach(
         if context is None or context.compiled is None or result._soft_closed:
             return
         concerns = upstream.known(context.compiled, ask)
+        if concerns.owned_by:
+            owned = upstream.remembered_owned(context)
+            result.cursor_strategy = _OwnedFetch(result.cursor_strategy, owned, slot, keyrings)
         if concerns.decrypts:
             ring = upstream.remembered(context)
             strategy, opener = result.cursor_strategy, None
@@ -164,10 +189,35 @@ def attach(
     getattr(logger, "logger", logger).addFilter(_hide_rows)
 
 
+def _opened(conn: Any, tenant: Whose, keyrings: Keyrings, who: Actor | None) -> Statements:
+    """The keyring of a tenant that is not in memory, or needs a look; of several; of nobody."""
+    if tenant is SEALED:
+        return SEALED
+    if isinstance(tenant, Across):
+        return AcrossRing(
+            tenant, [keyrings.warm(name) or _one(conn, name, keyrings, who) for name in tenant.names]
+        )
+    return _one(conn, tenant, keyrings, who)  # type: ignore[arg-type]  # what remains
+
+
+def _one(conn: Any, tenant: str, keyrings: Keyrings, who: Actor | None = None) -> Keyring:
+    clock = keyrings.clock
+    ring = _of_unit(conn, tenant, clock)
+    if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
+        ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
+    if ring is None:
+        ring = (
+            await_only(keyrings.aget(tenant, actor=who)) if in_greenlet() else keyrings.get(tenant, actor=who)
+        )
+    return ring
+
+
 def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     """The keyring of the connection's transaction, for a tenant that wants a KMS call for each."""
-    ring: Keyring | None = upstream.held(conn)
-    if ring is None or ring.tenant != tenant:
+    held: Statements | None = upstream.held(conn)
+    rings = held.rings if isinstance(held, AcrossRing) else [held]
+    ring = next((ring for ring in rings if isinstance(ring, Keyring) and ring.tenant == tenant), None)
+    if ring is None:
         return None
     return ring if ring.lease.live(clock.boot(), clock.wall()) else None
 
@@ -181,6 +231,7 @@ class _Concerns(NamedTuple):
     opens: bool  # values by the customer's KMS
     compared: int  # by how many search salts it compares
     verdict: Verdict | None  # where the guard has something to say
+    owned_by: frozenset[str]  # whose columns it has beside those of its tenant
 
 
 def _concerns(compiled: Any, guard: Guard) -> _Concerns:
@@ -189,6 +240,10 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
     verdict = guard.judge(compiled)
+    owned_by = {_owner(type_) for type_ in (*binds, *results)} | upstream.compared_owned(compiled).keys()
+    if owned_by:
+        binds = [type_ for type_ in binds if _owner(type_) is None]
+        results = [type_ for type_ in results if _owner(type_) is None]
     return _Concerns(
         encrypts=any(isinstance(type_, Encrypted | SearchHash) for type_ in binds),
         decrypts=bool(results),
@@ -196,16 +251,21 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
         opens=any(type_.mode == "direct" for type_ in results),
         compared=upstream.compared(compiled),
         verdict=None if verdict.refusal is None and not verdict.groups else verdict,
+        owned_by=frozenset(name for name in owned_by if name is not None),
     )
 
 
-def _heed(verdict: Verdict, ring: Keyring | None) -> None:
+def _heed(verdict: Verdict, ring: Statements | None) -> None:
     """Refuse what the guard refuses, and what tells hashes apart where one value may have several."""
     _refuse(verdict.refusal)
-    if ring is None:
+    if ring is None or ring is SEALED:
         raise NoTenantError(
             "no tenant is set for this statement, which groups by search hashes: nobody could say whether equal "
             "values have equal hashes; run it in byok.session(tenant, engine)"
+        )
+    if isinstance(ring, AcrossRing):
+        raise UnsupportedQueryError(
+            f"{ring.tenant}: one value has another hash for each tenant; group for each tenant, or in Python"
         )
     if len(ring.live_salts) > 1:
         raise UnsupportedQueryError(
@@ -221,7 +281,44 @@ def _refuse(refusal: tuple[str, str | None] | None) -> None:
         raise UnsupportedQueryError(message, column=column)
 
 
-def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
+def _owner(type_: Any) -> str | None:
+    """Whose keys a type takes, where they are not the statement's tenant's."""
+    source = type_.source if isinstance(type_, SearchHash) else type_
+    return source.owner if isinstance(source, Encrypted) else None
+
+
+def _owned(
+    conn: Any, clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, keyrings: Keyrings
+) -> Owned:
+    """The keyrings of the owners of single columns: those in memory, and those that the statement shows it needs."""
+    if tenant is SEALED:
+        return ALL_SEALED
+    owned = Owned((name, ring) for name in owners if (ring := keyrings.warm(name)) is not None)
+    return owned if len(owned) == len(owners) else _complete(conn, owned, _named(clause, rows), keyrings)
+
+
+def _complete(conn: Any, owned: Owned, names: Iterable[str], keyrings: Keyrings) -> Owned:
+    missing = [name for name in names if name not in owned]
+    return Owned({**owned, **{name: _one(conn, name, keyrings) for name in missing}}) if missing else owned
+
+
+def _named(clause: Any, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The owners of columns that a statement compares or sets; those of what it only reads can wait."""
+    if not isinstance(clause, ClauseElement):
+        return set()
+    statement = upstream.resolved(clause)
+    columns = list(iterate(statement))
+    if getattr(statement, "is_dml", False) and not statement.is_delete:
+        written = {getattr(key, "key", key) for key, _ in upstream.values(statement)}.union(*rows)
+        columns += [
+            column
+            for column in upstream.target(statement)[0].c
+            if column.key in written or column.default or column.onupdate or upstream.multi_values(statement)
+        ]
+    return {owner for column in columns if (owner := _owner(getattr(column, "type", None))) is not None}
+
+
+def _check_one_tenant(conn: Any, tenant: Whose | None, *, updates: bool) -> None:
     """Refuse an UPDATE in a transaction that began with another tenant.
 
     A session that outlives a block still holds the objects of the block's tenant, and would write them under the
@@ -232,22 +329,22 @@ def _check_one_tenant(conn: Any, tenant: str | None, *, updates: bool) -> None:
         raise TenantMismatchError(
             f"this transaction began with tenant {first!r} and would now update rows for {tenant!r}; give each "
             "tenant a session of its own, with byok.session(tenant, engine)",
-            tenant=tenant,
-            owner=first,
+            tenant=shown(tenant),
+            owner=shown(first),
         )
 
 
-def _check_unchanged(ring: Keyring | None, tenant: str | None) -> None:
-    if tenant != (None if ring is None else ring.tenant):
+def _check_unchanged(ring: Statements | None, tenant: Whose | None) -> None:
+    if shown(tenant) != (None if ring is None else ring.tenant):
         raise TenantMismatchError(
             "the tenant changed while this statement was prepared: a column default, a type or an event ran a "
             "statement of its own that failed, or changed the tenant",
-            tenant=tenant,
+            tenant=shown(tenant),
             owner=None if ring is None else ring.tenant,
         )
 
 
-def _fan_out(clause: Any, live: int) -> Any:
+def _fan_out(clause: Any, live: Hashable) -> Any:
     """Have a statement compiled for several search salts."""
     statement = upstream.resolved(clause)
     if getattr(statement, "is_insert", False):
@@ -274,7 +371,7 @@ def _refuse_upsert(statement: Any) -> None:
                 )
 
 
-def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
+def _may_bind(ring: Statements | None, clock: Clock, compared: int) -> None:
     """Refuse to write and to search by keys that may have changed since the process looked."""
     if ring is None:
         if compared:
@@ -282,6 +379,10 @@ def _may_bind(ring: Keyring | None, clock: Clock, compared: int) -> None:
                 "no tenant is set for this statement, which compares search hashes: nobody could say whether equal "
                 "values have equal hashes; run it in byok.session(tenant, engine)"
             )
+        return
+    if ring is SEALED:
+        if compared:
+            SEALED.search()
         return
     if clock.boot() >= ring.write_until:
         ring.outdated()
@@ -323,7 +424,7 @@ class _TenantFetch:
     __slots__ = ("_inner", "_keyrings", "_reading", "_ring")
 
     def __init__(
-        self, inner: Any, ring: Keyring | None, reading: ContextVar[Keyring | None], keyrings: Keyrings
+        self, inner: Any, ring: Statements | None, reading: ContextVar[Statements | None], keyrings: Keyrings
     ) -> None:
         self._inner, self._ring, self._reading, self._keyrings = inner, ring, reading, keyrings
 
@@ -336,7 +437,8 @@ class _TenantFetch:
             if now >= lease.deadline or clock.wall() >= lease.wall_deadline:
                 ring.end()
             if now >= lease.refresh_at:
-                self._keyrings.refresh_soon(ring)
+                for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
+                    self._keyrings.refresh_soon(each)  # type: ignore[arg-type]  # sealed is never due
         self._reading.set(ring)
 
     @property
@@ -374,6 +476,27 @@ class _TenantFetch:
 
     def handle_exception(self, *args: Any) -> Any:
         return self._inner.handle_exception(*args)
+
+
+class _OwnedFetch(_TenantFetch):
+    """The same for the columns of a result that have owners of their own."""
+
+    __slots__ = ("_owned", "_slot")
+
+    def __init__(self, inner: Any, owned: Owned, slot: Slot, keyrings: Keyrings) -> None:
+        super().__init__(inner, None, slot.reading, keyrings)
+        self._owned, self._slot = owned, slot
+
+    def _enter(self) -> None:
+        clock = self._keyrings.clock
+        for ring in self._owned.values():
+            lease = ring.lease
+            if clock.boot() >= lease.deadline or clock.wall() >= lease.wall_deadline:
+                ring.end()
+        self._slot.reading_owned.set(self._owned)
+
+    def _around(self, inner: Any) -> _OwnedFetch:
+        return _OwnedFetch(inner, self._owned, self._slot, self._keyrings)
 
 
 class _DirectFetch(_TenantFetch):

@@ -27,6 +27,7 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import BINARY, VARBINARY
 
 from sqla_byok.errors import DeclarationError
+from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["SOURCE", "hash_key"]
@@ -322,7 +323,11 @@ class _HashProperty(ColumnProperty[Any]):
     inherit_cache = True
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the hash is written with its source."""
+        """Nothing, since the hash is written with its source; unless that is sealed, and is changed by the merge."""
+        _, _, source, state, *_ = args  # SQLAlchemy gives them by position
+        followed = self.key.removesuffix(hash_key(""))
+        if type(source.get(followed)) is Sealed and state.attrs[followed].history.added:
+            super().merge(*args, **kwargs)
 
 
 @event.listens_for(Mapper, "instrument_class")

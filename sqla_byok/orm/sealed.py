@@ -8,12 +8,15 @@ __all__ = ["Sealed"]
 
 
 class Sealed:
-    """What an async engine reads from a column in ``mode="direct"``: the stored value, not yet decrypted.
+    """The stored value of an encrypted column, read but not decrypted.
 
-    ``await byok.areveal(patient, "ssn")`` decrypts it, by one call to the customer's KMS. Until then it can be
-    printed, which shows the column and nothing of the value; compared with another one, which tells whether they are
-    the same stored value, not the same plaintext; pickled; and written back to the column it came from. Comparing it
-    with anything else but None, and asking whether it is true, raises TypeError: either would answer for the value.
+    Within :meth:`Byok.sealed` every encrypted value is read as one; on async engines, those of columns in
+    ``mode="direct"`` are. ``byok.reveal(patient, "ssn")``, or ``await byok.areveal(…)``, decrypts it where the tenant's
+    keys may be used. Until then it can be printed, which shows the column and nothing of the value; compared with
+    another one, which tells whether they are the same stored value, not the same plaintext; pickled; and written back
+    to the column it came from. Comparing it with anything else but None, and asking whether it is true, raises
+    TypeError: either would answer for the value. JSON refuses it, unless asked: ``json.dumps(…, default=str)`` writes
+    ``<Sealed patient.ssn>``.
 
     :param column: the id of its column, such as ``patient.ssn``.
     :param stored: the bytes that the database holds.
@@ -58,8 +61,8 @@ class Sealed:
 
     def _unknown(self) -> NoReturn:
         raise TypeError(
-            f"the value of {self._column} is sealed, so nothing is known about it; await byok.areveal() first, or test "
-            "it with 'is None'"
+            f"the value of {self._column} is sealed, so nothing is known about it; reveal it first, with byok.reveal() "
+            "or areveal(), or test it with 'is None'"
         )
 
     @classmethod

@@ -16,7 +16,7 @@ from sqlalchemy.util import memoized_property
 
 from sqla_byok.crypto import codecs
 from sqla_byok.crypto.codecs import Codec
-from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD
+from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD, check_tenant
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
 from sqla_byok.crypto.values import Ring, hash_with, open_with, seal_with
 from sqla_byok.errors import (
@@ -30,10 +30,13 @@ from sqla_byok.orm import direct
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 
-__all__ = ["Digest", "Encrypted", "SearchHash"]
+__all__ = ["Digest", "Encrypted", "SearchHash", "owners"]
 
 _T = TypeVar("_T")
 _Process = Callable[[Any], Any]
+
+owners: set[str] = set()
+"""The tenants that some column names as its owner; empty in most applications."""
 
 # Drivers that take and give bytes as they are. LargeBinary would wrap each value in the driver's Binary(): with
 # psycopg that alone made an insert of five columns 1.4 times as long.
@@ -52,6 +55,12 @@ class Digest(bytes):
 
     def __repr__(self) -> str:
         return f"Digest({self.hex()})"
+
+
+class _Kept(Digest):
+    """A search hash that is written as it is, where the values themselves are bytes too."""
+
+    __slots__ = ()
 
 
 class Encrypted(TypeDecorator[_T], Generic[_T]):
@@ -83,6 +92,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     :param column_id: the name bound into the ciphertext and the salt; by default ``table.column`` (with the schema in
         front, where there is one). Give it to keep data readable when a table or column is renamed: the old name.
     :param pad_to: pad the plaintext to a multiple of so many bytes (2 to 65,536), where the length would tell.
+    :param owner: the tenant whose keys the column takes, whatever the statement's tenant is, and also where there is
+        none: for an e-mail address that has to be found before the tenant is known. Not with ``mode="direct"``.
     :param mode: ``"envelope"``: values are encrypted here, under the tenant's data key. ``"direct"``: each value is
         then encrypted by the customer's KMS as well, so that every read and write of one is a call to it and stands in
         the customer's own log; values are limited to what the customer key takes (144 bytes for RSA-2048, 4,050 for
@@ -104,6 +115,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         normalize: Callable[[Any], Any] | None = None,
         column_id: str | None = None,
         pad_to: int | None = None,
+        owner: str | None = None,
         mode: Literal["envelope", "direct"] = "envelope",
     ) -> None:
         super().__init__()
@@ -114,6 +126,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.normalize = normalize
         self.column_id = column_id
         self.pad_to = pad_to
+        self.owner = owner
         self.mode = mode
         self.declared_id = column_id
         self._check_options()
@@ -125,6 +138,13 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             raise DeclarationError("pad_to takes 2 to 65,536 bytes")
         if self.mode not in ("envelope", "direct"):
             raise DeclarationError("mode takes 'envelope' or 'direct'")
+        if self.owner is not None:
+            check_tenant(self.owner)
+            if self.mode == "direct":
+                raise DeclarationError(
+                    "mode='direct' takes no owner: its values are encrypted by the tenant's KMS"
+                )
+            owners.add(self.owner)
         if not self.searchable:
             if self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
                 raise DeclarationError("hash, salt_scope and normalize need searchable=True")
@@ -166,7 +186,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def search_key(self) -> tuple[Any, ...]:
         """Two columns whose keys are equal have equal hashes for equal values."""
         codec = _codec(self.type_)
-        return self.scope, self.hash, codec.name, self.normalize
+        return self.scope, self.hash, codec.name, self.normalize, self.owner
 
     # -- what SQLAlchemy asks --------------------------------------------------------------------------------------
 
@@ -179,7 +199,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             return NO_CACHE
         return (
             type(self), inner, self.searchable, self.hash, self.salt_scope, self.normalize, self.column_id, self.pad_to,
-            self.mode,
+            self.owner, self.mode,
         )  # fmt: skip
 
     @property
@@ -213,10 +233,17 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         if self.column_id is None:
             return _unbound
         slot, column = slot_of(dialect), self.column_id
+        current = slot.binding_of(self.owner)
         to_plain, codec, _ = _plain(self.type_, dialect)
         length = getattr(_undecorated(self.type_, dialect), "length", None)
         seal = seal_with(
-            slot.binding.get, lambda: slot.nobody(column), column, codec, limit=length, pad_to=self.pad_to
+            current,
+            lambda: slot.nobody(column, self.owner),
+            column,
+            codec,
+            limit=length,
+            pad_to=self.pad_to,
+            kept=(Sealed, lambda value: direct.resealed(slot, column, current(), value)),
         )
         checked = _checked(to_plain, column, EncodeError)
         if self.mode == "direct":
@@ -227,7 +254,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         if self.column_id is None:
             return _unbound
         slot = slot_of(dialect)
-        to_bytes, opened = _driver_bytes(dialect, coltype), self.opened(dialect, slot.reading.get)
+        to_bytes, opened = _driver_bytes(dialect, coltype), self.opened(dialect, slot.reading_of(self.owner))
         if self.mode == "direct":
             return direct.Reader(slot, self.column_id, to_bytes, opened, dialect.is_async)
         return _chain(to_bytes, opened)
@@ -236,7 +263,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         """What makes the Python value of a stored value's bytes, under the keyring that ``current`` gives."""
         slot, column = slot_of(dialect), self.column_id or ""
         _, codec, from_plain = _plain(self.type_, dialect)
-        opened = open_with(current, lambda ring, blob: slot.refuse(column, ring, blob), column, codec)
+        opened = open_with(current, lambda ring, blob: slot.foreign(column, ring, blob), column, codec)
         return _chain(opened, _checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
@@ -250,6 +277,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             "normalize": self.normalize,
             "column_id": self.column_id,
             "pad_to": self.pad_to,
+            "owner": self.owner,
             "mode": None if self.mode == "envelope" else self.mode,
         }
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
@@ -279,6 +307,10 @@ class SearchHash(TypeDecorator[Digest]):
             found = self._slots.setdefault(slot, SearchHash(self.source, slot))
         return found
 
+    def kept(self, digest: Digest) -> Digest:
+        """What is bound to have this hash stored as it is."""
+        return _Kept(digest) if _codec(self.source.type_).name == "bytes" else digest
+
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         # BLOB cannot be indexed whole there.
         return mysql.BINARY(32) if dialect.name in ("mysql", "mariadb") else self.impl_instance
@@ -292,9 +324,10 @@ class SearchHash(TypeDecorator[Digest]):
             return _unbound
         slot, column = slot_of(dialect), source.column_id
         to_plain, codec, _ = _plain(source.type_, dialect)
+        current = slot.binding_of(source.owner)
         to_hash = hash_with(
-            slot.binding.get,
-            lambda: slot.nobody(column),
+            current,
+            lambda: slot.nobody(column, source.owner),
             column,
             codec,
             source.hash,
@@ -308,7 +341,7 @@ class SearchHash(TypeDecorator[Digest]):
             if type(value) is not Digest:
                 hashed: bytes | None = process(value)
                 return hashed
-            ring = slot.binding.get()
+            ring = current()
             if ring is not None and len(ring.live_salts) > 1:
                 raise UnsupportedQueryError(
                     f"{column}: a search hash cannot be looked up while the search salts are being rotated, since "
@@ -317,8 +350,12 @@ class SearchHash(TypeDecorator[Digest]):
                 )
             return bytes(value)
 
+        def bind_bytes(value: Any) -> bytes | None:
+            hashed: bytes | None = bytes(value) if type(value) is _Kept else process(value)
+            return hashed
+
         # Where the values themselves are bytes, a digest is a value like any other.
-        hash_or_keep = process if codec.name == "bytes" else bind
+        hash_or_keep: _Process = bind_bytes if codec.name == "bytes" else bind
         if source.mode == "direct" or source.normalize is not None:
             hash_or_keep = direct.refusing(hash_or_keep, column)
         return _chain(hash_or_keep, _driver_binary(dialect))
@@ -468,15 +505,13 @@ def _enum_steps(type_: sqltypes.Enum) -> tuple[_Process | None, _Process | None]
 def _checked(
     step: _Process | None, column: str, error: type[EncodeError] | type[DecryptError]
 ) -> _Process | None:
-    """Keep the wrapped type's own code from telling a value in its exception."""
+    """Keep the wrapped type's own code from telling a value in its exception, and from sealed values."""
     if step is None:
         return None
 
     def convert(value: Any) -> Any:
         if type(value) is Sealed:
-            raise EncodeError(
-                f"{column}: it takes no sealed value; await byok.areveal() first", column=column
-            )
+            return value
         try:
             return step(value)
         except Exception as raised:  # noqa: BLE001 - a user's code

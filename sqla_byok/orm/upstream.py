@@ -6,7 +6,7 @@ lines, 2.0 and 2.1, are tested against what stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ __all__ = [
     "FanOut",
     "Parts",
     "compared",
+    "compared_owned",
     "conflict_criteria",
     "conflict_elements",
     "conflict_values",
@@ -42,7 +43,9 @@ __all__ = [
     "processors",
     "referred",
     "remember",
+    "remember_owned",
     "remembered",
+    "remembered_owned",
     "render_again",
     "resolved",
     "restated",
@@ -66,25 +69,37 @@ Item = tuple[Any, Any]
 class FanOut(CompileStateOption):
     """An option that does nothing but enter a statement's cache key.
 
-    :param live: how many search salts the compiled statement looks up.
+    :param live: how many search salts the compiled statement looks up, and whose.
     """
 
     propagate_to_loaders = False
     _cache_key_traversal = [("live", InternalTraversal.dp_plain_obj)]  # noqa: RUF012 - SQLAlchemy's declaration
 
-    def __init__(self, live: int) -> None:
+    def __init__(self, live: Hashable) -> None:
         self.live = live
 
 
-def note_compared(compiler: Any, live: int) -> None:
-    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts."""
-    compiler._sqla_byok_live = live
+def note_compared(compiler: Any, live: int, owner: str | None) -> None:
+    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts.
+
+    :param owner: whose they are, where they are not the statement's tenant's.
+    """
+    if owner is None:
+        compiler._sqla_byok_live = live
+    else:
+        compiler.__dict__.setdefault("_sqla_byok_owned", {})[owner] = live
 
 
 def compared(compiled: Any) -> int:
     """By how many search salts a compiled statement compares; 0 where it compares no search hashes."""
     live: int = compiled.__dict__.get("_sqla_byok_live", 0)
     return live
+
+
+def compared_owned(compiled: Any) -> Mapping[str, int]:
+    """Likewise for each owner of single columns by whose salts it compares."""
+    owned: Mapping[str, int] = compiled.__dict__.get("_sqla_byok_owned", {})
+    return owned
 
 
 def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
@@ -235,6 +250,16 @@ def remembered(context: Any) -> Any:
     return context._sqla_byok
 
 
+def remember_owned(context: Any, owned: Any) -> None:
+    """Keep the keyrings of the owners of single columns with a statement's execution."""
+    context._sqla_byok_owned = owned
+
+
+def remembered_owned(context: Any) -> Any:
+    """Those keyrings; None where it has no such column."""
+    return context.__dict__.get("_sqla_byok_owned")
+
+
 def hold(connection: Any, ring: Any) -> None:
     """Keep a keyring for as long as the connection's transaction lasts."""
     connection._sqla_byok_unit = (connection.get_transaction(), ring)
@@ -246,13 +271,13 @@ def held(connection: Any) -> Any:
     return ring if transaction is not None and transaction is connection.get_transaction() else None
 
 
-def pinned(connection: Any, tenant: str | None) -> str | None:
+def pinned(connection: Any, tenant: T) -> T:
     """The first tenant of the connection's transaction: this one, where none was there before."""
     transaction = connection.get_transaction()
     known = connection.__dict__.get("_sqla_byok")
     if known is None or known[0] is not transaction:
         known = connection._sqla_byok = (transaction, tenant)
-    first: str | None = known[1]
+    first: T = known[1]
     return first
 
 

@@ -1,0 +1,334 @@
+"""Whose turn it is where it is not simply one tenant's: several tenants by name, or nobody's keys at all.
+
+The statement hooks and the processors work with one keyring a statement. Two things stand in the place of one here:
+:data:`SEALED`, which has no keys, so that encrypted values are read as :class:`~sqla_byok.orm.sealed.Sealed`; and
+:class:`AcrossRing`, which opens the rows of several tenants and writes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from math import inf
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
+
+from sqla_byok.audit import Actor
+from sqla_byok.crypto.formats import Secret
+from sqla_byok.crypto.values import Opener
+from sqla_byok.errors import NoTenantError, SealedError
+from sqla_byok.keys.keyring import Keyring
+
+__all__ = [
+    "ALL_SEALED",
+    "NOT_OPEN",
+    "SEALED",
+    "SEALED_OPTION",
+    "TENANT_OPTION",
+    "Across",
+    "AcrossRing",
+    "Owned",
+    "Scope",
+    "Scopes",
+    "Statements",
+    "Whose",
+    "one_tenant",
+    "shown",
+    "whose",
+]
+
+
+# -- nobody's keys ---------------------------------------------------------------------------------------------------
+
+
+class _NoSalts(Mapping[Any, bytes]):
+    """Stands where the salts of a search would be."""
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        SEALED.search()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+class _SealedRing:
+    """The keyring of a statement that runs sealed, and what stands for its tenant."""
+
+    __slots__ = ()
+
+    tenant = "nobody (sealed)"
+
+    cleared = one_unit = False
+
+    @property
+    def lease(self) -> _SealedRing:
+        """What is nobody's lasts for ever."""
+        return self
+
+    deadline = wall_deadline = refresh_at = write_until = inf
+    openers: Mapping[bytes, Opener] = MappingProxyType({})
+    salts: Mapping[Any, bytes] = _NoSalts()
+    live_salts: Sequence[Mapping[Any, bytes]] = (salts,)
+
+    def search(self) -> NoReturn:
+        """Refuse a search."""
+        _refuse("search an encrypted column: there are no search salts")
+
+    def end(self) -> NoReturn:
+        """Refuse what needs keys."""
+        _refuse("encrypt, decrypt or hash a value")
+
+    expired = outdated = end
+
+    @property
+    def write(self) -> NoReturn:
+        _refuse(
+            "write a new value to an encrypted column; only sealed values that were read can be written back"
+        )
+
+    def __repr__(self) -> str:
+        return self.tenant
+
+
+def _refuse(what: str) -> NoReturn:
+    raise SealedError(
+        f"this runs sealed, without any tenant's keys, and cannot {what}; do it in byok.session(tenant, engine)"
+    )
+
+
+SEALED = _SealedRing()
+"""Both the tenant and the keyring of a statement that runs sealed."""
+
+
+# -- several tenants -------------------------------------------------------------------------------------------------
+
+
+class Across(NamedTuple):
+    """Several tenants as the tenant of a statement.
+
+    :param names: sorted, each once.
+    """
+
+    names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return "across " + ", ".join(map(repr, self.names))
+
+
+class _Openers(Mapping[bytes, Opener]):
+    """The data keys of several keyrings. It holds none of them: what is cleared there is gone here."""
+
+    __slots__ = ("_rings",)
+
+    def __init__(self, rings: Sequence[Keyring]) -> None:
+        self._rings = {header: ring for ring in rings for header in ring.openers}
+
+    def __getitem__(self, header: bytes) -> Opener:
+        return self._rings[header].openers[header]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (header for header, ring in self._rings.items() if header in ring.openers)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class AcrossRing(Secret):
+    """The keyrings of several tenants, for one statement: it opens the values of each under that tenant's keys.
+
+    :ivar rings: one for each tenant, in the order of their names.
+    :ivar tenant: all of them, for messages.
+    """
+
+    __slots__ = ("openers", "rings", "tenant")
+
+    def __init__(self, tenant: Across, rings: Sequence[Keyring]) -> None:
+        self.tenant, self.rings, self.openers = repr(tenant), rings, _Openers(rings)
+
+    @property
+    def live_salts(self) -> Sequence[Mapping[Any, bytes]]:
+        """What a look-up has to try: the live salts of each tenant."""
+        return [salts for ring in self.rings for salts in ring.live_salts]
+
+    @property
+    def salts(self) -> Mapping[Any, bytes]:
+        """The first of them."""
+        return self.rings[0].salts
+
+    @property
+    def write(self) -> NoReturn:
+        """Nobody's: which tenant a new value belongs to is not known."""
+        raise NoTenantError(
+            f"a value cannot be encrypted {self.tenant}: whose would it be? Name one tenant, with byok.tenant(tenant) "
+            "within the block or with the execution option byok_tenant"
+        )
+
+    @property
+    def lease(self) -> AcrossRing:
+        """It ends with the first of its tenants' leases."""
+        return self
+
+    @property
+    def one_unit(self) -> bool:
+        """Whether any of the tenants wants a KMS call for each unit of work."""
+        return any(ring.lease.one_unit for ring in self.rings)
+
+    @property
+    def cleared(self) -> bool:
+        """Whether the keys of any of the tenants were taken away."""
+        return any(ring.cleared for ring in self.rings)
+
+    @property
+    def deadline(self) -> float:
+        """When the first of the tenants' keys may no longer be used, on the boot-time clock."""
+        return min(ring.lease.deadline for ring in self.rings)
+
+    @property
+    def wall_deadline(self) -> float:
+        """The same in wall time."""
+        return min(ring.lease.wall_deadline for ring in self.rings)
+
+    @property
+    def refresh_at(self) -> float:
+        """When the first of them is to be renewed."""
+        return min(ring.lease.refresh_at for ring in self.rings)
+
+    @property
+    def write_until(self) -> float:
+        """Until when a search is sure to know the salts of all of them."""
+        return min(ring.write_until for ring in self.rings)
+
+    def outdated(self) -> NoReturn:
+        """Raise the error of the keyring that nobody looked after for longest."""
+        min(self.rings, key=lambda ring: ring.write_until).outdated()
+
+    def end(self) -> NoReturn:
+        """Clear the keyring whose deadline passed first.
+
+        :raises KeysExpiredError: always.
+        """
+        min(self.rings, key=lambda ring: min(ring.lease.deadline, ring.lease.wall_deadline)).end()
+
+    def expired(self) -> NoReturn:
+        """Raise the error of a cleared keyring."""
+        next((ring for ring in self.rings if ring.cleared), self.rings[0]).expired()
+
+
+# -- whose turn it is ------------------------------------------------------------------------------------------------
+
+Whose = str | Across | _SealedRing
+"""The tenant of a statement: one, several, or nobody."""
+
+Statements = Keyring | AcrossRing | _SealedRing
+"""The keyring of a statement."""
+
+
+TENANT_OPTION = "byok_tenant"
+"""The execution option that says whose data a session, connection or engine works on."""
+
+SEALED_OPTION = "byok_sealed"
+"""The execution option that has a session, connection or engine work without keys; it goes before any tenant."""
+
+
+class Owned(dict[str, Statements]):
+    """The keyrings of the owners of single columns, by their names."""
+
+
+class _AllSealed(Owned):
+    """The same for a statement that runs sealed."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return SEALED
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+NOT_OPEN, ALL_SEALED = Owned(), _AllSealed()
+
+
+class Scope(NamedTuple):
+    """Whose turn it is in a thread or task, and whose it is again afterwards.
+
+    :param block: what began it.
+    :param before: who was acting outside it.
+    """
+
+    tenant: Whose
+    outer: Scope | None
+    block: object
+    before: Actor
+
+
+class Scopes:
+    """The blocks that a thread or task is in.
+
+    :param single: the tenant outside them, where an application serves only one.
+    :ivar innermost: the block that was entered last.
+    """
+
+    __slots__ = ("innermost", "single")
+
+    def __init__(self, single: str | None) -> None:
+        self.single = single
+        self.innermost: ContextVar[Scope | None] = ContextVar("byok_tenant", default=None)
+
+    def current(self) -> Whose | None:
+        """Whose turn it is."""
+        scope = self.innermost.get()
+        return self.single if scope is None else scope.tenant
+
+    def begin(self, tenant: Whose, block: object, before: Actor) -> None:
+        """Enter a block."""
+        self.innermost.set(Scope(tenant, self.innermost.get(), block, before))
+
+    def end(self, block: object) -> None:
+        """Leave a block, which need not be the one that was entered last.
+
+        Generators can leave blocks in another order than they entered them, or in another task.
+        """
+        self.innermost.set(_without(block, self.innermost.get()))
+
+
+def _without(block: object, scope: Scope | None) -> Scope | None:
+    if scope is None or scope.block is block:
+        return None if scope is None else scope.outer
+    return scope._replace(outer=_without(block, scope.outer))
+
+
+def whose(options: Mapping[str, Any], scopes: Scopes) -> Whose | None:
+    """The tenant of a statement with these execution options.
+
+    :param scopes: the blocks around it. A sealed one holds for sessions with a tenant of their own too.
+    """
+    tenant: Whose | None = options.get(TENANT_OPTION)
+    scope = scopes.innermost.get()
+    if scope is None:
+        if tenant is None:
+            tenant = scopes.single
+    elif tenant is None or scope.tenant is SEALED:
+        tenant = scope.tenant
+    return SEALED if options.get(SEALED_OPTION) else tenant
+
+
+def one_tenant(whose: Whose | None) -> str | None:
+    """The tenant, for what needs a single one.
+
+    :raises SealedError: if it runs sealed.
+    :raises NoTenantError: if there are several.
+    """
+    if whose is SEALED:
+        SEALED.end()
+    if isinstance(whose, Across):
+        raise NoTenantError(
+            f"this is done for one tenant, not {whose!r}; do it within 'with byok.tenant(tenant)'"
+        )
+    return whose  # type: ignore[return-value]  # what remains
+
+
+def shown(whose: Whose | None) -> str | None:
+    """What an exception carries as its tenant, which has to survive pickling."""
+    return whose if whose is None or isinstance(whose, str) else repr(whose)

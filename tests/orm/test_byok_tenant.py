@@ -1,0 +1,423 @@
+"""__byok_tenant__: a row that is another tenant's is not written, whichever way it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Uuid,
+    bindparam,
+    delete,
+    event,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, load_only, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
+
+from sqla_byok import (
+    Byok,
+    DeclarationError,
+    Encrypted,
+    LocalKms,
+    NoTenantError,
+    TenantMismatchError,
+    UnsupportedQueryError,
+)
+
+WHO = {"actor": "ada", "reason": "ticket 4711"}
+turn = "t1"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Owned:
+    __byok_tenant__ = "org"
+    org: Mapped[str | None] = mapped_column("org_id", String(40))
+
+
+class Patient(Owned, Base):
+    __tablename__ = "patient"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None] = mapped_column(Encrypted(String(40), searchable=True))
+    note: Mapped[str | None] = mapped_column(String(20))
+    kind: Mapped[str] = mapped_column(String(10), default="patient")
+    __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "patient"}  # noqa: RUF012
+
+
+class Child(Patient):
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(ForeignKey("patient.id"), primary_key=True)
+    school: Mapped[str | None] = mapped_column(Encrypted(String(40)))
+    __mapper_args__ = {"polymorphic_identity": "child"}  # noqa: RUF012
+
+
+class Room(Base):
+    """Without an encrypted column, and with a default for the tenant's."""
+
+    __tablename__ = "room"
+    __byok_tenant__ = "org_id"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    org_id: Mapped[str] = mapped_column(String(40), default=lambda: turn)
+
+
+class Free(Base):
+    __tablename__ = "free"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    org_id: Mapped[str | None] = mapped_column(String(40))
+
+
+T: Any = Patient.__table__
+
+
+@pytest.fixture
+def data(byok: Byok, engine: Engine) -> Engine:
+    """The engine, with a patient, a child and a room of each tenant."""
+    global turn
+    Base.metadata.create_all(engine)
+    for number, tenant in enumerate(("t1", "t2")):
+        turn = tenant
+        with byok.session(tenant, engine) as session:
+            session.add(Patient(id=10 * number + 1, org=tenant, name=f"{tenant} Ada", note="plain"))
+            session.add(
+                Child(id=10 * number + 2, org=tenant, name=f"{tenant} Bob", school="Eton", note="plain")
+            )
+            session.add(Room(id=number + 1))
+            session.commit()
+    turn = "t1"
+    return engine
+
+
+def all_of(engine: Engine) -> list[Any]:
+    """The rows as the database holds them."""
+    names = [c.name for c in T.c]
+    with engine.connect() as connection:
+        return [
+            tuple(row)
+            for row in connection.execute(text(f"SELECT {', '.join(names)} FROM patient ORDER BY id"))
+        ]
+
+
+def writes_of(engine: Engine) -> list[str]:
+    """The statements that reach the database, but SELECTs, from now on."""
+    sent: list[str] = []
+
+    def before_cursor_execute(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith("SELECT"):
+            sent.append(statement)
+
+    event.listen(engine, "before_cursor_execute", before_cursor_execute)
+    return sent
+
+
+NEW: dict[str, Any] = {"id": 30, "org": "t2", "name": "x", "kind": "patient"}
+ROW: dict[str, Any] = {"id": 30, "org_id": "t2", "name": "x", "kind": "patient"}
+THEIRS: dict[str, Callable[[Session], object]] = {
+    "add": lambda s: (s.add(Patient(**NEW)), s.flush()),
+    "add, unset": lambda s: (s.add(Patient(id=30, name="x")), s.flush()),
+    "add a child": lambda s: (s.add(Child(**{**NEW, "kind": "child"})), s.flush()),
+    "bulk_save_objects": lambda s: s.bulk_save_objects([Patient(**NEW)]),
+    "bulk_insert_mappings": lambda s: s.bulk_insert_mappings(Patient, [NEW]),  # type: ignore[arg-type]
+    "bulk insert": lambda s: s.execute(insert(Patient), [{**NEW, "id": 31, "org": "t1"}, NEW]),
+    "bulk insert of children": lambda s: s.execute(insert(Child), [{**NEW, "kind": "child"}]),
+    "ORM insert values": lambda s: s.execute(insert(Patient).values(**NEW)),
+    "Core insert": lambda s: s.execute(insert(T), [{**ROW, "id": 31, "org_id": "t1"}, ROW]),
+    "Core insert, unset": lambda s: s.execute(insert(T), {"id": 30, "name": "x"}),
+    "Core insert, NULL": lambda s: s.execute(insert(T), {**ROW, "org_id": None}),
+    "values": lambda s: s.execute(insert(T).values(**ROW)),
+    "values by column": lambda s: s.execute(
+        insert(T).values({T.c[key]: value for key, value in ROW.items()})
+    ),
+    "multi-values": lambda s: s.execute(insert(T).values([{**ROW, "id": 31, "org_id": "t1"}, ROW])),
+    "named parameter": lambda s: s.execute(
+        insert(T).values(id=30, org_id=bindparam("o"), name="x", kind="patient"), {"o": "t2"}
+    ),
+    "default": lambda s: s.connection().execute(insert(Room.__table__), {"id": 9}),
+    "default in a flush": lambda s: (s.add(Room(id=9)), s.flush()),
+    "update": lambda s: s.execute(update(T).where(T.c.id == 1).values(org_id="t2")),
+    "ORM update": lambda s: s.execute(update(Patient).where(Patient.id == 1).values(org="t2")),
+    "update to NULL": lambda s: s.execute(update(T).values(org_id=None)),
+    "update by parameters": lambda s: s.connection().execute(
+        update(T).where(T.c.id == bindparam("b")), [{"b": 1, "org_id": "t2"}]
+    ),
+    "ORM bulk update": lambda s: s.execute(update(Patient), [{"id": 1, "org": "t2"}]),
+}
+
+
+@pytest.mark.parametrize("way", THEIRS)
+def test_a_row_for_another_tenant_is_refused(byok: Byok, data: Engine, way: str) -> None:
+    """Each way to write, for t1, a row that says t2's: both are named, and nothing reached the database."""
+    global turn
+    before = all_of(data)
+    with byok.session("t1", data) as session:
+        session.connection()
+        sent = writes_of(data)
+        turn = "t2"
+        with pytest.raises(TenantMismatchError, match="'t1'") as raised:
+            THEIRS[way](session)
+        turn = "t1"
+        unset = "NULL" in way or "unset" in way
+        assert (raised.value.tenant, raised.value.owner) == ("t1", None if unset else "t2")
+        assert "x" not in str(raised.value).split()
+        assert [one for one in sent if "patient" in one or "room" in one] == []
+        session.rollback()
+    assert all_of(data) == before
+
+
+CHANGES: dict[str, Callable[[Session, Patient], object]] = {
+    "plain": lambda s, p: setattr(p, "note", "x"),
+    "encrypted": lambda s, p: setattr(p, "name", "x"),
+    "taken over": lambda s, p: setattr(p, "org", "t1"),
+    "delete": lambda s, p: s.delete(p),
+}
+
+
+@pytest.mark.parametrize("way", CHANGES)
+@pytest.mark.parametrize("id_", [11, 12])
+def test_another_tenants_object_is_not_flushed(byok: Byok, data: Engine, way: str, id_: int) -> None:
+    """An object of t2 that was read with its plain columns only is not written, taken over or deleted for t1."""
+    before = all_of(data)
+    with byok.session("t1", data) as session:
+        found = session.get_one(Patient, id_, options=[load_only(Patient.note, Patient.org)])
+        CHANGES[way](session, found)
+        with pytest.raises(TenantMismatchError, match=r"'t2'.*'t1'"):
+            session.flush()
+        session.rollback()
+    assert all_of(data) == before
+
+
+def test_the_tenants_own_rows_are_written_as_ever(byok: Byok, data: Engine) -> None:
+    """No false alarm, and no row of another tenant within reach of an UPDATE or DELETE that names none."""
+    with byok.session("t1", data) as session:
+        found = session.get_one(Child, 2)
+        found.note, found.school, found.name = "changed", "Harrow", "Cyd"
+        session.flush()
+        session.execute(insert(Patient), [{"id": 30 + n, "org": "t1", "name": "x"} for n in range(3)])
+        session.execute(insert(T).values([{"id": 40, "org_id": "t1", "name": "x", "kind": "patient"}]))
+        session.execute(update(Patient).values(note="bulk"))
+        session.execute(update(Patient), [{"id": 30, "name": "y", "org": "t1"}, {"id": 31, "name": "z"}])
+        session.delete(session.get_one(Patient, 32))
+        session.commit()
+        assert session.scalars(
+            select(Patient.id).where(Patient.name.in_(["y", "z"])).order_by(Patient.id)
+        ).all() == [
+            30,
+            31,
+        ]
+        assert session.execute(delete(T).where(T.c.id.in_([40, 11]))).rowcount == 1  # type: ignore[attr-defined]
+        session.commit()
+    with byok.session("t2", data) as session:
+        theirs = session.scalars(select(Patient).where(Patient.org == "t2").order_by(Patient.id)).all()
+        assert [(one.id, one.note, one.name) for one in theirs] == [
+            (11, "plain", "t2 Ada"),
+            (12, "plain", "t2 Bob"),
+        ]
+
+
+def test_a_bulk_update_by_key_reaches_no_other_tenants_row(byok: Byok, data: Engine) -> None:
+    """Its rows do not say whose they are, and it would put t1's ciphertext into t2's row."""
+    before = all_of(data)
+    with byok.session("t1", data) as session:
+        with pytest.raises(StaleDataError):
+            session.execute(update(Patient), [{"id": 11, "name": "x"}])
+        session.rollback()
+        session.execute(update(Patient).where(Patient.id == 11).values(name="x"))
+        session.connection().execute(
+            update(T).where(T.c.id == bindparam("b")).values(name=bindparam("n")), [{"b": 11, "n": "x"}]
+        )
+        session.execute(delete(Patient).where(Patient.id == 11))
+        alias = T.alias()
+        session.execute(update(alias).where(alias.c.id == 11).values(name="x"))
+        session.commit()
+    assert all_of(data) == before
+
+
+UNKNOWN: dict[str, Callable[[Session], object]] = {
+    "expression": lambda s: s.execute(update(T).values(org_id=func.lower("T1"))),
+    "literal column": lambda s: s.execute(update(Patient).values(org=Patient.note)),
+    "insert expression": lambda s: s.execute(
+        insert(T).values(id=30, org_id=select(literal("t1")).scalar_subquery())
+    ),
+    "insert from select": lambda s: s.execute(
+        insert(T).from_select(["id", "org_id"], select(literal(9), literal("t1")))
+    ),
+}
+
+
+@pytest.mark.parametrize("way", UNKNOWN)
+def test_what_only_the_database_knows_is_refused(byok: Byok, data: Engine, way: str) -> None:
+    """It could be any tenant."""
+    with byok.session("t1", data) as session, pytest.raises(UnsupportedQueryError, match="by name"):
+        UNKNOWN[way](session)
+
+
+def test_without_a_tenant_no_such_row_is_written(byok: Byok, data: Engine) -> None:
+    """Not even one without an encrypted value; tables without the declaration are free."""
+    with Session(data) as session:
+        for write in (
+            lambda: (session.add(Room(id=9, org_id="t1")), session.flush()),
+            lambda: session.execute(update(Patient).values(note="x")),
+            lambda: session.execute(delete(Room)),
+        ):
+            with pytest.raises(NoTenantError, match=r"room|patient"):
+                write()
+            session.rollback()
+        session.add(Free(id=1, org_id="anybody"))
+        session.commit()
+
+
+def test_sealed_and_across_write_what_they_may(byok: Byok, local_kms: LocalKms, data: Engine) -> None:
+    """Sealed, rows of anybody, without keys; across, plain columns of the tenants that were named."""
+    byok.onboard("t3", local_kms)
+    with byok.sealed(**WHO), Session(data) as session:
+        session.add(Patient(id=50, org="t9", note="copied"))
+        session.execute(update(Patient).where(Patient.id == 11).values(note="sealed"))
+        session.delete(session.get_one(Patient, 12))
+        session.commit()
+    with byok.across(["t1", "t2"], **WHO), Session(data) as session:
+        session.get_one(Patient, 11).note = "across"
+        session.add(Room(id=60, org_id="t2"))
+        session.commit()
+        session.add(Room(id=61, org_id="t3"))
+        with pytest.raises(TenantMismatchError, match=r"t1.*t2"):
+            session.flush()
+        session.rollback()
+        session.execute(update(Patient).values(note="all"))
+        session.commit()
+    with data.connect() as connection:
+        notes = dict(connection.execute(select(T.c.id, T.c.note)).all())  # type: ignore[arg-type]
+    assert notes == {1: "all", 2: "all", 11: "all", 50: "copied"}
+
+
+def test_an_upsert_does_not_change_the_owner(byok: Byok, data: Engine) -> None:
+    """What is set on conflict is checked too."""
+    row = {"id": 1, "org_id": "t1", "kind": "patient", "name": "x"}
+    if data.dialect.name in ("mysql", "mariadb"):
+        upsert: Any = mysql.insert(T).values(row).on_duplicate_key_update(org_id="t2")
+    else:
+        make: Any = postgresql.insert if data.dialect.name == "postgresql" else sqlite.insert
+        upsert = make(T).values(row).on_conflict_do_update(index_elements=["id"], set_={"org_id": "t2"})
+    with byok.session("t1", data) as session, pytest.raises(TenantMismatchError, match="'t2'"):
+        session.execute(upsert)
+
+
+@pytest.mark.parametrize(("type_", "tenant", "other"), [(Integer, "42", 43), (Uuid, str(uuid4()), uuid4())])
+def test_names_that_are_numbers_or_uuids(
+    byok: Byok, local_kms: LocalKms, engine: Engine, type_: Any, tenant: str, other: Any
+) -> None:
+    """The column may hold what the tenant's name is the text of; declared on a plain Table as well."""
+    table = Table(
+        "visit",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("org", type_),
+        Column("code", Encrypted(String(9))),
+        info={"byok_tenant": "org"},
+    )
+    table.create(engine)
+    byok.onboard(tenant, local_kms)
+    own = int(tenant) if type_ is Integer else UUID(tenant)
+    with byok.tenant(tenant), engine.begin() as connection:
+        connection.execute(insert(table), [{"id": 1, "org": own, "code": "x"}])
+        assert connection.execute(update(table).values(code="y")).rowcount == 1
+        with pytest.raises(TenantMismatchError):
+            connection.execute(insert(table), [{"id": 2, "org": other, "code": "x"}])
+    with byok.tenant("t1"), engine.begin() as connection, pytest.raises(TenantMismatchError, match="t1"):
+        connection.execute(update(table).values(code="y"))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        None,
+        Column("org", LargeBinary),
+        Column("org", Encrypted(String(9))),
+        Column("org", String(9), server_default="t1"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_at_declaration(column: Column[Any] | None) -> None:
+    """A declaration that checks nothing would be worse than none."""
+    columns = [Column("id", Integer, primary_key=True), *([] if column is None else [column])]
+    with pytest.raises(DeclarationError, match="byok_tenant"):
+        Table("bad", MetaData(), *columns, info={"byok_tenant": "org"})
+
+
+def test_a_class_without_the_column_is_refused() -> None:
+    """A base class that declares it for all tables leaves none out silently."""
+    with pytest.raises(DeclarationError, match="__byok_tenant__"):
+
+        class Loose(Base):
+            __tablename__ = "loose"
+            __byok_tenant__ = "org_id"
+            id: Mapped[int] = mapped_column(primary_key=True)
+
+
+def test_a_session_does_not_carry_values_into_another_tenants_block(byok: Byok, data: Engine) -> None:
+    """With expire_on_commit=False it would encrypt for t2 what it read for t1; cleared in between it serves both."""
+    mine, theirs = select(Patient).where(Patient.id == 1), select(Patient).where(Patient.id == 11)
+    for expire in (True, False):
+        with Session(data, expire_on_commit=expire) as session:
+            with byok.tenant("t1"):
+                kept = session.scalars(mine).one()
+                session.commit()
+                assert session.scalars(mine).one() is kept
+                session.commit()
+            with byok.tenant("t2"):
+                if not expire:
+                    with pytest.raises(TenantMismatchError, match=r"'t1'.*'t2'"):
+                        session.scalars(theirs).one()
+                    session.close()
+                assert session.scalars(theirs).one().name == "t2 Ada"
+                session.commit()
+            with byok.sealed(**WHO):
+                assert session.scalar(select(Patient.id).where(Patient.id == 1)) == 1
+    with Session(data, expire_on_commit=False) as session:
+        with byok.sealed(**WHO):
+            held = session.scalars(mine).one()
+            session.commit()
+        with byok.tenant("t1"):
+            assert byok.reveal(held, "name") == "t1 Ada"
+
+
+async def test_flushes_and_statements_under_asyncio(abyok: Byok, async_engine: AsyncEngine) -> None:
+    """The same checks where the flush runs in a greenlet."""
+    async with async_engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    async with abyok.asession("t2", async_engine) as session:
+        session.add(Patient(id=11, org="t2", name="t2 Ada"))
+        await session.commit()
+    async with abyok.asession("t1", async_engine, expire_on_commit=False) as session:
+        session.add(Patient(id=1, org="t1", name="t1 Ada"))
+        await session.commit()
+        session.add(Patient(id=2, org="t2", name="x"))
+        with pytest.raises(TenantMismatchError, match=r"'t2'.*'t1'"):
+            await session.flush()
+        await session.rollback()
+        foreign = await session.get_one(Patient, 11, options=[load_only(Patient.note)])
+        foreign.note = "x"
+        with pytest.raises(TenantMismatchError, match=r"'t2'.*'t1'"):
+            await session.flush()
+        await session.rollback()
+        await session.execute(update(Patient).values(note="bulk"))
+        await session.commit()
+        notes = await session.execute(select(Patient.id, Patient.note).order_by(Patient.id))
+        assert [tuple(row) for row in notes] == [(1, "bulk"), (11, None)]
