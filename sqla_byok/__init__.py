@@ -12,6 +12,7 @@ from sqla_byok.errors import (
     DeclarationError,
     DecryptError,
     EncodeError,
+    HashSpecChangedError,
     KeyDeletedError,
     KeyDisabledError,
     KeysExpiredError,
@@ -29,6 +30,7 @@ from sqla_byok.errors import (
     NotAttachedError,
     NoTenantError,
     NotEncryptedError,
+    NotSearchableError,
     SaltChangedError,
     TamperedError,
     TenantExistsError,
@@ -43,6 +45,7 @@ from sqla_byok.keys.keystore import keystore_metadata
 from sqla_byok.keys.onboarding import Proof
 from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
+from sqla_byok.orm.hash_index import hash_index
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok, Outcome, Status
@@ -62,6 +65,7 @@ __all__ = [
     "Digest",
     "EncodeError",
     "Encrypted",
+    "HashSpecChangedError",
     "KeyDeletedError",
     "KeyDisabledError",
     "KeysExpiredError",
@@ -80,6 +84,7 @@ __all__ = [
     "NoTenantError",
     "NotAttachedError",
     "NotEncryptedError",
+    "NotSearchableError",
     "Outcome",
     "Proof",
     "SaltChangedError",
@@ -94,5 +99,6 @@ __all__ = [
     "UnknownTenantError",
     "UnsupportedQueryError",
     "WrongKeyError",
+    "hash_index",
     "keystore_metadata",
 ]

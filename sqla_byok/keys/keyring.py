@@ -14,6 +14,7 @@ from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError
+from sqla_byok.keys.searchable import Searchable
 
 if TYPE_CHECKING:
     from sqla_byok.keys.keystore import Wrapping
@@ -142,10 +143,13 @@ class Keyring(Secret):
     :param tenant_key: the opened tenant key.
     :param epoch: the keystore's epoch that ``records`` belong to.
     :param records: the sealed generations, already checked against the manifest.
+    :param searchable: what the keystore says of searching, likewise.
     :ivar write: the active data key.
     :ivar openers: all live data keys.
     :ivar live_salts: the column salts by each live search salt, the active one first: what a look-up has to try.
     :ivar salts: those by the active search salt: what is written.
+    :ivar searchable: what the keystore says of searching at this epoch.
+    :ivar off: tells of a column id whether it gets no hashes; None where that holds for none.
     """
 
     __slots__ = (
@@ -160,6 +164,7 @@ class Keyring(Secret):
         "fresh_until",
         "live_salts",
         "looked_at",
+        "off",
         "one_unit",
         "openers",
         "outage_grace",
@@ -168,6 +173,7 @@ class Keyring(Secret):
         "renewed_at",
         "renewed_until",
         "salts",
+        "searchable",
         "tenant",
         "used",
         "wall_deadline",
@@ -179,7 +185,9 @@ class Keyring(Secret):
 
     write: ValueKey
 
-    def __init__(self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord]) -> None:
+    def __init__(
+        self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord], searchable: str = ""
+    ) -> None:
         self.tenant = tenant_key.tenant
         self.cleared = False
         self.refreshing = self.one_unit = False
@@ -189,6 +197,8 @@ class Keyring(Secret):
             self.outage_grace
         ) = 0.0
         self.epoch = epoch
+        self.searchable = Searchable.parse(searchable, self.tenant)
+        self.off = self.searchable.off
         self._tenant_key: TenantKey | None = tenant_key
         # Shared by a keyring and its successors.
         self._lineage: list[weakref.ref[Keyring]] = [weakref.ref(self)]
@@ -218,12 +228,12 @@ class Keyring(Secret):
         for salts in self.live_salts:
             salts.share(len(self.live_salts))
 
-    def successor(self, epoch: int, records: Iterable[SealedRecord]) -> Keyring:
+    def successor(self, epoch: int, records: Iterable[SealedRecord], searchable: str = "") -> Keyring:
         """The keyring of a newer epoch, with the same deadlines. Needs no KMS call: the tenant key is the same.
 
         Statements under way go on with this one. When either is cleared, both are.
         """
-        newer = Keyring(self.tenant_key, epoch, records)
+        newer = Keyring(self.tenant_key, epoch, records, searchable)
         for name in _TIMES:
             setattr(newer, name, getattr(self, name))
         newer._lineage = self._lineage

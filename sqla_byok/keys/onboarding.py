@@ -139,7 +139,9 @@ class Onboarding(Secret):
         tenant_key = TenantKey(
             unpack_tenant_key(payload, tenant, row.tenant_key_generation), tenant, row.tenant_key_generation
         )
-        tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
+        tenant_key.check_manifest(
+            row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
+        )
         self._keystore.replace(row, row.next(tenant_key, wrappings=[changed, *others]), claims)
 
     def row(self, tenant: str) -> TenantRow:

@@ -27,8 +27,9 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import direct, upstream
-from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
+from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded, specs_of
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
@@ -80,6 +81,14 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             if filled is not None:
                 clause, rows = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
+                if ring is not None:
+                    specs = specs_of(statement)
+                    if not specs.keys() <= ring.searchable.specs.keys():
+                        ring = (
+                            await_only(keyrings.arecord(ring, specs))
+                            if in_greenlet()
+                            else keyrings.record(ring, specs)
+                        )
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -99,11 +108,13 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         compiled = context.compiled
         if compiled is None:
             return statement, parameters
-        encrypts, decrypts, sends, _, compared = upstream.known(compiled, _concerns)
+        encrypts, decrypts, sends, _, compared, hashed, searched = upstream.known(compiled, _concerns)
         if not (encrypts or decrypts or compared):
             return statement, parameters
         if encrypts or compared:
             _may_bind(ring, clock, compared)
+            if ring is not None and (hashed or searched):
+                ring.searchable.check(ring.tenant, hashed, searched)
         tenant = context.execution_options.get(TENANT_OPTION)
         if tenant is None:
             tenant = current_tenant()
@@ -163,6 +174,8 @@ class _Concerns(NamedTuple):
     sends: bool  # values to the customer's KMS
     opens: bool  # values by the customer's KMS
     compared: int  # by how many search salts it compares
+    hashed: frozenset[HashSpec]  # how the values are hashed that it binds
+    searched: frozenset[HashSpec]  # likewise those of the columns that it compares
 
 
 def _concerns(compiled: Any) -> _Concerns:
@@ -176,6 +189,10 @@ def _concerns(compiled: Any) -> _Concerns:
         sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in binds),
         opens=any(type_.mode == "direct" for type_ in results),
         compared=upstream.compared(compiled),
+        hashed=frozenset(
+            type_.spec for type_ in binds if isinstance(type_, SearchHash) and type_.source.column_id
+        ),
+        searched=upstream.searched(compiled),
     )
 
 

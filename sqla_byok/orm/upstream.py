@@ -34,6 +34,7 @@ __all__ = [
     "render_again",
     "resolved",
     "result_types",
+    "searched",
     "select_names",
     "target",
     "unique_columns",
@@ -61,15 +62,25 @@ class FanOut(CompileStateOption):
         self.live = live
 
 
-def note_compared(compiler: Any, live: int) -> None:
-    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts."""
+def note_compared(compiler: Any, live: int, specs: Iterable[Any] = ()) -> None:
+    """Keep with a statement, while it is compiled, that it compares search hashes.
+
+    :param live: by how many search salts.
+    :param specs: how the hashes are made that it compares.
+    """
     compiler._sqla_byok_live = live
+    compiler.__dict__.setdefault("_sqla_byok_searched", set()).update(specs)
 
 
 def compared(compiled: Any) -> int:
     """By how many search salts a compiled statement compares; 0 where it compares no search hashes."""
     live: int = compiled.__dict__.get("_sqla_byok_live", 0)
     return live
+
+
+def searched(compiled: Any) -> frozenset[Any]:
+    """How the search hashes are made that a compiled statement compares."""
+    return frozenset(compiled.__dict__.get("_sqla_byok_searched", ()))
 
 
 def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
