@@ -242,6 +242,20 @@ class Keyring(Secret):
             newer.end()
         return newer
 
+    def renamed(self, epoch: int, searchable: str) -> Keyring:
+        """The keyring of a newer epoch that differs only in what can be searched. It shares the opened keys."""
+        newer = object.__new__(Keyring)
+        for name in Keyring.__slots__:
+            if name != "__weakref__":
+                setattr(newer, name, getattr(self, name))
+        newer.epoch = epoch
+        newer.searchable = Searchable.parse(searchable, self.tenant)
+        newer.off = newer.searchable.off
+        newer._lineage[:] = [*map(weakref.ref, self.kin()), weakref.ref(newer)]
+        if self.cleared:  # by another thread, just now
+            newer.end()
+        return newer
+
     @property
     def tenant_key(self) -> TenantKey:
         """The tenant key, to check a newer manifest with."""

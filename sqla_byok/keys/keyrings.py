@@ -220,7 +220,7 @@ class Keyrings(Secret):
             if row.tenant_key_id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed meanwhile
                 return self.record(self.get(ring.tenant), specs)
-            records = self._checked(ring.tenant_key, row)
+            self._authenticate(ring.tenant_key, row)
             noted = Searchable.parse(row.searchable, ring.tenant).recorded(specs).text
             new = row if noted == row.searchable else row.next(ring.tenant_key, searchable=noted)
             try:
@@ -232,7 +232,13 @@ class Keyrings(Secret):
                     raise
             else:
                 break
-        newer = ring if new.epoch == ring.epoch else self._succeed(ring, new, records)
+        if new.epoch == ring.epoch:
+            newer = ring
+        elif row.epoch == ring.epoch:
+            newer = self._put(ring, ring.renamed(new.epoch, new.searchable))
+        else:  # something else changed too
+            newer = self._succeed(ring, new, self._salts.resolve(ring.tenant_key, new.generations))
+        self._highest[ring.tenant] = max(new.epoch, self._highest.get(ring.tenant, 0))
         self._looked(newer, now)
         return newer
 
@@ -537,8 +543,10 @@ class Keyrings(Secret):
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
         newer = ring.successor(row.epoch, records, row.searchable)
-        self._highest[row.tenant] = max(row.epoch, self._highest.get(row.tenant, 0))
         newer.wrapping, newer.expires = row.wrappings[0], ring.expires
+        return self._put(ring, newer)
+
+    def _put(self, ring: Keyring, newer: Keyring) -> Keyring:
         with self._lock:
             if self._rings.get(ring.tenant) is ring:
                 self._rings[ring.tenant] = newer
@@ -692,6 +700,10 @@ class Keyrings(Secret):
 
     def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
         """The row's generations, once the tenant key has authenticated the list of them."""
+        self._authenticate(tenant_key, row)
+        return self._salts.resolve(tenant_key, row.generations)
+
+    def _authenticate(self, tenant_key: TenantKey, row: TenantRow) -> None:
         if tenant_key.id != row.tenant_key_id:
             raise KeystoreTamperedError(
                 f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
@@ -700,7 +712,6 @@ class Keyrings(Secret):
             row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
         )
         self._highest[row.tenant] = max(row.epoch, self._highest.get(row.tenant, 0))
-        return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:
         soon = now + POLL_EVERY

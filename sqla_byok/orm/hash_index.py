@@ -122,13 +122,19 @@ class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_p
 
     @property
     def key(self) -> str:
-        """The key of the hash column."""
+        """The key of the hash column.
+
+        :raises DeclarationError: it was not declared in the body of a class.
+        """
         if not self.sources or self._name is None:
             raise DeclarationError("a hash_index is declared in the body of its class")
         return hash_key(self._name)
 
     def add_to(self, mapper: Mapper[Any]) -> None:
-        """Give the table of a class that is being mapped the hash column."""
+        """Give the table of a class that is being mapped the hash column.
+
+        :raises DeclarationError: the table has not all of its sources, or the hash column's name is taken.
+        """
         table, key = mapper.local_table, self.key
         named = f"{mapper.class_.__name__}.{self.__name__}"
         if "" in self.sources or len(set(self.sources)) < len(self.sources):
