@@ -25,7 +25,7 @@ from sqla_byok.orm.schema import IndexOf, indexes_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
-__all__ = ["fill", "refuse_compiled", "refuse_embedded", "specs_of"]
+__all__ = ["fill", "refuse_compiled", "refuse_embedded"]
 
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
@@ -33,12 +33,13 @@ Copies = dict[str, Callable[[Row], Any]]
 _OURS = (Encrypted, SearchHash)
 
 
-def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
+def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[str, str]] | None:
     """Complete an INSERT or UPDATE.
 
     :param clause: the statement.
     :param rows: its parameters, none of which is changed.
-    :returns: the statement and parameters to run instead; None where no encrypted column is concerned.
+    :returns: the statement and parameters to run instead, and how the hashes of the table are made (digests of
+        specifications by column id); None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
     table, one_of_several = upstream.target(clause)
@@ -58,7 +59,8 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
                 table.c[name],
                 "INSERT FROM SELECT cannot encrypt what the database selects; read and insert rows",
             )
-    _refuse_mixed(table, plan, items, rows)
+    if plan.compounds and items and rows:
+        _refuse_mixed(table, plan, items, rows[0])
     copied: Copies = {}
     if groups := upstream.multi_values(clause):
         clause = upstream.with_multi_values(
@@ -70,15 +72,9 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
         clause = upstream.with_conflicts(clause, [_fill_conflict(table, plan, each) for each in conflicts])
     if copied:
         rows = [{**row, **_copies(row, copied)} for row in rows]
-    return clause, _fill_rows(clause, table, plan, rows) if plan.pairs or plan.compounds else rows
-
-
-def specs_of(clause: Any) -> Mapping[str, str]:
-    """How the hashes of the table are made that an INSERT or UPDATE writes to: digests by column id."""
-    table, _ = upstream.target(clause)
-    while isinstance(table, Join):
-        table = table.left
-    return _plan_of(table).specs
+    if plan.specs:
+        rows = _fill_rows(clause, table, plan, rows)
+    return clause, rows, plan.specs
 
 
 def refuse_embedded(ctes: Iterable[Any]) -> None:
@@ -211,12 +207,10 @@ def _refuse_partial(hash_column: Any, missing: Iterable[str]) -> NoReturn:
     )
 
 
-def _refuse_mixed(table: Any, plan: _Plan, items: Sequence[Item], rows: Sequence[Row]) -> None:
-    if not (plan.compounds and items and rows):
-        return
+def _refuse_mixed(table: Any, plan: _Plan, items: Sequence[Item], row: Row) -> None:
     keys = {key if isinstance(key, str) else getattr(key, "key", None) for key, _ in items}
     for hash_key, index in plan.compounds.items():
-        if not keys.isdisjoint(index.sources) and any(source in rows[0] for source in index.sources):
+        if not keys.isdisjoint(index.sources) and any(source in row for source in index.sources):
             _refuse(
                 table.c[hash_key],
                 "it is an index over several columns; give all of them in values(), or all as parameters",

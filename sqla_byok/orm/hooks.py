@@ -29,7 +29,7 @@ from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import direct, upstream
-from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded, specs_of
+from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
@@ -79,16 +79,11 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                clause, rows = filled
+                clause, rows, specs = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
-                if ring is not None:
-                    specs = specs_of(statement)
-                    if not specs.keys() <= ring.searchable.specs.keys():
-                        ring = (
-                            await_only(keyrings.arecord(ring, specs))
-                            if in_greenlet()
-                            else keyrings.record(ring, specs)
-                        )
+                if ring is not None and not specs.keys() <= ring.searchable.specs.keys():
+                    record = keyrings.record
+                    ring = await_only(keyrings.arecord(ring, specs)) if in_greenlet() else record(ring, specs)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -174,8 +169,8 @@ class _Concerns(NamedTuple):
     sends: bool  # values to the customer's KMS
     opens: bool  # values by the customer's KMS
     compared: int  # by how many search salts it compares
-    hashed: frozenset[HashSpec]  # how the values are hashed that it binds
-    searched: frozenset[HashSpec]  # likewise those of the columns that it compares
+    hashed: frozenset[HashSpec]  # how the values are hashed that it only writes
+    searched: frozenset[HashSpec]  # how those of the columns are made that it compares
 
 
 def _concerns(compiled: Any) -> _Concerns:
@@ -183,16 +178,16 @@ def _concerns(compiled: Any) -> _Concerns:
     refuse_embedded(getattr(compiled, "ctes", None) or ())
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
+    searched = upstream.searched(compiled)
+    hashed = {type_.spec for type_ in binds if isinstance(type_, SearchHash) and type_.source.column_id}
     return _Concerns(
         encrypts=any(isinstance(type_, Encrypted | SearchHash) for type_ in binds),
         decrypts=bool(results),
         sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in binds),
         opens=any(type_.mode == "direct" for type_ in results),
         compared=upstream.compared(compiled),
-        hashed=frozenset(
-            type_.spec for type_ in binds if isinstance(type_, SearchHash) and type_.source.column_id
-        ),
-        searched=upstream.searched(compiled),
+        hashed=frozenset(hashed - searched),
+        searched=searched,
     )
 
 
