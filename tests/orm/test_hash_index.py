@@ -16,6 +16,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    TypeDecorator,
     UniqueConstraint,
     bindparam,
     delete,
@@ -61,6 +62,17 @@ class HasFax:
 
     fax: Mapped[str | None] = mapped_column("fax_db", Encrypted(String(40)))
     fax_last4 = hash_index(fax, transform=last(4))
+
+
+class Upper(TypeDecorator[str]):
+    """A type that stores another text than it is given."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        """In upper case."""
+        return None if value is None else value.upper()
 
 
 Mail = Annotated[str | None, mapped_column(Encrypted(String(80), searchable=True, normalize=casefold))]
@@ -216,6 +228,7 @@ FOUND: dict[str, tuple[Callable[[], Any], list[int]]] = {
     "inherited": (lambda: Doctor.phone_last4 == "9999", [2]),
     "in the parent's table": (lambda: Nurse.ward_start == "W", [3]),
     "the hash column itself": (lambda: person.c.phone_last4_hash == "1234", [1]),
+    "the hash column of a number": (lambda: person.c.born_year_hash.in_([1815]), [1, 2]),
 }
 
 
@@ -295,6 +308,18 @@ def test_a_look_up_uses_the_index(session: Session, engine: Engine) -> None:
         isinstance(each, UniqueConstraint) and "vat_digits_hash" in each.columns
         for each in Firm.__table__.constraints  # type: ignore[attr-defined]
     )
+
+
+def test_objects_in_the_session_stay_right(session: Session) -> None:
+    """An UPDATE or DELETE by an index reaches the objects that are there: SQLAlchemy does not compare their sources."""
+    ada = session.get_one(Person, 1)
+    assert (ada.phone, ada.note) == ("555-1234", None)
+    session.execute(update(Person).where(Person.phone_last4 == "1234").values(note="x"))
+    assert ada.note == "x"
+    session.add(firm := Firm(id=1, vat="GB-1"))
+    session.flush()
+    session.execute(delete(Firm).where(Firm.vat_digits == "1"))
+    assert firm not in session
 
 
 def test_unique_forbids_equal_results(session: Session) -> None:
@@ -507,15 +532,17 @@ def test_values_are_hashed_as_they_will_be_read(engine: Engine, byok: Byok) -> N
 
     class Day:
         day_text = hash_index("day", transform=picky)
+        code_end = hash_index("code", transform=last(2))
 
-    mapped.map_imperatively(
-        Day,
-        Table("hi_day", metadata, Column("id", Integer, primary_key=True), Column("day", Encrypted(Date))),
-    )
+    columns = Column("day", Encrypted(Date)), Column("code", Encrypted(Upper))
+    mapped.map_imperatively(Day, Table("hi_day", metadata, Column("id", Integer, primary_key=True), *columns))
     metadata.create_all(engine)
     with byok.session("t1", engine) as session:
         session.execute(insert(Day).values(id=1, day=date(2020, 2, 3)))
         assert session.scalar(select(Day.id).where(Day.day_text == "2020-02-03")) == 1  # type: ignore[attr-defined]
+        session.execute(update(Day).values(code="x-ab"))
+        assert session.scalars(select(Day)).one().code_end == "AB"
+        assert session.scalar(select(Day.id).where(Day.code_end == "AB")) == 1  # type: ignore[attr-defined]
         with pytest.raises(EncodeError) as caught:
             session.execute(insert(Day).values(id=2, day=date(1, 1, 1)))
         assert "ValueError" in str(caught.value)
