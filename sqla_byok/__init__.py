@@ -12,6 +12,7 @@ from sqla_byok.errors import (
     DeclarationError,
     DecryptError,
     EncodeError,
+    HashSpecChangedError,
     KeyDeletedError,
     KeyDisabledError,
     KeysExpiredError,
@@ -29,6 +30,7 @@ from sqla_byok.errors import (
     NotAttachedError,
     NoTenantError,
     NotEncryptedError,
+    NotSearchableError,
     SaltChangedError,
     SealedError,
     TamperedError,
@@ -45,6 +47,7 @@ from sqla_byok.keys.onboarding import Proof
 from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.guard import search_hash
+from sqla_byok.orm.hash_index import hash_index
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted
 from sqla_byok.runtime import Byok, Outcome, Status
@@ -64,6 +67,7 @@ __all__ = [
     "Digest",
     "EncodeError",
     "Encrypted",
+    "HashSpecChangedError",
     "KeyDeletedError",
     "KeyDisabledError",
     "KeysExpiredError",
@@ -82,6 +86,7 @@ __all__ = [
     "NoTenantError",
     "NotAttachedError",
     "NotEncryptedError",
+    "NotSearchableError",
     "Outcome",
     "Proof",
     "SaltChangedError",
@@ -97,6 +102,7 @@ __all__ = [
     "UnknownTenantError",
     "UnsupportedQueryError",
     "WrongKeyError",
+    "hash_index",
     "keystore_metadata",
     "search_hash",
 ]

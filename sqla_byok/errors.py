@@ -5,6 +5,7 @@
     ByokError
     ├── ConfigurationError            the program is set up wrongly
     │   ├── DeclarationError          a model or table cannot be declared like this
+    │   ├── HashSpecChangedError      the stored search hashes were made in another way
     │   ├── NotAttachedError          the engine was not given to Byok.attach()
     │   └── MissingExtraError         an optional package is not installed
     ├── NoTenantError                 nobody said whose data this is
@@ -13,6 +14,7 @@
     ├── TenantExistsError             the tenant was onboarded with another configuration
     ├── EncodeError                   a value does not fit its encrypted column
     ├── UnsupportedQueryError         the query would run on ciphertext
+    ├── NotSearchableError            the tenant cannot be searched by this column
     ├── DecryptError                  a stored value does not open
     │   ├── NotEncryptedError         it is not one of our values at all
     │   ├── TamperedError             it does not authenticate
@@ -58,6 +60,7 @@ __all__ = [
     "DeclarationError",
     "DecryptError",
     "EncodeError",
+    "HashSpecChangedError",
     "KeyDeletedError",
     "KeyDisabledError",
     "KeysExpiredError",
@@ -75,6 +78,7 @@ __all__ = [
     "NoTenantError",
     "NotAttachedError",
     "NotEncryptedError",
+    "NotSearchableError",
     "SaltChangedError",
     "SealedError",
     "TamperedError",
@@ -122,6 +126,10 @@ class DeclarationError(ConfigurationError):
     """A model or table cannot be declared like this: the database would work on ciphertext."""
 
 
+class HashSpecChangedError(ConfigurationError):
+    """The model hashes a column in another way than its stored hashes were made: re-hash it. Nothing was written."""
+
+
 class NotAttachedError(ConfigurationError):
     """The statement's engine was not given to :meth:`sqla_byok.Byok.attach`. Nothing was written."""
 
@@ -152,6 +160,10 @@ class EncodeError(ByokError):
 
 class UnsupportedQueryError(ByokError):
     """The query would compare, sort or compute on ciphertext; the message says what to do instead."""
+
+
+class NotSearchableError(ByokError):
+    """The tenant has not enabled the search of a column, or the column's rows are yet to be hashed."""
 
 
 class DecryptError(ByokError):

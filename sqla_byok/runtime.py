@@ -38,12 +38,14 @@ from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore, Wrapping
 from sqla_byok.keys.onboarding import Onboarding, Proof
 from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.keys.searchable import SearchableColumns
 from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.guard import Findings, Guard
+from sqla_byok.orm.hash_index import searched_id
 from sqla_byok.orm.hooks import ACTOR_OPTION, attach, hashes
 from sqla_byok.orm.isolation import SEALED, TENANT_OPTION, Across, Scopes, Whose, one_tenant, whose
 from sqla_byok.orm.slots import refuse_foreign, slot_of
@@ -184,7 +186,7 @@ class Byok(Secret):
         self._customer_keys = CustomerKeys(profiles, operator, self._audit)
         self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
         self._keyrings = Keyrings(self._keystore, self._customer_keys, salts, clock, max_tenants, self._audit)
-        self._generations = Generations(
+        generations = self._generations = Generations(
             self._keystore,
             self._keyrings.row,
             self._keyrings.unwrap,
@@ -193,6 +195,7 @@ class Byok(Secret):
             clock,
             self._audit,
         )
+        self._searchable = SearchableColumns(generations.search)
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -545,6 +548,34 @@ class Byok(Secret):
     async def arewrap(self, tenant: str, kms: Kms | None = None) -> None:
         """:meth:`rewrap` from asyncio."""
         await asyncio.to_thread(self.rewrap, tenant, kms)
+
+    def set_searchable(self, tenant: str, columns: Iterable[Any] | None) -> None:
+        """Say by which columns a tenant can be searched, among those that the models declare searchable.
+
+        ::
+
+            byok.set_searchable("org-42", {Patient.mrn, Patient.phone_last4, "patient.email"})
+
+        A tenant for which this was never called can be searched by all of them. A disabled column has NULL in place
+        of each hash from its next write on, and searching it raises :class:`NotSearchableError`; hashes that are
+        there stay until they are overwritten or the rows are re-hashed. A column that is enabled again, or later than
+        the first call, gets hashes at once and is searched only after its rows were re-hashed.
+
+        Other processes take it over when they next look at the keystore, a few seconds later.
+
+        :param tenant: whose.
+        :param columns: attributes, columns of tables, :class:`hash_index` attributes or column ids; None for all.
+        :raises ConfigurationError: for something that is not declared searchable.
+        :raises UnknownTenantError: if the tenant was never onboarded.
+        :raises KmsError: if the customer's KMS refuses or does not answer; nothing is changed then.
+        :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
+        """
+        self._searchable.set(tenant, None if columns is None else {searched_id(each) for each in columns})
+        self._keyrings.look_again(tenant)
+
+    async def aset_searchable(self, tenant: str, columns: Iterable[Any] | None) -> None:
+        """:meth:`set_searchable` from asyncio."""
+        await asyncio.to_thread(self.set_searchable, tenant, columns)
 
     def reveal(self, obj: Any, attribute: str) -> Any:
         """Decrypt an attribute that was read as :class:`Sealed`, by one call to the tenant's KMS.

@@ -143,7 +143,10 @@ def publish_data_key(
             Record(r.kind, r.generation, r.id, r.state)
             for r in connection.execute(select(generations).where(mine))
         ]
-        tag = tenant_key.manifest_tag(row.epoch + 1, records)
+        kept = connection.scalar(
+            select(table("searchable").c.content).where(table("searchable").c.tenant == tenant)
+        )
+        tag = tenant_key.manifest_tag(row.epoch + 1, records, kept or "")
         connection.execute(
             update(tenants).where(tenants.c.tenant == tenant).values(epoch=row.epoch + 1, manifest_tag=tag)
         )

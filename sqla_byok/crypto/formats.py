@@ -354,11 +354,12 @@ class TenantKey(Secret):
             tenant=self.tenant,
         )
 
-    def manifest_tag(self, epoch: int, records: Iterable[Record]) -> bytes:
-        """Authenticate which generations there are, and in which state.
+    def manifest_tag(self, epoch: int, records: Iterable[Record], searchable: str = "") -> bytes:
+        """Authenticate which generations there are, and in which state; and what can be searched.
 
         :param epoch: 64 bits; one more with each change.
         :param records: in any order; exactly one of each kind is active.
+        :param searchable: what is kept of the searchable columns; empty for nothing.
         :returns: 32 bytes.
         :raises ValueError: the records are no valid manifest.
         """
@@ -366,17 +367,19 @@ class TenantKey(Secret):
         fault = _manifest_fault(epoch, listed)
         if fault:
             raise ValueError(fault)
-        return self._manifest_tag(epoch, listed)
+        return self._manifest_tag(epoch, listed, searchable)
 
-    def check_manifest(self, epoch: int, records: Iterable[Record], tag: bytes) -> None:
-        """Check the tag over a tenant's records as they were read back.
+    def check_manifest(self, epoch: int, records: Iterable[Record], tag: bytes, searchable: str = "") -> None:
+        """Check the tag over a tenant's records, and over what can be searched, as they were read back.
 
         :raises KeystoreTamperedError: the tag does not fit, or the records are no valid manifest.
         """
         listed = list(records)
         fault = _manifest_fault(epoch, listed)
         if not fault:
-            fits = _is_bytes(tag, 32) and hmac.compare_digest(tag, self._manifest_tag(epoch, listed))
+            fits = _is_bytes(tag, 32) and hmac.compare_digest(
+                tag, self._manifest_tag(epoch, listed, searchable)
+            )
             fault = "" if fits else "it does not fit its tag"
         if fault:
             raise KeystoreTamperedError(
@@ -406,11 +409,13 @@ class TenantKey(Secret):
             "sqla-byok/1/sealed-reference", kind, self.tenant, self.id, u32(generation), record_id
         )
 
-    def _manifest_tag(self, epoch: int, records: Sequence[Record]) -> bytes:
+    def _manifest_tag(self, epoch: int, records: Sequence[Record], searchable: str) -> bytes:
         fields: list[bytes | str] = ["sqla-byok/1/manifest", self.tenant, self.id]
         fields += (u64(epoch), u32(len(records)))
         for record in sorted(records, key=lambda record: (record.kind.encode(), record.generation)):
             fields += (record.kind, u32(record.generation), record.id, record.state)
+        if searchable:
+            fields.append(searchable)
         return hmac.digest(self._manifest_key, enc(*fields), "sha256")
 
 

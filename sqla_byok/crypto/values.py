@@ -101,6 +101,7 @@ class Ring(Protocol):
     """What the hot path needs of a keyring: the key to write with, the keys to read with, the column salts.
 
     While search salts are rotated there are several: ``salts`` are the active one's, ``live_salts`` all of them.
+    ``off`` tells of a column whether it gets no hashes; None where that holds for none.
     """
 
     @property
@@ -113,6 +114,8 @@ class Ring(Protocol):
     def salts(self) -> Mapping[tuple[str, Scope], bytes]: ...
     @property
     def live_salts(self) -> Sequence[Mapping[tuple[str, Scope], bytes]]: ...
+    @property
+    def off(self) -> Callable[[str], bool] | None: ...
 
 
 def seal_with(
@@ -271,6 +274,9 @@ def hash_with(
         ring = current()
         if ring is None:
             nobody()
+        off = ring.off
+        if off is not None and off(column):
+            return None
         text, unfit = b"", None
         try:
             if normalize is not None:

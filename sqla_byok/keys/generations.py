@@ -40,6 +40,7 @@ from sqla_byok.keys.keyring import Clock, SealedRecord
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.keys.searchable import Searchable
 
 __all__ = ["SETTLE", "Generations"]
 
@@ -155,6 +156,21 @@ class Generations(Secret):
         self._change(
             tenant, lambda row: self._rewrapped(row, row.wrappings if under is None else under), claims
         )
+
+    def search(self, tenant: str, change: Callable[[Searchable], Searchable]) -> Searchable:
+        """Change what of a tenant can be searched, at once. Others take it over at their next look.
+
+        :param change: makes the new state of the stored one; called again after a conflict.
+        :returns: what is stored now.
+        :raises KmsError: if the customer's KMS refuses or does not answer; nothing is changed then.
+        """
+
+        def make(row: TenantRow) -> TenantRow | None:
+            tenant_key = self._open(row)  # first: what the manifest has not authenticated is not parsed
+            text = change(Searchable.parse(row.searchable, tenant)).text
+            return None if text == row.searchable else _next(row, tenant_key, searchable=text)
+
+        return Searchable.parse(self._change(tenant, make).searchable, tenant)
 
     # -- one change ----------------------------------------------------------------------------------------------
 
@@ -310,7 +326,9 @@ def _checked(tenant_key: TenantKey, row: TenantRow) -> TenantKey:
         raise KeystoreTamperedError(
             f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
         )
-    tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
+    tenant_key.check_manifest(
+        row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
+    )
     return tenant_key
 
 
@@ -320,15 +338,18 @@ def _next(
     *,
     generations: Sequence[SealedRecord] | None = None,
     retired: Sequence[SealedRecord] | None = None,
+    searchable: str | None = None,
 ) -> TenantRow:
     """The row of the next epoch, with the manifest of its generations."""
     live = row.generations if generations is None else generations
+    columns = row.searchable if searchable is None else searchable
     epoch = row.epoch + 1
     return replace(
         row,
         epoch=epoch,
-        manifest_tag=tenant_key.manifest_tag(epoch, [record.record for record in live]),
+        manifest_tag=tenant_key.manifest_tag(epoch, [record.record for record in live], columns),
         generations=live,
+        searchable=columns,
         retired=row.retired if retired is None else retired,
     )
 

@@ -15,6 +15,7 @@ from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError, KeystoreUnavailableError
+from sqla_byok.keys.searchable import Searchable
 
 if TYPE_CHECKING:
     from sqla_byok.keys.keystore import Wrapping
@@ -198,10 +199,13 @@ class Keyring(Secret):
     :param tenant_key: the opened tenant key.
     :param epoch: the keystore's epoch that ``records`` belong to.
     :param records: the sealed generations, already checked against the manifest.
+    :param searchable: what the keystore says of searching, likewise.
     :ivar write: the active data key.
     :ivar openers: all live data keys.
     :ivar live_salts: the column salts by each live search salt, the active one first: what a look-up has to try.
     :ivar salts: those by the active search salt: what is written.
+    :ivar searchable: what the keystore says of searching at this epoch.
+    :ivar off: tells of a column id whether it gets no hashes; None where that holds for none.
     """
 
     __slots__ = (
@@ -214,8 +218,10 @@ class Keyring(Secret):
         "lease",
         "live_salts",
         "looked_at",
+        "off",
         "openers",
         "salts",
+        "searchable",
         "tenant",
         "wrapping",
         "write",
@@ -225,12 +231,19 @@ class Keyring(Secret):
     write: ValueKey
 
     def __init__(
-        self, tenant_key: TenantKey, epoch: int, records: Iterable[SealedRecord], lease: Lease | None = None
+        self,
+        tenant_key: TenantKey,
+        epoch: int,
+        records: Iterable[SealedRecord],
+        searchable: str = "",
+        lease: Lease | None = None,
     ) -> None:
         self.tenant = tenant_key.tenant
         self.lease = Lease() if lease is None else lease
         self.looked_at = self.fresh_until = self.write_until = 0.0
         self.epoch = epoch
+        self.searchable = Searchable.parse(searchable, self.tenant)
+        self.off = self.searchable.off
         self._tenant_key: TenantKey | None = tenant_key
         # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
         self.wrapping: Wrapping | None = None
@@ -257,6 +270,10 @@ class Keyring(Secret):
         self.salts = self.live_salts[0]
         for salts in self.live_salts:
             salts.share(len(self.live_salts))
+        self._join()
+
+    def _join(self) -> None:
+        """Become one of those that the lease clears."""
         rings = self.lease.rings
         for gone in [each for each in rings if each() is None]:
             with suppress(ValueError):  # another thread's turn
@@ -265,17 +282,29 @@ class Keyring(Secret):
         if self.lease.cleared:  # by another thread, just now
             self.end()
 
-    def successor(self, epoch: int, records: Iterable[SealedRecord]) -> Keyring:
+    def successor(self, epoch: int, records: Iterable[SealedRecord], searchable: str = "") -> Keyring:
         """The keyring of a newer epoch, under the same lease. Needs no KMS call: the tenant key is the same.
 
         Statements under way go on with this one. When either is cleared, both are.
         """
-        return Keyring(self.tenant_key, epoch, records, self.lease)
+        return Keyring(self.tenant_key, epoch, records, searchable, self.lease)
 
     @property
     def cleared(self) -> bool:
         """Whether the keys were taken away."""
         return self.lease.cleared
+
+    def renamed(self, epoch: int, searchable: str) -> Keyring:
+        """The keyring of a newer epoch that differs only in what can be searched. It shares the opened keys."""
+        newer = object.__new__(Keyring)
+        for name in Keyring.__slots__:
+            if name != "__weakref__":
+                setattr(newer, name, getattr(self, name))
+        newer.epoch = epoch
+        newer.searchable = Searchable.parse(searchable, self.tenant)
+        newer.off = newer.searchable.off
+        newer._join()
+        return newer
 
     @property
     def tenant_key(self) -> TenantKey:

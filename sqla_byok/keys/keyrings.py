@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
@@ -29,6 +29,7 @@ from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeysExpiredError,
+    KeystoreConflictError,
     KeystoreTamperedError,
     KeystoreUnavailableError,
     KmsError,
@@ -42,6 +43,7 @@ from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
 from sqla_byok.keys.keyring import Clock, Keyring, Lease, SealedRecord
 from sqla_byok.keys.keystore import Keystore, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
+from sqla_byok.keys.searchable import Searchable
 from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
 from sqla_byok.metrics import Snapshot
@@ -62,6 +64,8 @@ WRITE_WITHIN = 15.0
 _SWEEP_EVERY = 2.0
 # For how many tenants one query looks.
 LOOKED_AT_ONCE = 500
+# Another process that notes other columns of the tenant at the same time is no reason to give up.
+_RECORDING_TRIES = 5
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8
@@ -229,6 +233,54 @@ class Keyrings(Secret):
         with self._lock:
             pool = self._pool("poll", _POLLING_AT_ONCE)
         return await asyncio.wrap_future(pool.submit(self.look, ring))
+
+    def record(self, ring: Keyring, specs: Mapping[str, str]) -> Keyring:
+        """Note how columns are hashed whose first hash is about to be written. Needs no KMS call.
+
+        Where another process was faster, with the same specification or another, what it noted holds.
+
+        :param specs: the specifications' digests, by column id.
+        :returns: the tenant's keyring, which knows them.
+        :raises KeystoreError: if the keystore cannot be read or written; without a note, nothing may be written.
+        """
+        now, tries = self._boot(), 0
+        while True:
+            row = self.row(ring.tenant)
+            if row.tenant_key_id != ring.tenant_key.id:
+                self._drop(ring)  # rekeyed meanwhile
+                return self.record(self.get(ring.tenant), specs)
+            self._authenticate(ring.tenant_key, row)
+            noted = Searchable.parse(row.searchable, ring.tenant).recorded(specs).text
+            new = row if noted == row.searchable else row.next(ring.tenant_key, searchable=noted)
+            try:
+                if new is not row:
+                    self._keystore.replace(row, new)
+            except KeystoreConflictError:
+                tries += 1
+                if tries == _RECORDING_TRIES:
+                    raise
+            else:
+                break
+        if new.epoch == ring.epoch:
+            newer = ring
+        elif row.epoch == ring.epoch:
+            newer = self._put(ring, ring.renamed(new.epoch, new.searchable))
+        else:  # something else changed too
+            newer = self._succeed(ring, new, self._salts.resolve(ring.tenant_key, new.generations))
+        self._looked(newer, now)
+        return newer
+
+    async def arecord(self, ring: Keyring, specs: Mapping[str, str]) -> Keyring:
+        """The same from asyncio."""
+        with self._lock:
+            pool = self._pool("open", CALLS_AT_ONCE)
+        return await asyncio.wrap_future(pool.submit(self.record, ring, specs))
+
+    def look_again(self, tenant: str) -> None:
+        """Have the tenant's next statement look whether anything changed in the keystore."""
+        ring = self._rings.get(tenant)
+        if ring is not None:
+            ring.fresh_until = 0.0
 
     def enter(self, tenant: str, actor: Actor) -> None:
         """Open the tenant for a block that begins now."""
@@ -585,8 +637,11 @@ class Keyrings(Secret):
 
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
-        newer = ring.successor(row.epoch, records)
+        newer = ring.successor(row.epoch, records, row.searchable)
         newer.wrapping, newer.expires = row.wrappings[0], ring.expires
+        return self._put(ring, newer)
+
+    def _put(self, ring: Keyring, newer: Keyring) -> Keyring:
         with self._lock:
             current = self._rings.get(ring.tenant)
             if current is not None and current.lease is ring.lease and current.epoch >= newer.epoch:
@@ -638,7 +693,7 @@ class Keyrings(Secret):
     def _ring_of(self, opened: _Opened) -> Keyring:
         """A keyring of what was opened. Its time counts from the sending of the call: the answer is that old by now."""
         row, tenant = opened.row, opened.row.tenant
-        ring = Keyring(opened.tenant_key, row.epoch, opened.records)
+        ring = Keyring(opened.tenant_key, row.epoch, opened.records, row.searchable)
         self._trust(ring, opened)
         ring.lease.used = opened.boot
         self._looked(ring, opened.looked)
@@ -752,13 +807,18 @@ class Keyrings(Secret):
 
     def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
         """The row's generations, once the tenant key has authenticated the list of them."""
+        self._authenticate(tenant_key, row)
+        return self._salts.resolve(tenant_key, row.generations)
+
+    def _authenticate(self, tenant_key: TenantKey, row: TenantRow) -> None:
         if tenant_key.id != row.tenant_key_id:
             raise KeystoreTamperedError(
                 f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
             )
-        tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
+        tenant_key.check_manifest(
+            row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
+        )
         self._keystore.note(row)
-        return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:
         soon, lease = now + POLL_EVERY, ring.lease

@@ -117,6 +117,15 @@ _generation = Table(
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
 )
 
+# How a tenant's columns are hashed, and which can be searched. One text for all, which the manifest authenticates.
+_searchable = Table(
+    "byok_searchable",
+    keystore_metadata,
+    Column("tenant", _name(), primary_key=True),
+    Column("content", Text().with_variant(mysql.MEDIUMTEXT(), "mysql", "mariadb"), nullable=False),
+    ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
+)
+
 # What may belong to one tenant only: a customer key, a role, a secret's reference. By hash, for the index.
 _claim = Table(
     "byok_claim",
@@ -130,7 +139,7 @@ _claim = Table(
 
 _READ = [
     column
-    for table in (_tenant, _wrapping, _generation)
+    for table in (_tenant, _wrapping, _generation, _searchable)
     for column in table.c
     if column is not _tenant.c.onboarded_at
 ]
@@ -161,6 +170,7 @@ class TenantRow:
     :param generations: the live ones, which the manifest lists.
     :param retired: those that no process reads or writes with any more, kept until they are destroyed. The manifest
         does not list them: a state that is changed from or to "retired" by hand breaks its tag.
+    :param searchable: how its columns are hashed and which can be searched, as :class:`Searchable` has it.
     """
 
     tenant: str
@@ -173,6 +183,7 @@ class TenantRow:
     wrappings: Sequence[Wrapping]
     generations: Sequence[SealedRecord]
     retired: Sequence[SealedRecord] = ()
+    searchable: str = ""
 
     def next(
         self,
@@ -180,22 +191,28 @@ class TenantRow:
         *,
         wrappings: Sequence[Wrapping] | None = None,
         generations: Sequence[SealedRecord] | None = None,
+        searchable: str | None = None,
     ) -> TenantRow:
         """The tenant's next state, one epoch on.
 
         :param tenant_key: the tenant key, which authenticates the list of generations.
         :param wrappings: its wrappings, where they change.
         :param generations: its generations, where they change.
+        :param searchable: what can be searched, where that changes.
         """
         records = self.generations if generations is None else generations
+        columns = self.searchable if searchable is None else searchable
         return replace(
             self,
             tenant_key_id=tenant_key.id,
             tenant_key_generation=tenant_key.generation,
             epoch=self.epoch + 1,
-            manifest_tag=tenant_key.manifest_tag(self.epoch + 1, [record.record for record in records]),
+            manifest_tag=tenant_key.manifest_tag(
+                self.epoch + 1, [record.record for record in records], columns
+            ),
             wrappings=self.wrappings if wrappings is None else wrappings,
             generations=records,
+            searchable=columns,
         )
 
     @property
@@ -351,7 +368,7 @@ class Keystore(Secret):
                     f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
                     tenant=old.tenant,
                 )
-            for table in (_wrapping, _generation):
+            for table in (_wrapping, _generation, _searchable):
                 connection.execute(delete(table).where(table.c.tenant == old.tenant))
             if claims is not None:
                 connection.execute(delete(_claim).where(_claim.c.tenant == old.tenant, _claim.c.of == "key"))
@@ -387,6 +404,8 @@ class Keystore(Secret):
         for record in (*row.generations, *row.retired):
             connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
         self._claim(connection, row.tenant, claims, "key")
+        if row.searchable:
+            connection.execute(insert(_searchable).values(tenant=row.tenant, content=row.searchable))
 
     @staticmethod
     def _claim(connection: Connection, tenant: str, claims: Sequence[str], of: str) -> None:
@@ -503,6 +522,7 @@ class Keystore(Secret):
                 select(*_READ)
                 .outerjoin_from(_tenant, _wrapping, _wrapping.c.tenant == _tenant.c.tenant)
                 .outerjoin(_generation, _generation.c.tenant == _tenant.c.tenant)
+                .outerjoin(_searchable, _searchable.c.tenant == _tenant.c.tenant)
                 .where(_tenant.c.tenant == tenant)
                 .order_by(_wrapping.c.position, _generation.c.kind, _generation.c.generation)
             ).all()
@@ -518,6 +538,7 @@ class Keystore(Secret):
             or not 0 <= row.epoch < 1 << 63
             or len(row.tenant_key_id) != ID_SIZE
             or not row.wrappings
+            or not isinstance(row.searchable, str)
         ):
             return False
         for position, wrapping in enumerate(row.wrappings):
@@ -580,4 +601,5 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
         wrappings=list(wrappings.values()),
         generations=[record for record in records if record.state != RETIRED],
         retired=[record for record in records if record.state == RETIRED],
+        searchable="" if first[_searchable.c.content] is None else first[_searchable.c.content],
     )

@@ -146,7 +146,9 @@ class Onboarding(Secret):
             tenant_key = TenantKey(secret, row.tenant, row.tenant_key_generation)
         finally:
             payload = secret = b""  # crash reports show the variables of each frame
-        tenant_key.check_manifest(row.epoch, [record.record for record in row.generations], row.manifest_tag)
+        tenant_key.check_manifest(
+            row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
+        )
         return row.next(tenant_key, wrappings=[changed, *row.wrappings[1:]])
 
     def row(self, tenant: str) -> TenantRow:

@@ -11,7 +11,7 @@ operand is refused when it is compiled, since SQLAlchemy itself compares columns
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -211,8 +211,25 @@ def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -
             column,
             f"a search takes at most {_SALTS_AT_MOST} search salts, not {live}; name fewer tenants at once",
         )
-    upstream.note_compared(compiler, live, owner)
-    return compiler.process(element.rendered(live), **kwargs)
+    rendered = element.rendered(live)
+    upstream.note_compared(compiler, live, owner, {type_.spec for type_ in _searched(rendered)})
+    return compiler.process(rendered, **kwargs)
+
+
+def _searched(rendered: Any) -> Iterator[SearchHash]:
+    """The types of the hash columns that a rendered comparison compares."""
+    bare = _bare(rendered)
+    if isinstance(bare, BinaryExpression):
+        operands: Any = (bare.left, bare.right)
+    else:
+        operands = getattr(bare, "clauses", ())
+    for operand in operands:
+        one = _bare(operand)
+        one = _selected(one) if isinstance(one, ScalarSelect) else one
+        if one is not None and _is_hash_column(one):
+            yield one.type
+        elif isinstance(one, BinaryExpression | ClauseList):
+            yield from _searched(one)
 
 
 def _over_hashes(comparison: Any) -> HashComparison:
@@ -286,25 +303,26 @@ def _retyped(bind: Any, hash_type: SearchHash) -> Any:
     return retyped
 
 
-def hash_column_of(element: ClauseElement) -> ColumnElement[Any] | None:
+def hash_column_of(
+    element: ClauseElement, sibling: Callable[[Any], ColumnElement[Any] | None] | None = None
+) -> ColumnElement[Any] | None:
     """The hash column that belongs to an encrypted column, in the same FROM; None where that FROM has it not.
 
     In a subquery or CTE it is the hash column that comes from the same table columns through the same tables: two
     aliases of one table, or a label that borrows another column's name, are told apart. In a UNION each part has to
     have it, with hashes that can be compared.
+
+    :param sibling: finds the hash column beside a table's column, where it is not the column's own.
     """
-    column = _bare(element)
+    sibling, column = sibling or _sibling, _bare(element)
     table = getattr(column, "table", None)
     if table is None:
         return None
     if isinstance(table, Table):
-        return _sibling(column)
-    siblings = set()
-    for base in column.base_columns:
-        sibling = _sibling(base)
-        if sibling is None or base.type.search_key != column.type.search_key:
-            return None
-        siblings.add(sibling)
+        return sibling(column)
+    siblings = {sibling(base) for base in column.base_columns}
+    if None in siblings or len({found.type.source.search_key for found in siblings}) > 1:  # type: ignore[union-attr]
+        return None
     tables = _tables(column)
     candidates = (candidate for candidate in table.c if isinstance(candidate.type, SearchHash))
     return next((one for one in candidates if one.base_columns == siblings and _tables(one) == tables), None)

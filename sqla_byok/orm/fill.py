@@ -8,7 +8,8 @@ the database in the clear. What cannot be kept in step is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from sqlalchemy.types import NullType
 from sqla_byok.errors import EncodeError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import hash_column_of
+from sqla_byok.orm.schema import IndexOf, indexes_of
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
@@ -27,15 +29,18 @@ from sqla_byok.orm.upstream import Item
 __all__ = ["fill", "refuse_compiled", "refuse_embedded"]
 
 Row = Mapping[str, Any]
+# Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
+Copies = dict[str, Callable[[Row], Any]]
 _OURS = (Encrypted, SearchHash)
 
 
-def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
+def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[str, str]] | None:
     """Complete an INSERT or UPDATE.
 
     :param clause: the statement.
     :param rows: its parameters, none of which is changed.
-    :returns: the statement and parameters to run instead; None where no encrypted column is concerned.
+    :returns: the statement and parameters to run instead, and how the hashes of the table are made (digests of
+        specifications by column id); None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
     table, one_of_several = upstream.target(clause)
@@ -55,18 +60,22 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
                 table.c[name],
                 "INSERT FROM SELECT cannot encrypt what the database selects; read and insert rows",
             )
-    copied: dict[str, str] = {}
+    if plan.compounds and items and rows:
+        _refuse_mixed(table, plan, items, rows[0])
+    copied: Copies = {}
     if groups := upstream.multi_values(clause):
         clause = upstream.with_multi_values(
             clause, [[_fill_given(clause, table, plan, row, copied) for row in group] for group in groups]
         )
     elif items:
-        clause = upstream.with_values(clause, _fill_items(clause, table, items, copied))
+        clause = upstream.with_values(clause, _fill_items(clause, table, plan, items, copied))
     if conflicts := upstream.conflicts(clause):
-        clause = upstream.with_conflicts(clause, [_fill_conflict(table, conflict) for conflict in conflicts])
+        clause = upstream.with_conflicts(clause, [_fill_conflict(table, plan, each) for each in conflicts])
     if copied:
-        rows = [{**row, **{new: row[old] for new, old in copied.items() if old in row}} for row in rows]
-    return clause, _fill_rows(clause, table, plan, rows) if plan.pairs else rows
+        rows = [{**row, **_copies(row, copied)} for row in rows]
+    if plan.specs:
+        rows = _fill_rows(clause, table, plan, rows)
+    return clause, rows, plan.specs
 
 
 def refuse_embedded(ctes: Iterable[Any]) -> None:
@@ -101,17 +110,30 @@ def refuse_compiled(compiled: Any) -> None:
 class _Plan:
     """The keys of a table's columns that concern us. It holds no column, which would keep the table alive."""
 
-    __slots__ = ("defaults", "encrypted", "pairs")
+    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "specs")
 
     def __init__(self, table: Table) -> None:
         encrypted = [column for column in table.c if isinstance(column.type, Encrypted)]
-        hashes = [(column, hash_column_of(column)) for column in encrypted]
+        siblings = [(column.key, hash_column_of(column)) for column in encrypted]
+        indexes = indexes_of(table)
         self.encrypted = bool(encrypted)
-        self.pairs: tuple[tuple[Any, Any], ...] = tuple(
-            (column.key, found.key) for column, found in hashes if found is not None
+        # A hash that follows one column, or several.
+        self.pairs: tuple[tuple[Any, Any], ...] = (
+            *((key, found.key) for key, found in siblings if found is not None),
+            *((index.sources[0], key) for key, index in indexes.items() if len(index.sources) == 1),
         )
+        self.compounds = {key: index for key, index in indexes.items() if len(index.sources) > 1}
+        self.hashes: dict[str, list[str]] = {}
+        for source, hash_key in self.pairs:
+            self.hashes.setdefault(source, []).append(hash_key)
+        followed = {*self.hashes, *(key for index in self.compounds.values() for key in index.sources)}
         self.defaults = tuple(
-            column.key for column, found in hashes if found is not None and column.default is not None
+            column.key for column in encrypted if column.key in followed and column.default is not None
+        )
+        types = [column.type for column in table.c if isinstance(column.type, SearchHash)]
+        # Not those of columns with an owner: their hashes are not the statement's tenant's.
+        self.specs: dict[str, str] = dict(
+            type_.spec for type_ in types if type_.source.column_id and type_.source.owner is None
         )
 
 
@@ -119,7 +141,8 @@ _plans: WeakKeyDictionary[Table, _Plan] = WeakKeyDictionary()
 
 
 @event.listens_for(Encrypted, "after_parent_attach")
-def _encrypted_declared(type_: Encrypted[Any], column: Any) -> None:
+@event.listens_for(SearchHash, "after_parent_attach")
+def _column_declared(type_: Encrypted[Any] | SearchHash, column: Any) -> None:
     # A table can get the column, or one in the place of another, after statements on it were run.
     if isinstance(column, Column):
         event.listen(column, "after_parent_attach", lambda _, table: _plans.pop(table, None))
@@ -155,6 +178,9 @@ def _fill_rows(clause: Any, table: Any, plan: _Plan, rows: Sequence[Row]) -> lis
                 # that comes from .values() or from a default.
                 if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
                     _refuse_hash(table.c[hash_key])
+    for hash_key, index in plan.compounds.items():
+        for row in filled:
+            _fill_compound(clause, table, index, hash_key, row)
     return filled  # type: ignore[return-value]
 
 
@@ -172,10 +198,48 @@ def _copied(column: Any, row: Row) -> Digest:
     return kept
 
 
+def _fill_compound(clause: Any, table: Any, index: IndexOf, hash_key: Any, row: dict[str, Any]) -> None:
+    """Set a row's hash of several columns, all of which have to be there but in an INSERT."""
+    given = [source for source in index.sources if source in row]
+    if not given:
+        if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
+            _refuse_hash(table.c[hash_key])
+    elif _complete(clause, table, index, hash_key, given):
+        row[hash_key] = tuple(row.get(source) for source in index.sources)
+    else:
+        row.pop(hash_key, None)
+
+
+def _complete(clause: Any, table: Any, index: IndexOf, hash_key: Any, given: Iterable[str]) -> bool:
+    """Whether all values of an index are known here. Not so where a default is to give one of them."""
+    missing = [source for source in index.sources if source not in given]
+    if missing and clause.is_update:
+        _refuse_partial(table.c[hash_key], missing)
+    return all(table.c[source].default is None for source in missing)
+
+
+def _refuse_partial(hash_column: Any, missing: Iterable[str]) -> NoReturn:
+    _refuse(
+        hash_column,
+        f"it is an index over several columns, and this statement sets only some; set {', '.join(missing)} too, "
+        "or change the object and flush it",
+    )
+
+
+def _refuse_mixed(table: Any, plan: _Plan, items: Sequence[Item], row: Row) -> None:
+    keys = {key if isinstance(key, str) else getattr(key, "key", None) for key, _ in items}
+    for hash_key, index in plan.compounds.items():
+        if not keys.isdisjoint(index.sources) and any(source in row for source in index.sources):
+            _refuse(
+                table.c[hash_key],
+                "it is an index over several columns; give all of them in values(), or all as parameters",
+            )
+
+
 # -- values ----------------------------------------------------------------------------------------------------------
 
 
-def _fill_given(clause: Any, table: Any, plan: _Plan, given: Any, copied: dict[str, str]) -> Row:
+def _fill_given(clause: Any, table: Any, plan: _Plan, given: Any, copied: Copies) -> Row:
     """One row of multi-VALUES."""
     if not isinstance(given, Mapping):
         raise UnsupportedQueryError(
@@ -188,7 +252,7 @@ def _fill_given(clause: Any, table: Any, plan: _Plan, given: Any, copied: dict[s
     for key in plan.defaults:
         if key not in row:
             row[key] = _default_of(table.c[key])
-    return dict(_fill_items(clause, table, row.items(), copied))
+    return dict(_fill_items(clause, table, plan, row.items(), copied))
 
 
 def _default_of(column: Any) -> Any:
@@ -208,12 +272,13 @@ class _NoContext:
         )
 
 
-def _fill_items(clause: Any, table: Any, items: Iterable[Item], copied: dict[str, str]) -> list[Item]:
+def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], copied: Copies) -> list[Item]:
     """The items with a hash beside each searchable value.
 
-    :param copied: gathers the parameters that are needed under another name, new name to old.
+    :param copied: gathers the parameters that are needed under another name.
     """
     filled: list[Item] = []
+    by_table: dict[Any, dict[str, Any]] = {}
     for key, value in items:
         column = _target(clause, table, key)
         if column is None or not isinstance(column.type, _OURS):
@@ -221,12 +286,26 @@ def _fill_items(clause: Any, table: Any, items: Iterable[Item], copied: dict[str
             continue
         if isinstance(column.type, SearchHash):
             _refuse_hash(column)
-        value, hash_column = _value(column, value), hash_column_of(column)
+        value = _value(column, value)
         filled.append((key, value if _untyped(value) else _bound(column, value, copied)))
-        if hash_column is not None:
+        for hash_column in _hashes_of(column):
             target = hash_column.key if isinstance(key, str) else hash_column
             filled.append((target, _bound(hash_column, value, copied)))
+        by_table.setdefault(column.table, {})[column.key] = value
+    for written, values in by_table.items():
+        for hash_key, index in _plan_of(written).compounds.items():
+            given = [source for source in index.sources if source in values]
+            if given and _complete(clause, written, index, hash_key, given):
+                hash_column = written.c[hash_key]
+                target = hash_column.key if written is table else hash_column
+                parts = [values.get(source) for source in index.sources]
+                filled.append((target, _bound_together(hash_column, parts, copied)))
     return filled
+
+
+def _hashes_of(column: Any) -> list[Any]:
+    """The columns that hold a hash of this column alone, in the same FROM."""
+    return [column.table.c[key] for key in _plan_of(column.table).hashes.get(column.key, ())]
 
 
 def _target(clause: Any, table: Any, key: Any) -> Any:
@@ -272,7 +351,7 @@ def _untyped(value: Any) -> bool:
     return isinstance(value, BindParameter) and value.unique and isinstance(value.type, NullType)
 
 
-def _bound(column: Any, value: Any, copied: dict[str, str]) -> Any:
+def _bound(column: Any, value: Any, copied: Copies) -> Any:
     """The value bound through the column's type.
 
     A named parameter gets a name of the column's own: where one name stands for two columns, SQLAlchemy binds both
@@ -283,20 +362,59 @@ def _bound(column: Any, value: Any, copied: dict[str, str]) -> Any:
     if value.unique:
         return BindParameter(None, value.value, type_=column.type, unique=True)
     name = f"{value.key}__byok_{column.key}"
-    copied[name] = value.key
+    copied[name] = lambda row: row[value.key]
     if value.required:
         return BindParameter(name, type_=column.type)
     return BindParameter(name, value.value, type_=column.type)
 
 
+def _bound_together(hash_column: Any, parts: Sequence[Any], copied: Copies) -> Any:
+    """The values of several columns as one, bound through the type of the hash over them."""
+    if any(part is None or isinstance(part, Null) for part in parts):
+        return None
+    values = [part.value if isinstance(part, BindParameter) else part for part in parts]
+    named = [isinstance(part, BindParameter) and not part.unique for part in parts]
+    if not any(named):
+        return BindParameter(None, tuple(values), type_=hash_column.type, unique=True)
+    name = f"__byok_{hash_column.key}"
+
+    def together(row: Row) -> tuple[Any, ...]:
+        return tuple(
+            (row[part.key] if part.required else row.get(part.key, value)) if from_row else value
+            for part, value, from_row in zip(parts, values, named, strict=True)
+        )
+
+    copied[name] = together
+    if any(from_row and part.required for part, from_row in zip(parts, named, strict=True)):
+        return BindParameter(name, type_=hash_column.type)
+    return BindParameter(name, tuple(values), type_=hash_column.type)
+
+
+def _copies(row: Row, copied: Copies) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, take in copied.items():
+        with suppress(KeyError):
+            found[name] = take(row)
+    return found
+
+
 # -- upserts ---------------------------------------------------------------------------------------------------------
 
 
-def _fill_conflict(table: Any, conflict: Any) -> Any:
+def _fill_conflict(table: Any, plan: _Plan, conflict: Any) -> Any:
     elements = [_conflict_target(table, element) for element in upstream.conflict_elements(conflict)]
     items: list[Item] = []
+    values: dict[str, Any] = {}
     for key, value in upstream.conflict_values(conflict):
-        items += _fill_conflict_item(table, key, value)
+        items += _fill_conflict_item(table, key, value, values)
+    for hash_key, index in plan.compounds.items():
+        missing = [source for source in index.sources if source not in values]
+        if not missing:
+            items.append(
+                (hash_key, _conflict_hash(table.c[hash_key], [values[key] for key in index.sources]))
+            )
+        elif len(missing) < len(index.sources):
+            _refuse_partial(table.c[hash_key], missing)
     return upstream.with_target(conflict, elements, items)
 
 
@@ -310,7 +428,20 @@ def _conflict_target(table: Any, element: Any) -> Any:
     return hash_column
 
 
-def _fill_conflict_item(table: Any, key: Any, value: Any) -> list[Item]:
+def _conflict_hash(hash_column: Any, values: Sequence[Any]) -> Any:
+    """The hash over several columns that are set on conflict: of values, or that of the row they are all taken from."""
+    rows: set[Any] = {value.table for value in values if isinstance(value, ColumnClause)}
+    if not rows:
+        return _bound_together(hash_column, values, {})
+    if len(rows) > 1 or not all(isinstance(value, ColumnClause) for value in values):
+        _refuse(
+            hash_column,
+            "it is an index over several columns; on conflict set all of them to values, or all from excluded",
+        )
+    return rows.pop().c[hash_column.key]
+
+
+def _fill_conflict_item(table: Any, key: Any, value: Any, values: dict[str, Any]) -> list[Item]:
     if hasattr(key, "__clause_element__"):
         key = key.__clause_element__()
     name = key if isinstance(key, str) else key.key
@@ -324,21 +455,26 @@ def _fill_conflict_item(table: Any, key: Any, value: Any) -> list[Item]:
         return [(key, value)]
     if hasattr(value, "__clause_element__"):
         value = value.__clause_element__()
-    hash_column = hash_column_of(column)
+    hash_columns = _hashes_of(column)
     if isinstance(value, ColumnClause):
         same = isinstance(value.type, Encrypted) and value.type.column_id == column.type.column_id
-        bound, hashed = value, hash_column_of(value) if same else None
-        if not same or (hashed is None) != (hash_column is None):
+        row: Any = value.table
+        if not same or not all(one.key in row.c for one in hash_columns):
             _refuse(
                 column, "only a value, or the same column of the row or of excluded, can be set on conflict"
             )
+        bound, hashed = value, [row.c[one.key] for one in hash_columns]
     else:
         value = _value(column, value)
         if isinstance(value, BindParameter) and not value.unique:
             _refuse(column, "a named parameter cannot be set on conflict; give the value or excluded")
         bound = _bound(column, value, {})
-        hashed = None if hash_column is None else _bound(hash_column, value, {})
-    return [(column.key, bound)] if hash_column is None else [(column.key, bound), (hash_column.key, hashed)]
+        hashed = [_bound(one, value, {}) for one in hash_columns]
+    values[column.key] = value
+    return [
+        (column.key, bound),
+        *((one.key, made) for one, made in zip(hash_columns, hashed, strict=True)),
+    ]
 
 
 def _refuse(column: Any, reason: str) -> NoReturn:

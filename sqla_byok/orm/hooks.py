@@ -29,6 +29,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import direct, tenancy, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.guard import Guard, Verdict, search_hash
@@ -106,8 +107,10 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                clause, rows = filled
+                clause, rows, specs = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
+                if isinstance(ring, Keyring):
+                    ring = _noted(ring, specs, keyrings)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -130,13 +133,15 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             return statement, parameters
         if tenancy.used and context.isinsert:
             tenancy.check_defaults(context, whose(context.execution_options, scopes))
-        encrypts, decrypts, sends, _, compared, verdict, owned_by = upstream.known(compiled, ask)
+        encrypts, decrypts, sends, _, compared, verdict, owned_by, made = upstream.known(compiled, ask)
         if verdict is not None:
             _heed(verdict, ring)
         if owned_by:
             owned = _complete(conn, slot.binding_owned.get(), owned_by, keyrings)
             for name, live in upstream.compared_owned(compiled).items():
                 _may_bind(owned[name] if owned else SEALED, clock, live)
+            for owner in owned_by & made.keys():
+                _check_specs(owned[owner], made[owner])
             upstream.remember_owned(context, owned)
             if context.is_crud:
                 slot.reading_owned.set(owned)
@@ -144,6 +149,8 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             return statement, parameters
         if encrypts or compared:
             _may_bind(ring, clock, compared)
+            if None in made:
+                _check_specs(ring, made[None])
         tenant = whose(context.execution_options, scopes)
         if context.execution_options.get(TENANT_OPTION) is None:
             _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
@@ -222,6 +229,43 @@ def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     return ring if ring.lease.live(clock.boot(), clock.wall()) else None
 
 
+class _Specs(NamedTuple):
+    """How search hashes are made."""
+
+    hashed: frozenset[HashSpec]  # of values that are only written
+    searched: frozenset[HashSpec]  # of columns that are compared
+
+
+def _specs(
+    binds: Iterable[Any], searched: Mapping[str | None, frozenset[HashSpec]]
+) -> dict[str | None, _Specs]:
+    hashed: dict[str | None, set[HashSpec]] = {}
+    for type_ in binds:
+        if isinstance(type_, SearchHash) and type_.source.column_id:
+            hashed.setdefault(_owner(type_), set()).add(type_.spec)
+    return {
+        owner: _Specs(
+            frozenset(hashed.get(owner, set()) - searched.get(owner, frozenset())),
+            searched.get(owner, frozenset()),
+        )
+        for owner in {*hashed, *searched}
+    }
+
+
+def _noted(ring: Keyring, specs: Mapping[str, str], keyrings: Keyrings) -> Keyring:
+    """The tenant's keyring, once the keystore knows how the columns are hashed that are about to be written first."""
+    if specs.keys() <= ring.searchable.specs.keys():
+        return ring
+    return await_only(keyrings.arecord(ring, specs)) if in_greenlet() else keyrings.record(ring, specs)
+
+
+def _check_specs(ring: Statements | None, specs: _Specs) -> None:
+    """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched."""
+    for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
+        if isinstance(each, Keyring):
+            each.searchable.check(each.tenant, specs.hashed, specs.searched)
+
+
 class _Concerns(NamedTuple):
     """What a compiled statement has of ours."""
 
@@ -232,6 +276,7 @@ class _Concerns(NamedTuple):
     compared: int  # by how many search salts it compares
     verdict: Verdict | None  # where the guard has something to say
     owned_by: frozenset[str]  # whose columns it has beside those of its tenant
+    made: Mapping[str | None, _Specs]  # how hashes are made, by the columns' owners
 
 
 def _concerns(compiled: Any, guard: Guard) -> _Concerns:
@@ -240,6 +285,7 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
     verdict = guard.judge(compiled)
+    made = _specs(binds, upstream.searched(compiled))
     owned_by = {_owner(type_) for type_ in (*binds, *results)} | upstream.compared_owned(compiled).keys()
     if owned_by:
         binds = [type_ for type_ in binds if _owner(type_) is None]
@@ -252,6 +298,7 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
         compared=upstream.compared(compiled),
         verdict=None if verdict.refusal is None and not verdict.groups else verdict,
         owned_by=frozenset(name for name in owned_by if name is not None),
+        made=made,
     )
 
 

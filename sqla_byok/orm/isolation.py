@@ -70,6 +70,7 @@ class _SealedRing:
 
     deadline = wall_deadline = refresh_at = write_until = inf
     openers: Mapping[bytes, Opener] = MappingProxyType({})
+    off = None
     salts: Mapping[Any, bytes] = _NoSalts()
     live_salts: Sequence[Mapping[Any, bytes]] = (salts,)
 
@@ -144,6 +145,8 @@ class AcrossRing(Secret):
     """
 
     __slots__ = ("openers", "rings", "tenant")
+
+    off = None
 
     def __init__(self, tenant: Across, rings: Sequence[Keyring]) -> None:
         self.tenant, self.rings, self.openers = repr(tenant), rings, _Openers(rings)

@@ -7,7 +7,8 @@ and then gets its column id, gives up ``unique`` and ``index``, and appends its 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     CheckConstraint,
@@ -27,13 +28,39 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import BINARY, VARBINARY
 
 from sqla_byok.errors import DeclarationError
+from sqla_byok.normalize import identity
 from sqla_byok.orm.sealed import Sealed
-from sqla_byok.orm.types import Encrypted, SearchHash
+from sqla_byok.orm.types import Encrypted, IndexedValue, IndexHash, SearchHash
 
-__all__ = ["SOURCE", "hash_key"]
+__all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "hash_key", "indexes_of"]
 
 SOURCE = "byok_source"
-"""The key in a hash column's ``info`` that names the column it follows."""
+"""The key in a hash column's ``info`` that names the column it follows; of several, the first."""
+
+INDEX = "byok_index"
+"""The key in the ``info`` of a further index's hash column that says what it indexes: an :class:`IndexOf`."""
+
+
+class IndexOf(NamedTuple):
+    """What a :class:`~sqla_byok.hash_index` is, as its hash column keeps it.
+
+    :param name: its name; the hash column is ``<name>_hash``.
+    :param sources: the keys of the columns whose values it takes.
+    :param transform: what it makes of them.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    transform: Callable[..., Any]
+
+    def same_as(self, other: object) -> bool:
+        """Whether both hash in the same way. A model that is declared twice may have another function object."""
+        return (
+            isinstance(other, IndexOf)
+            and self[:2] == other[:2]
+            and identity(self.transform) == identity(other.transform)
+        )
+
 
 # In the info of a source whose sibling was made; copies of the column carry it along.
 _HAS_HASH = "byok_has_hash"
@@ -130,6 +157,10 @@ def _adopt(
         )
     existing.type = type_.hash_type
     existing.info[SOURCE] = column.key
+    _index_existing(existing, table, unique)
+
+
+def _index_existing(existing: Column[Any], table: Table, unique: bool | None) -> None:
     over = [c for c in {*table.constraints, *table.indexes} if list(getattr(c, "columns", ())) == [existing]]
     is_unique = any(isinstance(c, UniqueConstraint) or getattr(c, "unique", False) for c in over)
     if unique and not is_unique:
@@ -146,18 +177,100 @@ def _hash_type_attached(type_: SearchHash, column: Any) -> None:
 
 def _hash_column_attached(column: Column[Any], table: Any) -> None:
     # In a copied table the source has a column id of its own.
+    index = column.info.get(INDEX)
+    if index is not None:
+        if isinstance(table, Table) and all(key in table.c for key in index.sources):
+            column.type = _indexed_value(table, index).written_type
+        return
     source = table.c.get(column.info.get(SOURCE, "")) if isinstance(table, Table) else None
     if source is not None and isinstance(source.type, Encrypted):
         column.type = source.type.hash_type
 
 
-def _follow(key: str) -> Any:
-    """A default that takes whatever value the source column is given, its own default included."""
+def _follow(*keys: str) -> Any:
+    """A default that takes whatever values the source columns are given, their own defaults included."""
 
     def follow(context: Any) -> Any:
-        return context.get_current_parameters()[key]
+        given = context.get_current_parameters()
+        return given[keys[0]] if len(keys) == 1 else tuple(given.get(key) for key in keys)
 
     return follow
+
+
+# -- further indexes -------------------------------------------------------------------------------------------------
+
+
+def add_index(table: Table, index: IndexOf, unique: bool) -> None:
+    """Append the hash column of a further index to a table, behind all others.
+
+    :raises DeclarationError: if the index cannot be, or its name is taken.
+    """
+    indexed = _indexed_value(table, index)
+    existing = table.c.get(hash_key(index.name))
+    if existing is None:
+        existing = Column(
+            hash_key(index.name),
+            indexed.written_type,
+            nullable=True,
+            unique=unique or None,
+            index=None if unique else True,
+            info={SOURCE: index.sources[0], INDEX: index},
+        )
+        table.append_column(existing)
+    else:
+        _adopt_index(existing, table, index, indexed, unique)
+    existing.default = existing.onupdate = None
+    sources = [table.c[key] for key in index.sources]
+    for attribute in ("default", "onupdate"):
+        given = [getattr(source, attribute) for source in sources]
+        if not any(given):
+            continue
+        if attribute == "onupdate" and len(sources) > 1:
+            raise DeclarationError(
+                f"{indexed.column_id}: a hash_index over several columns takes none with onupdate, which would change "
+                "one of them without the others",
+                column=indexed.column_id,
+            )
+        follow = CallableColumnDefault(_follow(*index.sources), for_update=attribute == "onupdate")
+        follow._set_parent_with_dispatch(existing)
+
+
+def _adopt_index(
+    existing: Column[Any], table: Table, index: IndexOf, indexed: IndexedValue, unique: bool
+) -> None:
+    before = existing.info.get(INDEX)
+    ours = before is None and existing.info.get(SOURCE) is None
+    if not (ours or index.same_as(before)) or not isinstance(
+        existing.type, SearchHash | LargeBinary | BINARY | VARBINARY
+    ):
+        raise DeclarationError(
+            f"{indexed.column_id}: the table has another column {existing.name!r}, whose name is needed for the "
+            "hashes of this hash_index; give it another name=",
+            column=indexed.column_id,
+        )
+    existing.type = indexed.written_type
+    existing.info[SOURCE], existing.info[INDEX] = index.sources[0], index
+    _index_existing(existing, table, unique)
+
+
+def indexes_of(table: Table) -> dict[str, IndexOf]:
+    """The further indexes of a table, by the keys of their hash columns."""
+    return {column.key: column.info[INDEX] for column in table.c if isinstance(column.type, IndexHash)}
+
+
+def _indexed_value(table: Table, index: IndexOf) -> IndexedValue:
+    types = []
+    for key in index.sources:
+        type_ = table.c[key].type
+        if not isinstance(type_, Encrypted):
+            raise DeclarationError(
+                f"{table.fullname}.{key}: hash_index takes encrypted columns; index a plain one with Index()"
+            )
+        types.append(type_)
+    prefix, dot, _ = (types[0].column_id or "").rpartition(".")
+    column_id = f"{prefix}{dot}{index.name}"
+    _claim_id(column_id, table, hash_key(index.name), types[0].declared_id)
+    return IndexedValue(index.transform, tuple(types), column_id)
 
 
 def _column_id(column: Column[Any], table: Table) -> str:
@@ -168,8 +281,14 @@ def _column_id(column: Column[Any], table: Table) -> str:
             f"the encrypted column {column.name!r} of {table.fullname!r} has a dot in its name; give it a column_id"
         )
     column_id = declared or f"{table.fullname}.{column.name}"
+    _claim_id(column_id, table, column.key, declared)
+    return column_id
+
+
+def _claim_id(column_id: str, table: Table, key: str, declared: str | None) -> None:
+    """Refuse an id that is another column's."""
     ids: dict[str, set[tuple[str, str]]] = table.metadata.info.setdefault(_IDS, {})
-    places, mine = ids.setdefault(column_id, set()), (table.fullname, column.key)
+    places, mine = ids.setdefault(column_id, set()), (table.fullname, key)
     for place in places - {mine}:
         other = _encrypted_at(place, column_id, table.metadata)
         # Concrete inheritance shares an explicit id between tables; nothing else may.
@@ -181,7 +300,6 @@ def _column_id(column: Column[Any], table: Table) -> str:
             column=column_id,
         )
     places.add(mine)
-    return column_id
 
 
 def _encrypted_at(place: tuple[str, str], column_id: str, metadata: MetaData) -> Encrypted[Any] | None:
@@ -189,6 +307,8 @@ def _encrypted_at(place: tuple[str, str], column_id: str, metadata: MetaData) ->
     table = metadata.tables.get(place[0])
     column = None if table is None else table.c.get(place[1])
     type_ = None if column is None else column.type
+    if isinstance(type_, IndexHash):
+        type_ = type_.source
     return type_ if isinstance(type_, Encrypted) and type_.column_id == column_id else None
 
 
@@ -345,6 +465,11 @@ def _defer_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
             # Declarative does this to the columns of another subclass in single-table inheritance.
             mapper.exclude_properties = {*excluded, column.key}
             continue
+        if INDEX in _info_of(column):
+            properties.setdefault(
+                f"{mapper.column_prefix or ''}{column.key}", _HashProperty(column, deferred=True)
+            )
+            continue
         attribute = next(
             (
                 name
@@ -354,6 +479,11 @@ def _defer_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
             f"{mapper.column_prefix or ''}{source.key}",
         )
         properties.setdefault(hash_key(attribute), _HashProperty(column, deferred=True))
+
+
+def _info_of(column: Any) -> Any:
+    base = next((base for base in column.base_columns if isinstance(base, Column)), column)
+    return base.info
 
 
 def _source_of(column: Any, selectable: Any) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import date
 from typing import Any, Generic, Literal, TypeVar
+from uuid import UUID
 
-from sqlalchemy import Dialect, LargeBinary
+from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid
 from sqlalchemy.dialects import mysql
 from sqlalchemy.sql import sqltypes
 from sqlalchemy.sql.cache_key import NO_CACHE
@@ -15,7 +17,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine, to_instance
 from sqlalchemy.util import memoized_property
 
 from sqla_byok.crypto import codecs
-from sqla_byok.crypto.codecs import Codec
+from sqla_byok.crypto.codecs import Codec, UnfitError
 from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD, check_tenant
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
 from sqla_byok.crypto.values import Ring, hash_with, open_with, seal_with
@@ -26,11 +28,13 @@ from sqla_byok.errors import (
     TamperedError,
     UnsupportedQueryError,
 )
+from sqla_byok.keys.searchable import HashSpec
+from sqla_byok.normalize import identity, returned
 from sqla_byok.orm import direct
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 
-__all__ = ["Digest", "Encrypted", "SearchHash", "owners"]
+__all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "SearchHash", "owners"]
 
 _T = TypeVar("_T")
 _Process = Callable[[Any], Any]
@@ -43,6 +47,16 @@ owners: set[str] = set()
 _PLAIN_BYTES = frozenset(
     ["pysqlite", "aiosqlite", "psycopg", "psycopg_async", "asyncpg", "pymysql", "aiomysql", "asyncmy"]
 )
+
+# What a transform may return, and the type that a column of it would have.
+_RESULTS: dict[type, type[TypeEngine[Any]]] = {
+    str: String,
+    int: BigInteger,
+    bool: Boolean,
+    date: Date,
+    bytes: LargeBinary,
+    UUID: Uuid,
+}
 
 # Renders as a syntax error, so that a statement compiled with literal_binds carries neither plaintext nor a promise.
 _NOT_RENDERED = "ENCRYPTED VALUE NOT RENDERED"
@@ -88,7 +102,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     :param salt_scope: columns with one named scope share their salt and can be compared with each other;
         ``"tenant"`` is the tenant's search salt itself (``sha256`` only); by default each column has its own.
     :param normalize: a function of :mod:`sqla_byok.normalize`, or your own, applied before hashing, so that a search
-        finds what it regards as equal. The stored value is not changed.
+        finds what it regards as equal. The stored value is not changed. Give your own a name that lasts with
+        :func:`~sqla_byok.normalize.named`.
     :param column_id: the name bound into the ciphertext and the salt; by default ``table.column`` (with the schema in
         front, where there is one). Give it to keep data readable when a table or column is renamed: the old name.
     :param pad_to: pad the plaintext to a multiple of so many bytes (2 to 65,536), where the length would tell.
@@ -159,6 +174,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             raise DeclarationError("salt_scope='tenant' goes with hash='sha256' only")
         if self.salt_scope == "":
             raise DeclarationError("salt_scope takes a name")
+        if self.normalize is not None:
+            identity(self.normalize)
 
     # -- what the schema asks --------------------------------------------------------------------------------------
 
@@ -166,7 +183,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         """A copy for one column, which carries its id."""
         bound = self.copy()
         bound.column_id = column_id
-        for known in ("hash_type", "_static_cache_key"):
+        for known in ("hash_type", "spec", "_static_cache_key"):
             bound.__dict__.pop(known, None)
         return bound
 
@@ -187,6 +204,20 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         """Two columns whose keys are equal have equal hashes for equal values."""
         codec = _codec(self.type_)
         return self.scope, self.hash, codec.name, self.normalize, self.owner
+
+    @memoized_property
+    def spec(self) -> HashSpec:
+        """How the hashes of this column are made, as the keystore keeps it."""
+        normalizer = None if self.normalize is None else identity(self.normalize)
+        return HashSpec.of(self.column_id or "", self.hash, _codec(self.type_).name, normalizer, *self.scope)
+
+    def as_loaded(self, dialect: Dialect) -> _Process:
+        """What makes of a value what it will be when it is read back: ``Decimal("1.00")`` of 1."""
+        to_plain, codec, from_plain = _plain(self.type_, dialect)
+        if codec.name == "str" and to_plain is None and from_plain is None:
+            return lambda value: value
+        steps = (to_plain, codec.encode, codec.decode, from_plain)
+        return _chain(*steps)
 
     # -- what SQLAlchemy asks --------------------------------------------------------------------------------------
 
@@ -300,6 +331,11 @@ class SearchHash(TypeDecorator[Digest]):
         self.slot = slot
         self._slots: dict[int, SearchHash] = {slot: self}
 
+    @property
+    def spec(self) -> HashSpec:
+        """How the hashes are made."""
+        return self.source.spec
+
     def at(self, slot: int) -> SearchHash:
         """The same type by another of the live search salts; kept, since SQLAlchemy keeps its processors with it."""
         found = self._slots.get(slot)
@@ -379,6 +415,89 @@ class SearchHash(TypeDecorator[Digest]):
 
     def __repr__(self) -> str:
         return "LargeBinary(length=32)"
+
+
+class IndexedValue(Encrypted[Any]):
+    """What a :class:`~sqla_byok.hash_index` searches, as if it were a searchable column: the results of its transform.
+
+    :param transform: takes the values of the sources.
+    :param sources: the types of the encrypted columns.
+    :param column_id: the id of the index, which has salts of its own like a column.
+    """
+
+    cache_ok = True
+
+    def __init__(
+        self, transform: Callable[..., Any], sources: tuple[Encrypted[Any], ...], column_id: str
+    ) -> None:
+        result = _RESULTS.get(returned(transform))
+        if result is None:
+            names = ", ".join(known.__name__ for known in _RESULTS)
+            raise DeclarationError(f"{column_id}: a transform returns one of {names}", column=column_id)
+        direct_too = any(source.mode == "direct" for source in sources)
+        super().__init__(
+            result, searchable=True, column_id=column_id, mode="direct" if direct_too else "envelope"
+        )
+        self.declared_id = sources[0].declared_id
+        self.transform = transform
+        self.sources = sources
+
+    @memoized_property
+    def spec(self) -> HashSpec:
+        of = [[source.column_id, _codec(source.type_).name] for source in self.sources]
+        made = (self.hash, _codec(self.type_).name, identity(self.transform), *self.scope)
+        return HashSpec.of(self.column_id or "", *made, of)
+
+    @property
+    def search_key(self) -> tuple[Any, ...]:
+        return (self.spec,)
+
+    @memoized_property
+    def written_type(self) -> IndexHash:
+        """The type of the hash column. :attr:`hash_type` is that of every value that is compared with it."""
+        return IndexHash(self)
+
+    @memoized_property
+    def _static_cache_key(self) -> Any:
+        keys = tuple(source._static_cache_key for source in self.sources)
+        return NO_CACHE if NO_CACHE in keys else (type(self), self.column_id, self.transform, keys)
+
+
+class IndexHash(SearchHash):
+    """The type of a hash column of :class:`~sqla_byok.hash_index`.
+
+    What is written is hashed after its transform: the source's value, or a tuple of all sources' values. What is
+    compared with it is taken as the transform's result.
+    """
+
+    cache_ok = True
+    source: IndexedValue
+
+    def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
+        return self.source.hash_type
+
+    def bind_processor(self, dialect: Dialect) -> Any:
+        indexed, to_hash = self.source, super().bind_processor(dialect)
+        column, transform, several = indexed.column_id, indexed.transform, len(indexed.sources) > 1
+        loaded = [source.as_loaded(dialect) for source in indexed.sources]
+
+        def transformed(values: Any) -> Any:
+            try:
+                return transform(*[as_loaded(value) for as_loaded, value in zip(loaded, values, strict=True)])
+            except UnfitError as error:
+                reason = str(error)
+            except Exception as error:  # noqa: BLE001 - a user's function; its text could carry the value
+                reason = f"its transform raised {type(error).__name__}"
+            raise EncodeError(f"{column}: {reason}", column=column)
+
+        def bind(value: Any) -> Any:
+            values = value if several and type(value) is tuple else (value,)
+            if any(each is None for each in values):
+                return to_hash(None)
+            sealed = next((each for each in values if type(each) is Sealed), None)
+            return to_hash(transformed(values) if sealed is None else sealed)
+
+        return bind
 
 
 def _unbound(value: Any) -> Any:

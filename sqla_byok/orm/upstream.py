@@ -52,6 +52,7 @@ __all__ = [
     "result_types",
     "returning",
     "rows_of_values",
+    "searched",
     "select_names",
     "target",
     "unique_columns",
@@ -79,15 +80,17 @@ class FanOut(CompileStateOption):
         self.live = live
 
 
-def note_compared(compiler: Any, live: int, owner: str | None) -> None:
+def note_compared(compiler: Any, live: int, owner: str | None, specs: Iterable[Any] = ()) -> None:
     """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts.
 
     :param owner: whose they are, where they are not the statement's tenant's.
+    :param specs: how the hashes are made that it compares.
     """
     if owner is None:
         compiler._sqla_byok_live = live
     else:
         compiler.__dict__.setdefault("_sqla_byok_owned", {})[owner] = live
+    compiler.__dict__.setdefault("_sqla_byok_searched", {}).setdefault(owner, set()).update(specs)
 
 
 def compared(compiled: Any) -> int:
@@ -100,6 +103,12 @@ def compared_owned(compiled: Any) -> Mapping[str, int]:
     """Likewise for each owner of single columns by whose salts it compares."""
     owned: Mapping[str, int] = compiled.__dict__.get("_sqla_byok_owned", {})
     return owned
+
+
+def searched(compiled: Any) -> dict[str | None, frozenset[Any]]:
+    """How the search hashes are made that a compiled statement compares, by the columns' owners."""
+    found = compiled.__dict__.get("_sqla_byok_searched", {})
+    return {owner: frozenset(specs) for owner, specs in found.items()}
 
 
 def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:

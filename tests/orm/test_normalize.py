@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, insert, select
 
-from sqla_byok import Byok, EncodeError, Encrypted, UnsupportedQueryError
-from sqla_byok.normalize import casefold, compose, digits, trim
+from sqla_byok import Byok, DeclarationError, EncodeError, Encrypted, UnsupportedQueryError
+from sqla_byok.normalize import (
+    casefold,
+    compose,
+    digits,
+    email_domain,
+    first,
+    identity,
+    last,
+    named,
+    returned,
+    trim,
+    year,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +75,13 @@ def test_casefold_is_stable_for_every_character() -> None:
         (compose(trim, casefold), "  Ada ", "ada"),
         (compose(casefold, str.upper), "ß", "SS"),
         (compose(), "as it is", "as it is"),
+        (first(3), "Lovelace", "Lov"),
+        (first(3), "Lo", "Lo"),
+        (last(4), "555-1234", "1234"),
+        (compose(digits, last(4)), "(12) 3-4 5", "2345"),
+        (email_domain, "a@b@Example.ORG ", "example.org"),
+        (email_domain, "no address", None),
+        (compose(email_domain, str.upper), "no address", None),
     ],
 )
 def test_normal_forms(normalize: Any, text: str, normal: str) -> None:
@@ -75,6 +96,57 @@ def test_compositions_of_equal_steps_are_equal() -> None:
     assert compose(trim, casefold) != compose(casefold, trim)
     assert compose(trim) != trim
     assert repr(compose(trim, casefold)) == "compose(trim, casefold)"
+
+
+def test_year() -> None:
+    """Of a date or datetime, as a number."""
+    assert year(date(1815, 12, 10)) == 1815
+    assert (returned(year), returned(compose(trim)), returned(compose())) == (int, str, str)
+
+
+class Texts:
+    """Where a method stands."""
+
+    def lower(self, text: str) -> str:
+        """A method as a normalizer."""
+        return text.lower()
+
+
+IDENTITIES = {
+    "casefold/1": casefold,
+    "last(4)/1": last(4),
+    "compose(trim/1,casefold/1)/1": compose(trim, casefold),
+    "soundex/3": named("soundex", 3)(lambda text: text),
+    "part/1": named("part")(partial(str.replace, "a")),
+    "builtins.str.upper/1": str.upper,
+    f"{__name__}.Texts.lower/1": Texts().lower,
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_each_function_has_a_name_that_lasts(name: str) -> None:
+    """It goes into the keystore: it must never change by itself."""
+    function: Any = IDENTITIES[name]
+    assert identity(function) == name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Encrypted(String(9), searchable=True, normalize=lambda text: text),
+        lambda: Encrypted(String(9), searchable=True, normalize=compose(trim, partial(str.replace, "a"))),
+        lambda: named("")(trim),
+        lambda: named("x" * 61)(trim),
+        lambda: named("x", 0)(trim),
+        lambda: named("x")(str.upper),
+        lambda: first(0),
+        lambda: last(-1),
+    ],
+)
+def test_what_has_no_name_is_refused(wrong: Any) -> None:
+    """Nobody could tell whether it is the same function in the next release."""
+    with pytest.raises(DeclarationError):
+        wrong()
 
 
 # -- on a column -----------------------------------------------------------------------------------------------------

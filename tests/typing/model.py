@@ -42,8 +42,8 @@ from sqlalchemy.orm import (
 )
 from typing_extensions import assert_type
 
-from sqla_byok import Encrypted
-from sqla_byok.normalize import casefold, compose, digits, trim
+from sqla_byok import Byok, Encrypted, hash_index
+from sqla_byok.normalize import casefold, compose, digits, last, named, trim, year
 
 
 class Blood(enum.Enum):
@@ -65,6 +65,13 @@ assert_type(Encrypted(String(20)), Encrypted[str])
 assert_type(Encrypted(String), Encrypted[str])
 assert_type(Encrypted(Date), Encrypted[date])
 assert_type(Encrypted(Upper, searchable=True), Encrypted[str])
+
+
+@named("name-and-year", version=2)
+def name_and_year(name: str, born: date) -> str | None:
+    """A transform of the user's own."""
+    return f"{casefold(name)}/{born.year}" if name else None
+
 
 Secret = Encrypted(String(50), searchable=True, salt_scope="contact", normalize=casefold)
 Phone = Annotated[
@@ -114,6 +121,9 @@ class Patient(HasEmail, Base):
     settings: Mapped[dict[str, Any] | None] = mapped_column(MutableDict.as_mutable(Encrypted(JSON)))
     note: Mapped[Phi | None]
     phone: Mapped[Phone | None]
+    phone_last4 = hash_index("phone", transform=last(4))
+    born_year = hash_index(born, transform=year, name="year")
+    who = hash_index(name, "born", transform=name_and_year, unique=True)
 
 
 class Record(MappedAsDataclass, Base):
@@ -136,6 +146,7 @@ visitor_table = Table(
 class Visitor:
     id: int
     badge: str
+    badge_end = hash_index("badge", transform=last(2))
 
 
 registered.map_imperatively(Visitor, visitor_table)
@@ -151,7 +162,18 @@ def save_and_find(session: Session) -> Sequence[str]:
     assert_type(ada.born, date | None)
     assert_type(ada.debt, Decimal | None)
     assert_type(record.code, str)
+    assert_type(ada.phone_last4, str | None)
+    assert_type(ada.born_year, int | None)
+    assert_type(ada.who, str | None)
+    wanted = Patient.phone_last4.in_(["1234"]) & (Patient.born_year == 1815) & Patient.who.is_not(None)
+    assert session.scalars(select(Patient).where(wanted, Patient.who != "x")).all() == []
     same = session.scalars(select(Patient).where(Patient.mrn == "A-1", Patient.blood.in_([Blood.A]))).one()
     assert_type(same, Patient)
     assert session.scalars(select(Record).where(Record.code != "R-2")).one() is record
     return session.scalars(select(Patient.name).where(Patient.initials == "AL")).all()
+
+
+def limit(byok: Byok) -> None:
+    """What a tenant enables."""
+    byok.set_searchable("org-1", {Patient.mrn, Patient.phone_last4, "patient.blood"})
+    byok.set_searchable("org-1", None)

@@ -1,0 +1,473 @@
+"""A model that hashes in another way than the stored hashes, and tenants that say what can be searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from keys_tools import CountingKms, TurnableClock, hand_in, table
+from sqlalchemy import Engine, Integer, String, create_engine, event, func, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import DeclarativeBase, Session, aliased, mapped_column
+
+from sqla_byok import (
+    Byok,
+    ConfigurationError,
+    Encrypted,
+    HashSpecChangedError,
+    KeystoreTamperedError,
+    NotSearchableError,
+    hash_index,
+)
+from sqla_byok.keys.generations import SETTLE
+from sqla_byok.keys.keyrings import POLL_EVERY, Keyrings
+from sqla_byok.normalize import casefold, compose, last, named, trim
+
+TAIL = named("tail")(lambda value: value[-2:])
+
+
+def model(
+    mrn: dict[str, Any] | None = None,
+    phone: dict[str, Any] | None = None,
+    tail: Callable[..., Any] = TAIL,
+    sources: tuple[str, ...] = ("phone",),
+) -> Any:
+    """One release's model of the same table."""
+
+    given = {"type_": String(20), "searchable": True}
+    of_mrn, of_phone = Encrypted(**{**given, **(mrn or {})}), Encrypted(**{**given, **(phone or {})})
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Patient(Base):
+        __tablename__ = "hs_patient"
+        id = mapped_column(Integer, primary_key=True)
+        note = mapped_column(String(20))
+        mrn = mapped_column(of_mrn, unique=True)
+        phone = mapped_column(of_phone)
+        tail_of = hash_index(*sources, transform=tail)
+
+    return Patient
+
+
+class Process:
+    """One process of an application: a model, a Byok and an engine of its own, over the same databases."""
+
+    def __init__(self, fleet: Fleet, patient: Any) -> None:
+        self.patient, folder, kms = patient, fleet.folder, fleet.kms
+        self.byok = Byok(
+            keystore=f"sqlite:///{folder / 'keystore.db'}", keystore_key=fleet.keystore_key, clock=fleet.clock
+        )
+        self.byok.create_keystore()
+        self.engine = create_engine(f"sqlite:///{folder / 'data.db'}")
+        patient.metadata.create_all(self.engine)
+        self.byok.attach(self.engine)
+        self.byok.onboard("t1", kms)
+        self.byok.onboard("t2", kms)
+
+    def write(self, id_: int, tenant: str = "t1", **values: Any) -> None:
+        with self.byok.session(tenant, self.engine) as session:
+            session.merge(self.patient(id=id_, **values))
+            session.commit()
+
+    def find(self, criterion: Any, tenant: str = "t1") -> list[int]:
+        with self.byok.session(tenant, self.engine) as session:
+            return sorted(session.scalars(select(self.patient.id).where(criterion)))
+
+    def hashes(self, name: str) -> list[bytes | None]:
+        with self.engine.connect() as connection:
+            return [
+                row[0]
+                for row in connection.exec_driver_sql(f"SELECT {name}_hash FROM hs_patient ORDER BY id")
+            ]
+
+    def close(self) -> None:
+        self.byok.close()
+        self.engine.dispose()
+
+
+class Fleet:
+    """Processes that come and go, under one clock."""
+
+    def __init__(self, folder: Path, kms: CountingKms, keystore_key: str) -> None:
+        self.folder, self.kms, self.keystore_key, self.clock = folder, kms, keystore_key, TurnableClock()
+        self.processes: list[Process] = []
+
+    def start(self, patient: Any = None) -> Process:
+        process = Process(self, model() if patient is None else patient)
+        self.processes.append(process)
+        return process
+
+    def hand(self) -> Engine:
+        return hand_in(f"sqlite:///{self.folder / 'keystore.db'}")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, counting_kms: CountingKms, keystore_key: str) -> Iterator[Fleet]:
+    """Nobody runs yet."""
+    fleet = Fleet(tmp_path, counting_kms, keystore_key)
+    yield fleet
+    for process in fleet.processes:
+        process.close()
+
+
+# -- specifications --------------------------------------------------------------------------------------------------
+
+CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a normalizer more": (lambda: model(mrn={"normalize": casefold}), "mrn"),
+    "another algorithm": (lambda: model(mrn={"hash": "hmac-sha256"}), "mrn"),
+    "another scope": (lambda: model(mrn={"salt_scope": "one"}), "mrn"),
+    "another type": (lambda: model(mrn={"type_": Integer()}), "mrn"),
+    "another version of a transform": (
+        lambda: model(tail=named("tail", 2)(lambda value: value[-3:])),
+        "tail_of",
+    ),
+    "another transform": (lambda: model(tail=last(3)), "tail_of"),
+    "another result": (lambda: model(tail=named("tail", returns=int)(lambda value: 1)), "tail_of"),
+    "another source": (lambda: model(sources=("mrn",)), "tail_of"),
+}
+SAME: dict[str, Callable[[], Any]] = {
+    "the same": model,
+    "another length": lambda: model(mrn={"type_": String(30)}),
+    "padded": lambda: model(mrn={"pad_to": 64}),
+    "the transform moved": lambda: model(tail=named("tail")(lambda value: value[-2:])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_model_is_refused(fleet: Fleet, change: str) -> None:
+    """Neither a write nor a search of the column runs, and the message says to re-hash; other columns go on."""
+    old = fleet.start()
+    old.write(1, mrn="1", phone="12345")
+    changed, name = CHANGED[change]
+    new = fleet.start(changed())
+    value: Any = 1 if "type" in change or "result" in change else "45"
+    column = f"hs_patient.{name}"
+    written = {"mrn": value} if name == "mrn" else {"phone": "67", "mrn": "9"}
+    with pytest.raises(HashSpecChangedError, match="re-hash") as caught:
+        new.write(2, **written)
+    assert (caught.value.tenant, caught.value.column) == ("t1", column)
+    for criterion in (getattr(new.patient, name) == value, getattr(new.patient, name).in_([value])):
+        with pytest.raises(HashSpecChangedError):
+            new.find(criterion)
+    other = aliased(new.patient)
+    with pytest.raises(HashSpecChangedError):
+        new.find(new.patient.id.in_(select(other.id).where(getattr(other, name) != value)))
+    if "source" not in change:
+        assert new.find(new.patient.phone == "12345") == [1]
+        with new.byok.session("t1", new.engine) as session:
+            session.execute(update(new.patient).values(note="x"))
+    new.write(3, tenant="t2", **written)  # which has no hashes of the old model
+    assert old.find(old.patient.mrn == "1") == [1]
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_does_not_change_hashes_is_no_change(fleet: Fleet, change: str) -> None:
+    """A release that hashes alike finds what the one before wrote."""
+    fleet.start().write(1, mrn="A-1", phone="12345")
+    new = fleet.start(SAME[change]())
+    new.write(2, mrn="A-2", phone="12399")
+    assert new.find(new.patient.mrn == "A-1") == [1]
+    assert new.find(new.patient.tail_of == "99") == [2]
+
+
+def test_null_tests_of_an_index_are_searches_too(fleet: Fleet) -> None:
+    """IS NULL of an index asks its hashes; of the column itself it does not."""
+    fleet.start().write(1, mrn="A-1")
+    new = fleet.start(model(mrn={"normalize": casefold}, tail=last(3)))
+    with pytest.raises(HashSpecChangedError):
+        new.find(new.patient.tail_of.is_(None))
+    assert new.find(new.patient.mrn.is_(None)) == []
+
+
+def test_two_releases_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both write a tenant's first row, one wins and the other gets the error: no column of two kinds."""
+    one, two = fleet.start(), fleet.start(model(mrn={"normalize": casefold}))
+    for process in (one, two):
+        with process.byok.tenant("t1"):
+            pass
+    replace, raced = one.byok._keystore.replace, []
+
+    def late(*args: Any) -> None:
+        if not raced:
+            raced.append(True)
+            two.write(2, mrn="B")
+        replace(*args)
+
+    monkeypatch.setattr(one.byok._keystore, "replace", late)
+    with pytest.raises(HashSpecChangedError):
+        one.write(1, mrn="A")
+    assert raced
+    assert two.find(two.patient.mrn == "b") == [2]
+    assert one.find(one.patient.phone == "x") == []
+
+
+def test_a_specification_is_noted_once(fleet: Fleet) -> None:
+    """One keystore write at a tenant's first row of a table, none for later rows, other processes and no KMS call."""
+    one = fleet.start()
+    statements: list[str] = []
+    event.listen(
+        one.byok._database._engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+    )
+    with one.byok.tenant("t1"):
+        fleet.kms.unwraps.clear()
+        statements.clear()
+        one.write(1, mrn="A-1", phone="12")
+        noted = [each for each in statements if each.startswith("INSERT INTO byok_searchable")]
+        assert len(noted) == 1
+        statements.clear()
+        one.write(2, mrn="A-2", phone="34")
+        assert one.find(one.patient.mrn == "A-2") == [2]
+        assert statements == []
+        assert fleet.kms.unwraps == []
+    two = fleet.start()
+    epoch = two.byok._keyrings.get("t1").epoch
+    two.write(3, mrn="A-3")
+    assert two.byok._keyrings.get("t1").epoch == epoch
+    assert two.find(two.patient.mrn == "A-1") == [1]
+
+
+def test_it_stays_through_every_change_of_keys(fleet: Fleet) -> None:
+    """Rotations, rekeying and rewrapping authenticate it anew."""
+    one = fleet.start()
+    one.write(1, mrn="A-1", phone="12")
+    one.byok.rotate_data_key("t1")
+    one.byok.rotate_salt("t1")
+    one.byok.rekey("t1")
+    one.byok.rewrap("t1")
+    one.byok.forget_keys()
+    assert set(one.byok._keyrings.get("t1").searchable.specs) == {
+        "hs_patient.mrn",
+        "hs_patient.phone",
+        "hs_patient.tail_of",
+    }
+    one.write(2, mrn="A-2", phone="34")
+    assert one.find(one.patient.mrn.in_(["A-1", "A-2"])) == [1, 2]
+    assert one.find(one.patient.tail_of.in_(["12", "34"])) == [1, 2]
+    with pytest.raises(HashSpecChangedError):
+        fleet.start(model(tail=last(3))).write(3, mrn="x", phone="x")
+
+
+TAMPERED = {
+    "removed": "DELETE FROM byok_searchable WHERE tenant = 't1'",
+    "altered": "UPDATE byok_searchable SET content = replace(content, 'on', 'off') WHERE tenant = 't1'",
+    "another tenant's": (
+        "UPDATE byok_searchable SET content = (SELECT content FROM byok_searchable WHERE tenant = 't2') "
+        "WHERE tenant = 't1'"
+    ),
+    "no text": "UPDATE byok_searchable SET content = x'00' WHERE tenant = 't1'",
+    "added": "INSERT INTO byok_searchable SELECT 't3', content FROM byok_searchable WHERE tenant = 't1'",
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_whoever_writes_to_the_keystore_cannot_change_it(fleet: Fleet, how: str) -> None:
+    """A specification or state that was changed by hand is refused before anything of it is used."""
+    one = fleet.start()
+    one.byok.onboard("t3", fleet.kms)
+    one.write(1, mrn="A-1")
+    one.byok.set_searchable("t2", set())
+    with fleet.hand().begin() as connection:
+        assert connection.execute(text(TAMPERED[how])).rowcount == 1
+    one.byok.forget_keys()
+    with pytest.raises(KeystoreTamperedError):
+        one.find(one.patient.mrn == "A-1", tenant="t3" if how == "added" else "t1")
+
+
+def test_an_old_state_cannot_be_put_back(fleet: Fleet) -> None:
+    """Not even a whole one that was authentic: the manifest is of one epoch."""
+    one = fleet.start()
+    one.byok.set_searchable("t1", set())
+    searchable = table("searchable")
+    with fleet.hand().connect() as connection:
+        before = connection.execute(select(searchable).where(searchable.c.tenant == "t1")).one()
+    one.byok.set_searchable("t1", {"hs_patient.mrn"})
+    with fleet.hand().begin() as connection:
+        connection.execute(
+            update(searchable).where(searchable.c.tenant == "t1").values(content=before.content)
+        )
+    one.byok.forget_keys()
+    with pytest.raises(KeystoreTamperedError):
+        one.find(one.patient.mrn == "A-1")
+
+
+# -- what a tenant enables -------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_enabled_has_no_hash_and_is_not_searched(fleet: Fleet) -> None:
+    """NULL in place of hashes, whatever writes them; a search is refused before it reaches the database."""
+    one = fleet.start()
+    patient = one.patient
+    one.byok.set_searchable("t1", {patient.phone, "hs_patient.tail_of"})
+    one.write(1, mrn="A-1", phone="12345")
+    with one.byok.session("t1", one.engine) as session:
+        session.execute(insert(patient), [{"id": 2, "mrn": "A-1"}, {"id": 3, "mrn": None}])
+        session.execute(update(patient).where(patient.id == 3).values(mrn="A-3"))
+        session.commit()
+    assert one.hashes("mrn") == [None, None, None]  # not even a unique column collides
+    assert one.find(patient.phone == "12345") == one.find(patient.tail_of == "45") == [1]
+    sent: list[str] = []
+    event.listen(one.engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
+    other = aliased(patient)
+    for criterion in (
+        patient.mrn == "A-1",
+        patient.mrn != "A-1",
+        patient.mrn.in_(["A-1"]),
+        patient.mrn == other.mrn,
+        patient.__table__.c.mrn_hash == "A-1",
+        patient.id.in_(select(other.id).where(other.mrn == "A-1")),
+    ):
+        sent.clear()
+        with pytest.raises(NotSearchableError, match="t1") as caught:
+            one.find(criterion)
+        assert (caught.value.tenant, caught.value.column) == ("t1", "hs_patient.mrn")
+        assert "A-1" not in str(caught.value)
+        assert sent == []
+    with one.byok.session("t1", one.engine) as session:
+        for statement in (
+            update(patient).where(patient.mrn == "A-1").values(note="x"),
+            select(func.count()).select_from(patient).where(patient.mrn.in_([])),
+        ):
+            with pytest.raises(NotSearchableError):
+                session.execute(statement)
+    assert one.find(patient.mrn.is_(None)) == []
+    one.write(9, tenant="t2", mrn="B")
+    assert one.find(patient.mrn == "B", tenant="t2") == [9]
+
+
+def test_an_index_that_is_not_enabled(fleet: Fleet) -> None:
+    """It gets no hash, and not even a NULL test is answered, which would lie; its source goes on."""
+    one = fleet.start()
+    one.byok.set_searchable("t1", {one.patient.__table__.c.mrn, one.patient.phone})
+    one.write(1, mrn="A-1", phone="12345")
+    assert one.hashes("tail_of") == [None]
+    for criterion in (one.patient.tail_of == "45", one.patient.tail_of.is_(None)):
+        with pytest.raises(NotSearchableError, match=r"hs_patient\.tail_of"):
+            one.find(criterion)
+    assert one.find(one.patient.phone == "12345") == [1]
+
+
+def test_enabled_later_it_is_pending_until_its_rows_are_hashed(fleet: Fleet) -> None:
+    """From then on hashes are written; searched is only after the job has said that every row has one."""
+    one, columns = fleet.start(), fleet.start().byok._searchable
+    one.byok.set_searchable("t1", set())
+    one.write(1, mrn="A-1", phone="12")
+    one.byok.set_searchable("t1", {one.patient.mrn})
+    one.write(2, mrn="A-2", phone="34")
+    first, second = one.hashes("mrn")
+    assert first is None
+    assert second is not None
+    with pytest.raises(NotSearchableError, match="re-hash"):
+        one.find(one.patient.mrn == "A-2")
+    assert columns.state("t1", "hs_patient.mrn") == "pending"
+    one.write(1, mrn="A-0", phone="12")  # what the job does: every row is written again
+    columns.rehashed("t1", "hs_patient.mrn")
+    columns.rehashed("t1", "hs_patient.mrn")
+    fleet.clock.turn(POLL_EVERY)
+    assert one.find(one.patient.mrn == "A-0") == [1]
+    with pytest.raises(NotSearchableError):
+        one.find(one.patient.phone == "12")
+    with pytest.raises(ConfigurationError, match="phone"):
+        columns.rehashed("t1", "hs_patient.phone")
+
+
+def test_disabled_and_enabled_again_it_needs_the_job(fleet: Fleet) -> None:
+    """What was written meanwhile has no hash, also where everything is enabled again at once."""
+    one = fleet.start()
+    one.write(1, mrn="A-1")
+    assert one.find(one.patient.mrn == "A-1") == [1]
+    one.byok.set_searchable("t1", {"hs_patient.phone"})
+    with pytest.raises(NotSearchableError):
+        one.find(one.patient.mrn == "A-1")
+    one.write(1, mrn="A-2")
+    assert one.hashes("mrn") == [None]
+    one.byok.set_searchable("t1", None)
+    with pytest.raises(NotSearchableError, match="re-hash"):
+        one.find(one.patient.mrn == "A-1")
+    assert one.find(one.patient.phone == "x") == []
+
+
+def test_other_processes_learn_it_at_their_next_look(fleet: Fleet) -> None:
+    """By the epoch, within POLL_EVERY seconds; until then they go on as before, for which the job has to wait."""
+    one, two = fleet.start(), fleet.start()
+    one.write(1, mrn="A-1")
+    assert two.find(two.patient.mrn == "A-1") == [1]
+    one.byok.set_searchable("t1", set())
+    assert two.find(two.patient.mrn == "A-1") == [1]
+    fleet.clock.turn(POLL_EVERY)
+    with pytest.raises(NotSearchableError):
+        two.find(two.patient.mrn == "A-1")
+    assert POLL_EVERY < SETTLE
+
+
+def test_a_changed_specification_is_rehashed(fleet: Fleet) -> None:
+    """The job begins with the new model: the old one is refused from then on, and searches wait for its end."""
+    old, new = fleet.start(), fleet.start(model(mrn={"normalize": compose(trim, casefold)}))
+    old.write(1, mrn=" A-1 ")
+    columns = new.byok._searchable
+    columns.rehashing("t1", new.patient.mrn.type.spec)
+    fleet.clock.turn(SETTLE)
+    with pytest.raises(HashSpecChangedError):
+        old.write(2, mrn="A-2")
+    with pytest.raises(HashSpecChangedError):
+        old.find(old.patient.mrn == " A-1 ")
+    with pytest.raises(NotSearchableError):
+        new.find(new.patient.mrn == "a-1")
+    new.write(1, mrn=" A-1")
+    columns.rehashed("t1", "hs_patient.mrn")
+    fleet.clock.turn(POLL_EVERY)
+    assert new.find(new.patient.mrn == "a-1") == [1]
+    new.byok.set_searchable("t1", set())
+    with pytest.raises(ConfigurationError, match="mrn"):
+        columns.rehashing("t1", new.patient.mrn.type.spec)
+
+
+def test_only_what_is_declared_searchable_can_be_enabled(fleet: Fleet) -> None:
+    """A plain or unsearchable attribute is no search; nothing is changed."""
+    one = fleet.start(model(phone={"searchable": False}))
+    for wrong in (one.patient.note, one.patient.phone, one.patient, 1):
+        with pytest.raises(ConfigurationError):
+            one.byok.set_searchable("t1", {wrong})
+    one.write(1, mrn="A-1")
+    assert one.find(one.patient.mrn == "A-1") == [1]
+
+
+async def test_it_works_on_asyncio(async_engine: AsyncEngine, abyok: Byok) -> None:
+    """Noting a specification within a flush waits in a thread; a refusal comes as on a sync engine."""
+    patient = model()
+    async with async_engine.begin() as connection:
+        await connection.run_sync(patient.metadata.create_all)
+    async with abyok.asession("t1", async_engine) as session:
+        session.add(patient(id=1, mrn="A-1", phone="12"))
+        await session.commit()
+        assert (await session.scalars(select(patient.id).where(patient.tail_of == "12"))).all() == [1]
+    await abyok.aset_searchable("t1", {patient.mrn})
+    async with abyok.asession("t1", async_engine) as session:
+        with pytest.raises(NotSearchableError):
+            await session.scalars(select(patient).where(patient.tail_of == "12"))
+
+
+def test_on_every_database(engine: Engine, byok: Byok) -> None:
+    """The same holds on each database that the data may be in."""
+    patient = model()
+    patient.metadata.create_all(engine)
+    byok.set_searchable("t1", {patient.mrn})
+    with byok.session("t1", engine) as session:
+        assert isinstance(session, Session)
+        session.add_all([patient(id=1, mrn="A-1", phone="12"), patient(id=2, mrn="A-2", phone="12")])
+        session.flush()
+        assert session.scalars(select(patient.id).where(patient.mrn == "A-2")).all() == [2]
+        with pytest.raises(NotSearchableError):
+            session.scalars(select(patient.id).where(patient.phone == "12"))
+
+
+def test_tenants_share_what_is_the_same(fleet: Fleet) -> None:
+    """However many columns there are, a tenant's share of the memory is a reference."""
+    one = fleet.start()
+    for tenant in ("t1", "t2"):
+        one.write(1 if tenant == "t1" else 2, tenant=tenant, mrn=tenant)
+    keyrings: Keyrings = one.byok._keyrings
+    assert keyrings.get("t1").searchable is keyrings.get("t2").searchable
