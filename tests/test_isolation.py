@@ -31,6 +31,7 @@ from sqla_byok import (
     TamperedError,
     TenantMismatchError,
 )
+from sqla_byok.keys.keystore import State
 from sqla_byok.kms import providers
 
 
@@ -167,9 +168,9 @@ def test_a_slow_keystore_does_not_prolong_keys(
 ) -> None:
     """Keys whose deadline passes while the keystore is asked about them are used no more."""
     keystore = local._keystore
-    real = keystore.epochs
+    real = keystore.states
 
-    def slowly(tenants: Sequence[str]) -> dict[str, int]:
+    def slowly(tenants: Sequence[str]) -> dict[str, State]:
         clock.turn(8)
         return real(tenants)
 
@@ -179,7 +180,7 @@ def test_a_slow_keystore_does_not_prolong_keys(
     with local.tenant("t1"):
         pass
     clock.turn(3)
-    monkeypatch.setattr(keystore, "epochs", slowly)
+    monkeypatch.setattr(keystore, "states", slowly)
     monkeypatch.setattr(CountingKms, "on_unwrap", staticmethod(refuse))
     with pytest.raises(KeyDisabledError), sqlite.begin() as connection:
         connection.execute(insert(Patient), {"mrn": "late"}, execution_options={"byok_tenant": "t1"})

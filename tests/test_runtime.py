@@ -212,16 +212,18 @@ def test_the_only_tenant(memory: Engine, customer_key: Path) -> None:
     byok.close()
 
 
-def test_closing_forgets_and_leaves_it_usable(ready: Byok, memory: Engine) -> None:
-    """close() takes the keys away; what is used afterwards is opened anew."""
+def test_closing_is_the_end(ready: Byok, memory: Engine) -> None:
+    """close() takes the keys away, also within a block; what uses them afterwards is refused."""
     with ready.tenant("t1"):
         ring = ready._keyrings.get("t1")
         ready.close()
         assert (ring.cleared, dict(ring.openers)) == (True, {})
-        with memory.begin() as connection:
+        with pytest.raises(ConfigurationError, match="closed"), memory.begin() as connection:
             connection.execute(insert(Patient).values(mrn="A"))
-    with ready.session("t1", memory) as session:
-        assert session.scalars(select(Patient.mrn)).all() == ["A"]
+    with pytest.raises(ConfigurationError, match="closed"), ready.session("t1", memory):
+        pass
+    with memory.connect() as connection:
+        assert connection.execute(select(Patient.id)).all() == []
 
 
 def test_byok_tells_no_secret(ready: Byok) -> None:

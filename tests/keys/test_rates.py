@@ -80,5 +80,5 @@ def test_an_hour_costs_what_was_planned(
     assert len(world.calls) / HOUR == pytest.approx(planned.kms_calls, rel=0.04)
     queries = len(statements) / HOUR
     assert (1 - queries_off) * planned.keystore_queries <= queries <= 1.02 * planned.keystore_queries
-    # each call comes with the whole row, all else are looks at epochs
-    assert sum("manifest_tag" in each for each in statements) == len(world.calls)
+    # each call comes with the whole row, all else are looks at states
+    assert sum("byok_wrapping" in each for each in statements) == len(world.calls)
