@@ -146,6 +146,8 @@ COLUMNS: dict[str, tuple[str, type[ByokError] | None]] = {
     "byok_generation.id": (AFTER, KeystoreTamperedError),
     "byok_generation.sealed": (AFTER, KeystoreTamperedError),
     "byok_generation.state": (AFTER, KeystoreTamperedError),
+    "byok_searchable.tenant": (AFTER, KeystoreTamperedError),
+    "byok_searchable.content": (AFTER, KeystoreTamperedError),
     "byok_claim.claim": (UNREAD, None),
     "byok_claim.tenant": (UNREAD, None),
     "byok_claim.of": (UNREAD, None),
@@ -261,12 +263,17 @@ def sql(*statements: str) -> Hand:
 def swap(name: str, *columns: str) -> Hand:
     """Exchange columns of two tenants' rows."""
     sets = ", ".join(
-        f"{c} = (SELECT {c} FROM {name} b WHERE b.tenant = CASE {name}.tenant WHEN :t THEN :o ELSE :t END"
+        f"{c} = (SELECT {c} FROM swapped b WHERE b.tenant = CASE {name}.tenant WHEN :t THEN :o ELSE :t END"
         + (f" AND b.kind = {name}.kind" if name == "byok_generation" else "")
         + ")"
         for c in columns
     )
-    return sql(f"UPDATE {name} SET {sets} WHERE tenant IN (:t, :o)")
+    # From a copy: the second row must not be given what the first has just been given.
+    return sql(
+        f"CREATE TABLE swapped AS SELECT * FROM {name}",
+        f"UPDATE {name} SET {sets} WHERE tenant IN (:t, :o)",
+        "DROP TABLE swapped",
+    )
 
 
 def rename(*names: str) -> Hand:
@@ -370,7 +377,7 @@ _WRAPPING_COLUMNS = ["provider", "config", "wrapped", "kms_key_version", "row_ta
 
 ROWS: dict[str, tuple[Hand, str]] = {
     "all rows of two tenants": (
-        rename("byok_tenant", "byok_wrapping", "byok_generation", "byok_claim"),
+        rename("byok_tenant", "byok_wrapping", "byok_generation", "byok_claim", "byok_searchable"),
         BEFORE,
     ),
     "tenant rows of two tenants": (swap("byok_tenant", *_TENANT_COLUMNS), BEFORE),
@@ -821,4 +828,6 @@ def test_a_generation_number_that_is_taken_stops_a_rotation_only(deployment: Dep
 
 def test_tables_are_all_there() -> None:
     """The hand reaches every table of the keystore."""
-    assert set(TABLES) == {f"byok_{name}" for name in ("format", "tenant", "wrapping", "generation", "claim")}
+    assert set(TABLES) == {
+        f"byok_{name}" for name in ("format", "tenant", "wrapping", "generation", "searchable", "claim")
+    }
