@@ -320,7 +320,11 @@ def test_an_upsert_does_not_change_the_owner(byok: Byok, data: Engine) -> None:
         session.execute(upsert)
 
 
-@pytest.mark.parametrize(("type_", "tenant", "other"), [(Integer, "42", 43), (Uuid, str(uuid4()), uuid4())])
+@pytest.mark.parametrize(
+    ("type_", "tenant", "other"),
+    [(Integer, "42", 43), (Uuid, str(uuid4()), uuid4())],
+    ids=["Integer", "Uuid"],
+)
 def test_names_that_are_numbers_or_uuids(
     byok: Byok, local_kms: LocalKms, engine: Engine, type_: Any, tenant: str, other: Any
 ) -> None:
