@@ -73,7 +73,7 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[
         clause = upstream.with_conflicts(clause, [_fill_conflict(table, plan, each) for each in conflicts])
     if copied:
         rows = [{**row, **_copies(row, copied)} for row in rows]
-    if plan.specs:
+    if plan.searchable:
         rows = _fill_rows(clause, table, plan, rows)
     return clause, rows, plan.specs
 
@@ -110,7 +110,7 @@ def refuse_compiled(compiled: Any) -> None:
 class _Plan:
     """The keys of a table's columns that concern us. It holds no column, which would keep the table alive."""
 
-    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "specs")
+    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "searchable", "specs")
 
     def __init__(self, table: Table) -> None:
         encrypted = [column for column in table.c if isinstance(column.type, Encrypted)]
@@ -131,6 +131,7 @@ class _Plan:
             column.key for column in encrypted if column.key in followed and column.default is not None
         )
         types = [column.type for column in table.c if isinstance(column.type, SearchHash)]
+        self.searchable = bool(types)
         # Not those of columns with an owner: their hashes are not the statement's tenant's.
         self.specs: dict[str, str] = dict(
             type_.spec for type_ in types if type_.source.column_id and type_.source.owner is None

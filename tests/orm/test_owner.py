@@ -65,6 +65,12 @@ class Note(Base):
     text: Mapped[str | None] = mapped_column(Encrypted(String(40), owner="vendor"))
 
 
+class Login(Base):
+    __tablename__ = "login"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str] = mapped_column(Encrypted(String(90), searchable=True, owner="vendor"))
+
+
 class Plain(Base):
     __tablename__ = "plain"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -116,6 +122,19 @@ def test_it_is_found_before_the_tenant_is_known(byok: Byok, data: Engine) -> Non
                 session.scalars(select(User)).all()
             with pytest.raises(NoTenantError):
                 session.scalars(select(User.id).where(User.email == "ada@t2", User.name == "x")).all()
+
+
+def test_a_table_with_nothing_but_an_owners_column(byok: Byok, data: Engine) -> None:
+    """Its hash is written in an INSERT and an UPDATE although no column of the tenant's own has one."""
+    with byok.session("t1", data) as session:
+        login = Login(id=1, email="ada@example.com")
+        session.add(login)
+        session.commit()
+        login.email = "bob@example.com"
+        session.commit()
+    with Session(data) as session:
+        for email, found in (("ada@example.com", []), ("bob@example.com", [1])):
+            assert session.scalars(select(Login.id).where(Login.email == email)).all() == found
 
 
 def test_both_keys_in_one_statement(byok: Byok, data: Engine) -> None:
