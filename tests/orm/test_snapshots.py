@@ -53,7 +53,7 @@ def _read() -> Snapshots:
         title, _, sql = block.strip("\n").partition("\n")
         name, _, kinds = title.partition("] ")
         found.setdefault(name, {}).update(
-            dict.fromkeys(kinds.split(", "), re.sub(r"^    ", "", sql, flags=re.M))
+            dict.fromkeys(kinds.split(", "), re.sub(r"^    ", "", sql, flags=re.MULTILINE))
         )
     return found
 
