@@ -13,10 +13,9 @@ SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
 
 
 def _verdicts(content: str) -> list[str]:
-    """The forms and what becomes of them, without the reasons."""
-    return [
-        line if " | works | " in line else line.split(" | refused | ")[0] for line in content.splitlines()
-    ]
+    """The forms and what becomes of them, without the reasons, and without the one form that 2.0 does not have."""
+    lines = [line for line in content.splitlines() if "several conflict clauses" not in line]
+    return [line.split(" | refused | ")[0] for line in lines]
 
 
 @pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
