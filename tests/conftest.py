@@ -36,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="whose keys the tenants of the fixtures have: files', or AWS KMS's (t1) and Azure Key Vault's (t2)",
     )
 
+    parser.addoption(
+        "--update-snapshots",
+        action="store_true",
+        help="write the SQL of tests/orm/snapshots.txt and the tables of docs/queries.md anew",
+    )
+
 
 def pytest_configure() -> None:
     # SIGTERM, as a cancelled CI job gets it, ends the run as Ctrl-C does: with the databases dropped.

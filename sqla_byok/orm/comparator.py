@@ -406,5 +406,14 @@ def _named(element: Any) -> str:
     return str(_column_id(element) or getattr(_bare(element), "key", None) or "the expression")
 
 
+_SIGNS = {
+    "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "add": "+", "sub": "-", "mul": "*",
+    "truediv": "/", "floordiv": "//", "mod": "%", "neg": "-", "inv": "~", "and_": "&", "or_": "|", "getitem": "[]",
+    "in_op": "in_()", "any_op": "any_()", "all_op": "all_()", "custom_op": "op()",
+}  # fmt: skip
+
+
 def _spelled(op: OperatorType) -> str:
-    return str(getattr(op, "__name__", op))
+    """The operator as it is written: its sign, or the method's name."""
+    name = op.__name__
+    return _SIGNS.get(name, f"{name.removesuffix('_op')}()")

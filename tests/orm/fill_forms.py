@@ -171,9 +171,11 @@ plain = Table("plain", Base.metadata, Column("id", Integer, primary_key=True), C
 # -- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def check_stored(byok: Byok, connection: Connection, tenant: str = "t1") -> None:
+def check_stored(
+    byok: Byok, connection: Connection, tenant: str = "t1", metadata: MetaData = Base.metadata
+) -> None:
     """Check every cell of every encrypted column and of its hash column."""
-    for table in Base.metadata.sorted_tables:
+    for table in metadata.sorted_tables:
         order = next(iter(table.primary_key)).name
         stored = connection.exec_driver_sql(f"SELECT * FROM {table.name} ORDER BY {order}").mappings().all()
         opened = connection.execute(select(table).order_by(text(order))).mappings().all()

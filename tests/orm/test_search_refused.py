@@ -144,6 +144,17 @@ def test_other_operators_raise_when_they_are_written(form: str) -> None:
     check(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("form", "sign"),
+    [("<", "<"), ("in_ a text", "in_()"), ("like", "like()"), ("[]", "[]"), ("~", "~"), ("op", "op()")],
+)
+def test_the_error_names_the_operator_as_it_is_written(form: str, sign: str) -> None:
+    """Nobody has to know SQLAlchemy's own names of operators."""
+    with pytest.raises(UnsupportedQueryError) as raised:
+        WRITTEN[form]()
+    assert str(raised.value).startswith(f"p.mrn: {sign} ")
+
+
 @pytest.mark.parametrize("form", [lambda c: c == VALUE, lambda c: c != VALUE, lambda c: c.in_([VALUE])])
 def test_a_column_without_hashes_says_how_to_get_them(form: Callable[[Any], Any]) -> None:
     """Equality on a column that is not searchable raises when it is written; IS NULL still works."""
