@@ -773,8 +773,9 @@ class Byok(Secret):
         :returns: 32 bytes.
         :raises UnsupportedQueryError: while the tenant's search salts are being rotated, when a value may have several
             hashes: take :meth:`hashes` with IN. And if the column has no hashes, or the value is None.
+        :raises NotSearchableError: if the tenant has not enabled the search of the column.
         :raises EncodeError: if the value does not fit the column.
-        :raises NoTenantError: outside ``byok.tenant()``, without ``single_tenant``.
+        :raises NoTenantError: for a column without an owner, outside ``byok.tenant()``, without ``single_tenant``.
         :raises KmsError: if the tenant has to be opened and its KMS refuses or does not answer.
         """
         return _only(self.hashes(column, value), column)
@@ -794,11 +795,13 @@ class Byok(Secret):
 
         Takes and raises what :meth:`hash` does, and returns the active salt's hash first.
         """
-        return hashes(column, value, self._ring(), self._clock, self._dialect or DefaultDialect())
+        ring = self._keyrings.get(self._tenant_of_column(column))
+        return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     async def ahashes(self, column: Any, value: Any) -> list[Digest]:
         """:meth:`hashes` from asyncio."""
-        return hashes(column, value, await self._aring(), self._clock, self._dialect or DefaultDialect())
+        ring = await self._keyrings.aget(self._tenant_of_column(column))
+        return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     def seal(self, data: bytes, purpose: str) -> bytes:
         """Encrypt bytes under the current tenant's data key, for a place outside the columns: a task's argument, a
@@ -843,6 +846,11 @@ class Byok(Secret):
 
     def _tenant_of(self, bind: Engine | Connection) -> str | None:
         return one_tenant(whose(bind.get_execution_options(), self._scopes))
+
+    def _tenant_of_column(self, column: Any) -> str:
+        """Whose keys the column takes: its owner's, or those of the tenant whose turn it is."""
+        owner: str | None = getattr(getattr(column, "type", None), "owner", None)
+        return self._required_tenant() if owner is None else owner
 
     def _required_tenant(self) -> str:
         tenant = one_tenant(self._scopes.current())

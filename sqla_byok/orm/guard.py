@@ -54,6 +54,7 @@ from sqlalchemy.sql.selectable import (
 from sqlalchemy.sql.visitors import iterate
 
 from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
+from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of
 from sqla_byok.orm.types import Encrypted, SearchHash
@@ -265,6 +266,7 @@ class Verdict(NamedTuple):
 
     refusal: tuple[str, str | None] | None = None  # message and column
     groups: bool = False  # it tells hashes apart other than by a look-up
+    grouped: frozenset[HashSpec] = frozenset()  # how those of the tenant's own columns are made
 
 
 _FINE = Verdict()
@@ -308,7 +310,9 @@ class Guard:
         if refused:
             return Verdict((refused[0].message, refused[0].column))
         refusals = (self._about(text, table) for text, table in walk.named_in_texts())
-        return Verdict(next((refusal for refusal in refusals if refusal), None), walk.groups)
+        refusal = next((refusal for refusal in refusals if refusal), None)
+        specs = frozenset(type_.spec for type_ in walk.grouped if type_.source.owner is None)
+        return Verdict(refusal, bool(walk.grouped), specs)
 
     def text(self, text: str) -> tuple[str, str | None] | None:
         """What is to be said of a statement that is text: it may name no table with encrypted columns.
@@ -348,7 +352,7 @@ class _Walk:
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self.findings: list[Finding] = []
-        self.groups = False
+        self.grouped: list[SearchHash] = []
         self._root: Any = None  # the expression that is being walked, as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
@@ -494,7 +498,7 @@ class _Walk:
         if encrypted:
             self._refuse(encrypted[0].type, why)
         else:
-            self.groups = True
+            self.grouped += [column.type for column in ours]
 
     def _grouped(self, elements: Iterable[Any], columns: Sequence[Any]) -> None:
         bare = [_referred(one) for element in elements for one in self._meant(element, columns)]
@@ -675,7 +679,8 @@ class _Walk:
             if why is not None:
                 self._refuse(type_, why)
         elif isinstance(type_, SearchHash):
-            self.groups = self.groups or why is not None
+            if why is not None:
+                self.grouped.append(type_)
         elif not isinstance(table, Table):
             if why is not None and (carried := _carried(column)) is not None:
                 self._refuse(carried, why)

@@ -320,6 +320,7 @@ def _heed(verdict: Verdict, ring: Statements | None) -> None:
             "grouping by them would count it several times; wait until the rows are hashed anew, or group in Python",
             tenant=ring.tenant,
         )
+    _check_specs(ring, _Specs(frozenset(), verdict.grouped))
 
 
 def _refuse(refusal: tuple[str, str | None] | None) -> None:
@@ -446,19 +447,24 @@ def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialec
 
     :param column: an attribute or column that is encrypted and searchable.
     :param dialect: one of the kind that the column is used with, attached to nothing.
+    :param ring: the tenant's, or that of the column's owner.
     :raises UnsupportedQueryError: if the column has no hashes, or the value is NULL.
+    :raises NotSearchableError: if the tenant has not enabled the search of the column.
     :raises KeystoreUnavailableError: if the salts may have changed since the process looked.
     """
     _may_bind(ring, clock, 0)
     type_: Any = search_hash(column).type
-    binding, found = slot_of(dialect).binding, []
-    token = binding.set(ring)
+    ring.searchable.check(ring.tenant, (), [type_.spec])
+    slots, found = slot_of(dialect), []
+    token = slots.binding.set(ring)
+    of_owner = slots.binding_owned.set(Owned({ring.tenant: ring}))
     try:
         for slot in range(len(ring.live_salts)):
             process = type_.at(slot).bind_processor(dialect)
             found.append(process(value))
     finally:
-        binding.reset(token)
+        slots.binding.reset(token)
+        slots.binding_owned.reset(of_owner)
     if None in found:
         name = type_.source.column_id
         raise UnsupportedQueryError(f"{name}: NULL has no hash; test the column with IS NULL", column=name)

@@ -20,6 +20,7 @@ from sqla_byok import (
     KeystoreTamperedError,
     NotSearchableError,
     hash_index,
+    search_hash,
 )
 from sqla_byok.keys.generations import SETTLE
 from sqla_byok.keys.keyrings import POLL_EVERY, Keyrings
@@ -330,9 +331,15 @@ def test_what_is_not_enabled_has_no_hash_and_is_not_searched(fleet: Fleet) -> No
         for statement in (
             update(patient).where(patient.mrn == "A-1").values(note="x"),
             select(func.count()).select_from(patient).where(patient.mrn.in_([])),
+            select(func.count()).group_by(search_hash(patient.mrn)),
+            select(func.count(search_hash(patient.mrn).distinct())),
         ):
             with pytest.raises(NotSearchableError):
                 session.execute(statement)
+    with one.byok.tenant("t1"), pytest.raises(NotSearchableError):
+        one.byok.hash(patient.mrn, "A-1")
+    with one.byok.tenant("t2"):
+        assert len(one.byok.hash(patient.mrn, "A-1")) == 32
     assert one.find(patient.mrn.is_(None)) == []
     one.write(9, tenant="t2", mrn="B")
     assert one.find(patient.mrn == "B", tenant="t2") == [9]

@@ -137,6 +137,18 @@ def test_a_table_with_nothing_but_an_owners_column(byok: Byok, data: Engine) -> 
             assert session.scalars(select(Login.id).where(Login.email == email)).all() == found
 
 
+def test_the_hash_for_handwritten_sql(byok: Byok, data: Engine) -> None:
+    """It is the owner's, with nobody's turn set and in another tenant's block."""
+    with byok.session("t1", data) as session:
+        session.add(Login(id=1, email="ada@example.com"))
+        session.commit()
+    with Session(data) as session:
+        stored = session.scalar(select(Login.email_hash))  # type: ignore[attr-defined]
+    with byok.tenant("t2"):
+        assert byok.hash(Login.email, "ada@example.com") == stored
+    assert byok.hash(Login.email, "ada@example.com") == stored
+
+
 def test_both_keys_in_one_statement(byok: Byok, data: Engine) -> None:
     """Flush, bulk, search and loads use the owner's keys for its columns and the tenant's for the others."""
     with byok.session("t1", data) as session:
