@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
-from sqlalchemy.util.concurrency import await_only, in_greenlet
+from sqlalchemy.util.concurrency import await_only
 
 from sqla_byok.errors import (
     ConfigurationError,
@@ -70,12 +70,12 @@ def attach(engine: Engine, keyrings: Keyrings, current_tenant: Callable[[], str 
         if tenant is not None:
             ring = keyrings.warm(tenant) or _of_unit(conn, tenant, clock)
             if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
-                ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
+                ring = await_only(keyrings.alook(ring)) if upstream.in_greenlet() else keyrings.look(ring)
             if ring is None:
                 who = options.get(ACTOR_OPTION)
                 ring = (
                     await_only(keyrings.aget(tenant, actor=who))
-                    if in_greenlet()
+                    if upstream.in_greenlet()
                     else keyrings.get(tenant, actor=who)
                 )
         is_dml = getattr(clause, "is_dml", None)

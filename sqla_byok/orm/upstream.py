@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.util import immutabledict
+from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
 __all__ = [
     "FanOut",
@@ -23,6 +25,7 @@ __all__ = [
     "conflicts",
     "held",
     "hold",
+    "in_greenlet",
     "known",
     "multi_values",
     "note_compared",
@@ -86,6 +89,17 @@ def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
     if first is not None:
         compiler.binds[bind.key] = first
     return text
+
+
+_HAS_GREENLET = find_spec("greenlet") is not None
+
+
+def in_greenlet() -> bool:
+    """Whether this runs under asyncio, so that what takes long has to be awaited.
+
+    SQLAlchemy 2.1 does not install greenlet, and raises where it is asked without one.
+    """
+    return _HAS_GREENLET and _in_greenlet()
 
 
 def resolved(clause: Any) -> Any:
