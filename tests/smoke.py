@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sqlalchemy
 from sqlalchemy import String, create_engine, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import sqla_byok
 from sqla_byok import Byok, Encrypted, LocalKms
@@ -53,6 +53,9 @@ with byok.session("org-1", engine) as session:
     session.commit()
 
 find_ada = select(Patient).where(Patient.mrn == "A-1")
+byok.forget_keys()
+with Session(engine.execution_options(byok_tenant="org-1")) as session:  # opened by the statement itself
+    assert session.scalars(find_ada).one().name == "Ada Lovelace"
 byok.forget_keys()
 with byok.session("org-1", engine) as session:
     assert session.scalars(find_ada).one().name == "Ada Lovelace"

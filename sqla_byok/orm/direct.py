@@ -16,7 +16,7 @@ from sqlalchemy import inspect
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.exc import DetachedInstanceError
-from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from sqla_byok.crypto.formats import HEADER_SIZE, PLAIN, VALUE_MAGIC, is_direct, value_header
 from sqla_byok.errors import ConfigurationError, EncodeError, NotAttachedError
@@ -101,7 +101,7 @@ def send(context: Any, parameters: Any, keyrings: Keyrings, ring: Keyring) -> An
     ]
     if waiting:
         cells = [pending.cell for pending in waiting]
-        asynchronous = in_greenlet()
+        asynchronous = upstream.in_greenlet()
         stored = (
             await_only(aencrypt(keyrings, ring, cells)) if asynchronous else encrypt(keyrings, ring, cells)
         )
@@ -247,7 +247,7 @@ def reveal(obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[An
 
     :param tenant_of: tells the tenant of what a session is bound to.
     """
-    if in_greenlet():
+    if upstream.in_greenlet():
         return await_only(areveal(obj, attribute, keyrings, tenant_of))
     value = getattr(obj, attribute)
     if type(value) is not Sealed:

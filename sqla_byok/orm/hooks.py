@@ -18,7 +18,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.visitors import iterate
-from sqlalchemy.util.concurrency import await_only, in_greenlet
+from sqlalchemy.util.concurrency import await_only
 
 from sqla_byok.audit import Actor
 from sqla_byok.errors import (
@@ -211,10 +211,12 @@ def _one(conn: Any, tenant: str, keyrings: Keyrings, who: Actor | None = None) -
     clock = keyrings.clock
     ring = _of_unit(conn, tenant, clock)
     if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
-        ring = await_only(keyrings.alook(ring)) if in_greenlet() else keyrings.look(ring)
+        ring = await_only(keyrings.alook(ring)) if upstream.in_greenlet() else keyrings.look(ring)
     if ring is None:
         ring = (
-            await_only(keyrings.aget(tenant, actor=who)) if in_greenlet() else keyrings.get(tenant, actor=who)
+            await_only(keyrings.aget(tenant, actor=who))
+            if upstream.in_greenlet()
+            else keyrings.get(tenant, actor=who)
         )
     return ring
 
@@ -256,7 +258,9 @@ def _noted(ring: Keyring, specs: Mapping[str, str], keyrings: Keyrings) -> Keyri
     """The tenant's keyring, once the keystore knows how the columns are hashed that are about to be written first."""
     if specs.keys() <= ring.searchable.specs.keys():
         return ring
-    return await_only(keyrings.arecord(ring, specs)) if in_greenlet() else keyrings.record(ring, specs)
+    return (
+        await_only(keyrings.arecord(ring, specs)) if upstream.in_greenlet() else keyrings.record(ring, specs)
+    )
 
 
 def _check_specs(ring: Statements | None, specs: _Specs) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint
@@ -17,6 +18,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.util import immutabledict
+from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
 __all__ = [
     "FanOut",
@@ -31,6 +33,7 @@ __all__ = [
     "executed",
     "held",
     "hold",
+    "in_greenlet",
     "known",
     "multi_values",
     "named_in_order_by",
@@ -125,6 +128,17 @@ def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
     if first is not None:
         compiler.binds[bind.key] = first
     return text
+
+
+_HAS_GREENLET = find_spec("greenlet") is not None
+
+
+def in_greenlet() -> bool:
+    """Whether this runs under asyncio, so that what takes long has to be awaited.
+
+    SQLAlchemy 2.1 does not install greenlet, and raises where it is asked without one.
+    """
+    return _HAS_GREENLET and _in_greenlet()
 
 
 def resolved(clause: Any) -> Any:
