@@ -35,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="local",
         help="whose keys the tenants of the fixtures have: files', or AWS KMS's (t1) and Azure Key Vault's (t2)",
     )
+    parser.addoption(
+        "--deep",
+        action="store_true",
+        help="twenty times as many random examples in the tests that search for faults",
+    )
 
     parser.addoption(
         "--update-snapshots",
