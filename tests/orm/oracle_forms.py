@@ -531,6 +531,8 @@ class Built:
     def _compared(self, op: str, column: Any, value: Any = None, how: Any = None) -> Any:
         if op in ("null", "not null"):
             return column.is_(None) if op == "null" else column.is_not(None)
+        if self.query.style == "lambda":
+            how = None  # SQLAlchemy keeps the names of the first call's parameters for all that follow
         if op in ("in", "not in"):
             given: Any = list(value)
             if how:
