@@ -38,7 +38,7 @@ from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore, Wrapping
 from sqla_byok.keys.onboarding import Onboarding, Proof
 from sqla_byok.keys.salts import ExternalSalts
-from sqla_byok.keys.searchable import SearchableColumns
+from sqla_byok.keys.searchable import NOTHING, SearchableColumns
 from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
@@ -46,7 +46,7 @@ from sqla_byok.metrics import observe
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.guard import Findings, Guard
 from sqla_byok.orm.hash_index import searched_id
-from sqla_byok.orm.hooks import ACTOR_OPTION, attach, hashes
+from sqla_byok.orm.hooks import ACTOR_OPTION, attach, hashes, is_known
 from sqla_byok.orm.isolation import SEALED, TENANT_OPTION, Across, Scopes, Whose, one_tenant, whose
 from sqla_byok.orm.slots import refuse_foreign, slot_of
 from sqla_byok.orm.types import Digest
@@ -195,7 +195,7 @@ class Byok(Secret):
             clock,
             self._audit,
         )
-        self._searchable = SearchableColumns(generations.search)
+        self._searchable = SearchableColumns(generations.search, generations.settle)
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -556,19 +556,21 @@ class Byok(Secret):
 
             byok.set_searchable("org-42", {Patient.mrn, Patient.phone_last4, "patient.email"})
 
-        A tenant for which this was never called can be searched by all of them. A disabled column has NULL in place
-        of each hash from its next write on, and searching it raises :class:`NotSearchableError`; hashes that are
-        there stay until they are overwritten or the rows are re-hashed. A column that is enabled again, or later than
-        the first call, gets hashes at once and is searched only after its rows were re-hashed.
+        A tenant for which this was never called can be searched by all of them. A disabled column is not searched any
+        more (:class:`NotSearchableError`); 21 seconds later, when every process knows of it, NULL is written in place
+        of its hashes, and the call returns. Hashes that are there stay until they are overwritten or the rows are
+        re-hashed. For a tenant that has no rows yet the call returns at once.
 
-        Other processes take it over when they next look at the keystore, a few seconds later.
+        A column that is enabled when there are rows already gets hashes at once, and is searched only after its rows
+        were re-hashed.
 
         :param tenant: whose.
         :param columns: attributes, columns of tables, :class:`hash_index` attributes or column ids; None for all.
         :raises ConfigurationError: for something that is not declared searchable.
         :raises UnknownTenantError: if the tenant was never onboarded.
         :raises KmsError: if the customer's KMS refuses or does not answer; nothing is changed then.
-        :raises KeystoreConflictError: if other processes keep changing the tenant; call it again.
+        :raises KeystoreConflictError: if other processes keep changing the tenant, or enable what this call disables;
+            call it again.
         """
         self._searchable.set(tenant, None if columns is None else {searched_id(each) for each in columns})
         self._keyrings.look_again(tenant)
@@ -796,11 +798,15 @@ class Byok(Secret):
         Takes and raises what :meth:`hash` does, and returns the active salt's hash first.
         """
         ring = self._keyrings.get(self._tenant_of_column(column))
+        if not is_known(column, ring):
+            ring = self._keyrings.record(ring, NOTHING)
         return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     async def ahashes(self, column: Any, value: Any) -> list[Digest]:
         """:meth:`hashes` from asyncio."""
         ring = await self._keyrings.aget(self._tenant_of_column(column))
+        if not is_known(column, ring):
+            ring = await self._keyrings.arecord(ring, NOTHING)
         return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     def seal(self, data: bytes, purpose: str) -> bytes:

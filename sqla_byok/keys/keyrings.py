@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
@@ -43,7 +43,7 @@ from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
 from sqla_byok.keys.keyring import Clock, Keyring, Lease, SealedRecord
 from sqla_byok.keys.keystore import Keystore, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
-from sqla_byok.keys.searchable import Searchable
+from sqla_byok.keys.searchable import Searchable, Written
 from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
 from sqla_byok.metrics import Snapshot
@@ -234,12 +234,12 @@ class Keyrings(Secret):
             pool = self._pool("poll", _POLLING_AT_ONCE)
         return await asyncio.wrap_future(pool.submit(self.look, ring))
 
-    def record(self, ring: Keyring, specs: Mapping[str, str]) -> Keyring:
-        """Note how columns are hashed whose first hash is about to be written. Needs no KMS call.
+    def record(self, ring: Keyring, written: Written) -> Keyring:
+        """Note a table that is about to be written first, and how its columns are hashed. Needs no KMS call.
 
         Where another process was faster, with the same specification or another, what it noted holds.
 
-        :param specs: the specifications' digests, by column id.
+        :param written: what to note; with nothing in it, this is a look at what the keystore has.
         :returns: the tenant's keyring, which knows them.
         :raises KeystoreError: if the keystore cannot be read or written; without a note, nothing may be written.
         """
@@ -248,9 +248,9 @@ class Keyrings(Secret):
             row = self.row(ring.tenant)
             if row.tenant_key_id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed meanwhile
-                return self.record(self.get(ring.tenant), specs)
+                return self.record(self.get(ring.tenant), written)
             self._authenticate(ring.tenant_key, row)
-            noted = Searchable.parse(row.searchable, ring.tenant).recorded(specs).text
+            noted = Searchable.parse(row.searchable, ring.tenant).recorded(written).text
             new = row if noted == row.searchable else row.next(ring.tenant_key, searchable=noted)
             try:
                 if new is not row:
@@ -270,11 +270,11 @@ class Keyrings(Secret):
         self._looked(newer, now)
         return newer
 
-    async def arecord(self, ring: Keyring, specs: Mapping[str, str]) -> Keyring:
+    async def arecord(self, ring: Keyring, written: Written) -> Keyring:
         """The same from asyncio."""
         with self._lock:
             pool = self._pool("open", CALLS_AT_ONCE)
-        return await asyncio.wrap_future(pool.submit(self.record, ring, specs))
+        return await asyncio.wrap_future(pool.submit(self.record, ring, written))
 
     def look_again(self, tenant: str) -> None:
         """Have the tenant's next statement look whether anything changed in the keystore."""

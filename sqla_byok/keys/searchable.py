@@ -1,18 +1,20 @@
 """Which of a tenant's columns can be searched, and how their search hashes are made: what the keystore keeps of it.
 
 A model declares how a column is hashed. If it changes that, hashes that are stored already are of no use, and a search
-would miss rows without a word. So the first write of a column notes its specification (:class:`HashSpec`) in the
-keystore, and a model with another one is refused from then on, until the rows were hashed anew.
+would miss rows without a word. So a tenant's first write to a table notes the table and its columns' specifications
+(:class:`HashSpec`) in the keystore. A model with another specification is refused from then on, until the rows were
+hashed anew; a column that becomes searchable when its table was written already is not searched until then.
 
 A model declares what *may* be searched, too. What *is*, each tenant may say for itself::
 
     on         hashes are written, and searched
-    pending    hashes are written, and not searched: rows from before have none, or one of another specification
+    pending    hashes are written, and not searched: rows may have none, or one of another specification
     off        NULL is written in place of a hash, and nothing is searched
 
-From off it never goes straight to on: a job hashes the rows in between, which may begin
-:data:`~sqla_byok.keys.generations.SETTLE` seconds after the column became pending. Until then a process that has not
-looked at the keystore since may still write what it did before.
+No process may search by hashes while another one writes rows without them, and each looks at the keystore only now and
+then. So a column never goes straight from off to on, nor from on to off: in between it is pending, for
+:data:`~sqla_byok.keys.generations.SETTLE` seconds at least, which is when every process knows. From pending to on it
+goes when a job has hashed the rows, which begins no earlier either.
 
 The whole of it is one text per tenant, which the manifest authenticates together with the generations: under the tenant
 key, at one epoch. So nobody who can write to the keystore can change it, or put an old one back.
@@ -24,17 +26,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 from sqla_byok.errors import (
     ConfigurationError,
     HashSpecChangedError,
+    KeystoreConflictError,
     KeystoreTamperedError,
     NotSearchableError,
 )
 
-__all__ = ["OFF", "ON", "PENDING", "HashSpec", "Searchable", "SearchableColumns"]
+__all__ = ["NOTHING", "OFF", "ON", "PENDING", "HashSpec", "Searchable", "SearchableColumns", "Written"]
 
 ON, PENDING, OFF = "on", "pending", "off"
 
@@ -47,16 +50,34 @@ class HashSpec(NamedTuple):
     :param column: the column id.
     :param digest: 32 hexadecimal digits, which stand for all of it: two columns or releases whose digests are equal
         give equal values equal hashes.
+    :param table: the table that has the column.
     """
 
     column: str
     digest: str
+    table: str
 
     @classmethod
-    def of(cls, column: str, *parts: Any) -> HashSpec:
+    def of(cls, column: str, table: str, *parts: Any) -> HashSpec:
         """The specification with these parts, each of them text, a number, None or a list of such."""
         text = json.dumps(["sqla-byok/1/hash-spec", *parts], separators=(",", ":"))
-        return cls(column, hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_DIGITS])
+        return cls(column, hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_DIGITS], table)
+
+
+class Written(NamedTuple):
+    """What a write to a table makes known.
+
+    :param table: the table.
+    :param specs: the digests of the specifications of its hashes, by column id.
+    :param plain: the ids of encrypted columns that have no hash.
+    """
+
+    table: str
+    specs: Mapping[str, str]
+    plain: frozenset[str] = frozenset()
+
+
+NOTHING = Written("", {})
 
 
 class _Column(NamedTuple):
@@ -74,13 +95,15 @@ class Searchable:
 
     :param columns: what is known of columns, by their ids.
     :param others: the state of all other columns, :data:`ON` or :data:`OFF`.
+    :param tables: those that have been written to.
     :ivar specs: the recorded specifications' digests, by column id.
     :ivar off: tells of a column id whether NULL is to be written; None where that holds for none.
     """
 
-    def __init__(self, columns: Mapping[str, _Column], others: str = ON) -> None:
+    def __init__(self, columns: Mapping[str, _Column], others: str = ON, tables: Iterable[str] = ()) -> None:
         self._columns = dict(columns)
         self._others = others
+        self.tables = frozenset(tables)
         self.specs = {name: column.spec for name, column in self._columns.items() if column.spec}
         restricted = others == OFF or any(column.state == OFF for column in self._columns.values())
         self.off: Callable[[str], bool] | None = self._is_off if restricted else None
@@ -112,17 +135,17 @@ class Searchable:
             return cls({})
         stored = json.loads(text)
         columns = {name: _Column(*each) for name, each in stored["columns"].items()}
-        states = {stored["others"], *(column.state for column in columns.values())}
-        if not states <= {ON, PENDING, OFF}:
+        states = {*(column.state for column in columns.values())}
+        if not (states <= {ON, PENDING, OFF} and stored["others"] in (ON, OFF)):
             raise ValueError("a state is unknown")
-        return cls(columns, stored["others"])
+        return cls(columns, stored["others"], stored["tables"])
 
     @cached_property
     def text(self) -> str:
         """The canonical text; empty where there is nothing to say."""
-        if not self._columns and self._others == ON:
+        if not self._columns and not self.tables and self._others == ON:
             return ""
-        stored = {"columns": self._columns, "others": self._others}
+        stored = {"columns": self._columns, "others": self._others, "tables": sorted(self.tables)}
         return json.dumps(stored, sort_keys=True, separators=(",", ":"))
 
     def state(self, column: str) -> str:
@@ -133,7 +156,31 @@ class Searchable:
     def _is_off(self, column: str) -> bool:
         return self.state(column) == OFF
 
-    # -- asked before each statement that binds hashes -----------------------------------------------------------
+    # -- asked before each statement --------------------------------------------------------------------------------
+
+    def knows(self, written: Written) -> bool:
+        """Whether nothing of a write is new."""
+        return written.table in self.tables and written.specs.keys() <= self.specs.keys()
+
+    def knows_all(self, searched: Iterable[HashSpec]) -> bool:
+        """Whether each of these columns was ever hashed. Where not, another process may have written the first row."""
+        return all(spec.column in self.specs for spec in searched)
+
+    def check_plain(self, tenant: str, plain: frozenset[str]) -> None:
+        """Refuse to write columns without hashes by which the tenant can be searched.
+
+        :param plain: the ids of encrypted columns that the model does not hash.
+        :raises HashSpecChangedError: the tenant's rows were hashed, and are searched, by one of them.
+        """
+        for column in plain & self.specs.keys():
+            if self.state(column) == ON:
+                raise HashSpecChangedError(
+                    f"{column}: it is searched by its hashes in another release, and this model would leave them out: "
+                    "searches would miss rows. Declare it as it was, or leave it out of byok.set_searchable() for "
+                    f"tenant {tenant!r} first",
+                    tenant=tenant,
+                    column=column,
+                )
 
     def check(self, tenant: str, hashed: Iterable[HashSpec], searched: Iterable[HashSpec]) -> None:
         """Refuse a statement whose hashes are made in another way than the stored ones, or cannot be searched.
@@ -144,14 +191,17 @@ class Searchable:
         :raises NotSearchableError: the tenant has not enabled the search of a column, or its rows are yet to be hashed.
         """
         specs = self.specs
-        for column, digest in hashed:
+        for column, digest, _ in hashed:
             if specs.get(column, digest) != digest:
                 self._refuse_changed(tenant, column)
-        for column, digest in searched:
-            if specs.get(column, digest) != digest:
+        for column, digest, table in searched:
+            found = specs.get(column)
+            if found is not None and found != digest:
                 self._refuse_changed(tenant, column)
             if not self._all_on and self.state(column) != ON:
                 self._refuse_search(tenant, column)
+            if found is None and table in self.tables:
+                self._refuse_unhashed(tenant, column)
 
     def _refuse_changed(self, tenant: str, column: str) -> None:
         raise HashSpecChangedError(
@@ -164,46 +214,85 @@ class Searchable:
 
     def _refuse_search(self, tenant: str, column: str) -> None:
         if self.state(column) == PENDING:
-            reason = "its rows have not been hashed yet; run the re-hash of the column first"
-        else:
-            reason = (
-                "its search is not enabled; enable it with byok.set_searchable(), then re-hash the column"
-            )
+            self._refuse_unhashed(tenant, column)
         raise NotSearchableError(
-            f"{column}: tenant {tenant!r} cannot be searched by it: {reason}", tenant=tenant, column=column
+            f"{column}: tenant {tenant!r} cannot be searched by it: its search is not enabled; enable it with "
+            "byok.set_searchable(), then re-hash the column",
+            tenant=tenant,
+            column=column,
+        )
+
+    def _refuse_unhashed(self, tenant: str, column: str) -> NoReturn:
+        raise NotSearchableError(
+            f"{column}: tenant {tenant!r} cannot be searched by it: rows that were there before have no hash yet; run "
+            "the re-hash of the column first",
+            tenant=tenant,
+            column=column,
         )
 
     # -- what it becomes -------------------------------------------------------------------------------------------
 
-    def recorded(self, specs: Mapping[str, str]) -> Searchable:
-        """With these specifications, where a column has none yet."""
-        missing = {name: spec for name, spec in specs.items() if name not in self.specs}
-        if not missing:
+    def recorded(self, written: Written) -> Searchable:
+        """After a write. A column that is new to a table which was written before is pending: rows lack its hash."""
+        if self.knows(written) or written is NOTHING:
             return self
-        found = {name: _Column(spec, self.state(name)) for name, spec in missing.items()}
-        return Searchable({**self._columns, **found}, self._others)
+        late = written.table in self.tables
+        found = {
+            name: _Column(spec, PENDING if late and self.state(name) == ON else self.state(name))
+            for name, spec in written.specs.items()
+            if name not in self.specs
+        }
+        return Searchable({**self._columns, **found}, self._others, self.tables | {written.table})
 
-    def limited_to(self, columns: Iterable[str] | None) -> Searchable:
-        """With these columns enabled and no others; None: all of them."""
-        if columns is None:
+    def closed_but(self, enabled: frozenset[str] | None) -> Searchable:
+        """With these columns enabled, and of the others those pending that have hashes; None: all are enabled."""
+        if enabled is None:
             # What is not listed was never written, so there is no row without a hash.
-            return Searchable({name: self._enabled(name) for name in self._columns})
-        enabled = set(columns)
-        listed = {name: column._replace(state=OFF) for name, column in self._columns.items()}
-        return Searchable({**listed, **{name: self._enabled(name) for name in enabled}}, OFF)
+            return self._with({name: self._enabled(name) for name in self._columns}, ON)
+        listed = {
+            name: column._replace(state=PENDING if column.spec and column.state != OFF else OFF)
+            for name, column in self._columns.items()
+        }
+        return self._with({**listed, **{name: self._enabled(name) for name in enabled}}, OFF)
+
+    def closing(self, enabled: frozenset[str] | None) -> frozenset[str]:
+        """What :meth:`closed_but` left pending, which is to be off."""
+        if enabled is None:
+            return frozenset()
+        return frozenset(
+            name for name, column in self._columns.items() if name not in enabled and column.state == PENDING
+        )
+
+    def closed(self, columns: frozenset[str]) -> Searchable:
+        """With these columns, which were pending for the settle time, off."""
+        found = {name: self._columns[name] for name in columns}
+        if any(column.state == ON for column in found.values()):
+            raise KeystoreConflictError(
+                "columns that were being disabled were enabled meanwhile, by another call; nothing more was changed: "
+                "call set_searchable() again"
+            )
+        return self._with({name: column._replace(state=OFF) for name, column in found.items()})
 
     def _enabled(self, name: str) -> _Column:
         column = self._columns.get(name, _Column("", self._others))
-        return column._replace(state=PENDING) if column.state == OFF else column
+        if column.state != OFF:
+            return column
+        return column._replace(state=PENDING if column.spec else ON)  # without one, no row was written
+
+    def not_searched(self, column: str) -> Searchable:
+        """With a column pending, whose rows are to be hashed anew."""
+        if self.state(column) == OFF:
+            raise ConfigurationError(
+                f"{column}: its search is not enabled; enable it with byok.set_searchable() first",
+                column=column,
+            )
+        known = self._columns.get(column, _Column("", ON))
+        return self._with({column: known._replace(state=PENDING)})
 
     def rehashing(self, spec: HashSpec) -> Searchable:
-        """With a column that is hashed by this specification from now on, and not searched for the time being."""
-        if self.state(spec.column) == OFF:
-            raise ConfigurationError(
-                f"{spec.column}: its search is not enabled; enable it with byok.set_searchable() first",
-                column=spec.column,
-            )
-        return self._with(spec.column, _Column(spec.digest, PENDING))
+        """With a column hashed by this specification from now on, which was pending for the settle time."""
+        now = self.not_searched(spec.column)
+        return now._with({spec.column: _Column(spec.digest, PENDING)})
 
     def rehashed(self, column: str) -> Searchable:
         """With a pending column that can be searched from now on."""
@@ -212,10 +301,10 @@ class Searchable:
             raise ConfigurationError(
                 f"{column}: its search was disabled meanwhile; enable it and re-hash anew", column=column
             )
-        return self if state == ON else self._with(column, self._columns[column]._replace(state=ON))
+        return self if state == ON else self._with({column: self._columns[column]._replace(state=ON)})
 
-    def _with(self, name: str, column: _Column) -> Searchable:
-        return Searchable({**self._columns, name: column}, self._others)
+    def _with(self, columns: Mapping[str, _Column], others: str | None = None) -> Searchable:
+        return Searchable({**self._columns, **columns}, others or self._others, self.tables)
 
 
 # Most tenants of a process have the same text; a tenant's share of the memory is a reference.
@@ -225,28 +314,43 @@ _parsed: WeakValueDictionary[str, Searchable] = WeakValueDictionary()
 class SearchableColumns:
     """Changes which of a tenant's columns can be searched.
 
-    Each change is one transaction in the keystore, under an epoch of its own. This process and all others take it over
-    at their next look, within seconds; see :data:`~sqla_byok.keys.generations.SETTLE`.
+    Each step is one transaction in the keystore, under an epoch of its own. This process and all others take it over
+    at their next look, within seconds. Whoever dies between two steps leaves columns pending: calling it again goes on.
 
     :param change: stores what a function makes of a tenant's :class:`Searchable`, and gives what is stored then.
+    :param settle: waits until no process works without knowing what was stored before.
     """
 
-    def __init__(self, change: Callable[[str, Callable[[Searchable], Searchable]], Searchable]) -> None:
-        self._change = change
+    def __init__(
+        self,
+        change: Callable[[str, Callable[[Searchable], Searchable]], Searchable],
+        settle: Callable[[], None],
+    ) -> None:
+        self._change, self._settle = change, settle
 
     def set(self, tenant: str, columns: Iterable[str] | None) -> None:
-        """Enable these columns and disable all others; None enables all. What was disabled becomes pending."""
+        """Enable these columns and disable all others; None enables all. What was disabled becomes pending.
+
+        Takes the settle time where a column is disabled that has hashes.
+
+        :raises KeystoreConflictError: one that was being disabled was enabled meanwhile.
+        """
         enabled = None if columns is None else frozenset(columns)
-        self._change(tenant, lambda now: now.limited_to(enabled))
+        closing = self._change(tenant, lambda now: now.closed_but(enabled)).closing(enabled)
+        if closing:
+            self._settle()
+            self._change(tenant, lambda now: now.closed(closing))
 
     def rehashing(self, tenant: str, spec: HashSpec) -> None:
         """Begin to hash a column anew: its new specification holds for what is written from now on.
 
-        Processes whose model has the old one are refused, those with the new one write. The job has to wait for the
-        settle time before it reads its first row.
+        Takes the settle time. Processes whose model has the old specification are refused afterwards, those with the
+        new one write. The job has to wait for the settle time once more before it reads its first row.
 
         :raises ConfigurationError: the column is disabled.
         """
+        self._change(tenant, lambda now: now.not_searched(spec.column))
+        self._settle()
         self._change(tenant, lambda now: now.rehashing(spec))
 
     def rehashed(self, tenant: str, column: str) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import NullType
 
 from sqla_byok.errors import EncodeError, UnsupportedQueryError
+from sqla_byok.keys.searchable import Written
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import hash_column_of
 from sqla_byok.orm.schema import IndexOf, indexes_of
@@ -34,13 +35,13 @@ Copies = dict[str, Callable[[Row], Any]]
 _OURS = (Encrypted, SearchHash)
 
 
-def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[str, str]] | None:
+def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[str | None, Written]] | None:
     """Complete an INSERT or UPDATE.
 
     :param clause: the statement.
     :param rows: its parameters, none of which is changed.
-    :returns: the statement and parameters to run instead, and how the hashes of the table are made (digests of
-        specifications by column id); None where no encrypted column is concerned.
+    :returns: the statement and parameters to run instead, and what is to be known of the table, by the owners of its
+        columns; None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
     table, one_of_several = upstream.target(clause)
@@ -75,7 +76,7 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[
         rows = [{**row, **_copies(row, copied)} for row in rows]
     if plan.searchable:
         rows = _fill_rows(clause, table, plan, rows)
-    return clause, rows, plan.specs
+    return clause, rows, plan.written
 
 
 def refuse_embedded(ctes: Iterable[Any]) -> None:
@@ -110,7 +111,7 @@ def refuse_compiled(compiled: Any) -> None:
 class _Plan:
     """The keys of a table's columns that concern us. It holds no column, which would keep the table alive."""
 
-    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "searchable", "specs")
+    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "searchable", "written")
 
     def __init__(self, table: Table) -> None:
         encrypted = [column for column in table.c if isinstance(column.type, Encrypted)]
@@ -132,10 +133,23 @@ class _Plan:
         )
         types = [column.type for column in table.c if isinstance(column.type, SearchHash)]
         self.searchable = bool(types)
-        # Not those of columns with an owner: their hashes are not the statement's tenant's.
-        self.specs: dict[str, str] = dict(
-            type_.spec for type_ in types if type_.source.column_id and type_.source.owner is None
-        )
+        self.written = _written(table.fullname, [*types, *(column.type for column in encrypted)])
+
+
+def _written(table: str, types: Iterable[Any]) -> dict[str | None, Written]:
+    """What a write makes known of a table, by the columns' owners; None are those of the statement's tenant."""
+    specs: dict[str | None, dict[str, str]] = {}
+    plain: dict[str | None, set[str]] = {}
+    for type_ in types:
+        if isinstance(type_, SearchHash):
+            source = type_.source
+            specs.setdefault(source.owner, {})[type_.spec.column] = type_.spec.digest
+        elif not type_.searchable:
+            plain.setdefault(type_.owner, set()).add(type_.column_id)
+    return {
+        owner: Written(table, specs.get(owner, {}), frozenset(plain.get(owner, ())))
+        for owner in {*specs, *plain}
+    }
 
 
 _plans: WeakKeyDictionary[Table, _Plan] = WeakKeyDictionary()

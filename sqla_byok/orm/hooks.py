@@ -29,7 +29,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.searchable import HashSpec
+from sqla_byok.keys.searchable import NOTHING, HashSpec, Written
 from sqla_byok.orm import direct, tenancy, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.guard import Guard, Verdict, search_hash
@@ -49,7 +49,7 @@ from sqla_byok.orm.isolation import (
 from sqla_byok.orm.slots import Slot, slot_of
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash, owners
 
-__all__ = ["ACTOR_OPTION", "attach", "hashes"]
+__all__ = ["ACTOR_OPTION", "attach", "hashes", "is_known"]
 
 ACTOR_OPTION = "byok_actor"
 """Who is named in the audit for what it opens; Byok.session() sets it."""
@@ -107,10 +107,12 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                clause, rows, specs = filled
+                clause, rows, written = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
-                if isinstance(ring, Keyring):
-                    ring = _noted(ring, specs, keyrings)
+                if isinstance(ring, Keyring) and None in written:
+                    ring = _noted(ring, written[None], keyrings)
+                if owners:
+                    _note_owned(slot, written, keyrings)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -135,13 +137,13 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             tenancy.check_defaults(context, whose(context.execution_options, scopes))
         encrypts, decrypts, sends, _, compared, verdict, owned_by, made = upstream.known(compiled, ask)
         if verdict is not None:
-            _heed(verdict, ring)
+            _heed(verdict, ring, keyrings)
         if owned_by:
             owned = _complete(conn, slot.binding_owned.get(), owned_by, keyrings)
             for name, live in upstream.compared_owned(compiled).items():
                 _may_bind(owned[name] if owned else SEALED, clock, live)
             for owner in owned_by & made.keys():
-                _check_specs(owned[owner], made[owner])
+                _check_specs(owned[owner], made[owner], keyrings)
             upstream.remember_owned(context, owned)
             if context.is_crud:
                 slot.reading_owned.set(owned)
@@ -150,7 +152,7 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
         if encrypts or compared:
             _may_bind(ring, clock, compared)
             if None in made:
-                _check_specs(ring, made[None])
+                _check_specs(ring, made[None], keyrings)
         tenant = whose(context.execution_options, scopes)
         if context.execution_options.get(TENANT_OPTION) is None:
             _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
@@ -254,19 +256,43 @@ def _specs(
     }
 
 
-def _noted(ring: Keyring, specs: Mapping[str, str], keyrings: Keyrings) -> Keyring:
-    """The tenant's keyring, once the keystore knows how the columns are hashed that are about to be written first."""
-    if specs.keys() <= ring.searchable.specs.keys():
-        return ring
-    return (
-        await_only(keyrings.arecord(ring, specs)) if upstream.in_greenlet() else keyrings.record(ring, specs)
-    )
+def _noted(ring: Keyring, written: Written, keyrings: Keyrings) -> Keyring:
+    """The tenant's keyring, once the keystore knows of a table that is about to be written."""
+    if not ring.searchable.knows(written):
+        ring = _recorded(ring, written, keyrings)
+    if not written.plain.isdisjoint(ring.searchable.specs):
+        ring.searchable.check_plain(ring.tenant, written.plain)
+    return ring
 
 
-def _check_specs(ring: Statements | None, specs: _Specs) -> None:
+def _recorded(ring: Keyring, written: Written, keyrings: Keyrings) -> Keyring:
+    if upstream.in_greenlet():
+        noted: Keyring = await_only(keyrings.arecord(ring, written))
+        return noted
+    return keyrings.record(ring, written)
+
+
+def _note_owned(slot: Slot, written: Mapping[str | None, Written], keyrings: Keyrings) -> None:
+    """The same for the owners of single columns."""
+    owned, noted = slot.binding_owned.get(), Owned()
+    for owner, what in written.items():
+        ring = None if owner is None else owned.get(owner)
+        if (
+            owner is not None
+            and isinstance(ring, Keyring)
+            and (now := _noted(ring, what, keyrings)) is not ring
+        ):
+            noted[owner] = now
+    if noted:
+        slot.binding_owned.set(Owned({**owned, **noted}))
+
+
+def _check_specs(ring: Statements | None, specs: _Specs, keyrings: Keyrings) -> None:
     """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched."""
     for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
         if isinstance(each, Keyring):
+            if not each.searchable.knows_all(specs.searched):
+                each = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
             each.searchable.check(each.tenant, specs.hashed, specs.searched)
 
 
@@ -306,7 +332,7 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     )
 
 
-def _heed(verdict: Verdict, ring: Statements | None) -> None:
+def _heed(verdict: Verdict, ring: Statements | None, keyrings: Keyrings) -> None:
     """Refuse what the guard refuses, and what tells hashes apart where one value may have several."""
     _refuse(verdict.refusal)
     if ring is None or ring is SEALED:
@@ -324,7 +350,7 @@ def _heed(verdict: Verdict, ring: Statements | None) -> None:
             "grouping by them would count it several times; wait until the rows are hashed anew, or group in Python",
             tenant=ring.tenant,
         )
-    _check_specs(ring, _Specs(frozenset(), verdict.grouped))
+    _check_specs(ring, _Specs(frozenset(), verdict.grouped), keyrings)
 
 
 def _refuse(refusal: tuple[str, str | None] | None) -> None:
@@ -444,6 +470,12 @@ def _may_bind(ring: Statements | None, clock: Clock, compared: int) -> None:
             "beforehand for another number of them; execute the statement itself",
             tenant=ring.tenant,
         )
+
+
+def is_known(column: Any, ring: Keyring) -> bool:
+    """Whether a column was ever hashed, as far as the process knows. Where not, it has to look again to say so."""
+    type_: Any = search_hash(column).type
+    return ring.searchable.knows_all([type_.spec])
 
 
 def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialect) -> list[Digest]:

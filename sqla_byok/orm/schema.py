@@ -93,7 +93,7 @@ def _type_attached(type_: Encrypted[Any], column: Any) -> None:
 def _before_table(column: Column[Any], table: Any) -> None:
     if not isinstance(table, Table) or not isinstance(column.type, Encrypted):
         return
-    column.type = column.type.bound_to(_column_id(column, table))
+    column.type = column.type.bound_to(_column_id(column, table), table.fullname)
     _refuse_impossible(column)
     # What was asked of the column is asked of its sibling; see _after_table.
     column.info = {**column.info, _MOVED: (column.unique, column.index)}

@@ -144,6 +144,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.owner = owner
         self.mode = mode
         self.declared_id = column_id
+        self.table = ""
         self._check_options()
         self.hashable = self.type_.hashable
 
@@ -179,10 +180,10 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
 
     # -- what the schema asks --------------------------------------------------------------------------------------
 
-    def bound_to(self, column_id: str) -> Encrypted[_T]:
-        """A copy for one column, which carries its id."""
+    def bound_to(self, column_id: str, table: str) -> Encrypted[_T]:
+        """A copy for one column, which carries its id and the name of its table."""
         bound = self.copy()
-        bound.column_id = column_id
+        bound.column_id, bound.table = column_id, table
         for known in ("hash_type", "spec", "_static_cache_key"):
             bound.__dict__.pop(known, None)
         return bound
@@ -209,7 +210,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def spec(self) -> HashSpec:
         """How the hashes of this column are made, as the keystore keeps it."""
         normalizer = None if self.normalize is None else identity(self.normalize)
-        return HashSpec.of(self.column_id or "", self.hash, _codec(self.type_).name, normalizer, *self.scope)
+        made = (self.hash, _codec(self.type_).name, normalizer, *self.scope)
+        return HashSpec.of(self.column_id or "", self.table, *made)
 
     def as_loaded(self, dialect: Dialect) -> _Process:
         """What makes of a value what it will be when it is read back: ``Decimal("1.00")`` of 1."""
@@ -438,7 +440,7 @@ class IndexedValue(Encrypted[Any]):
         super().__init__(
             result, searchable=True, column_id=column_id, mode="direct" if direct_too else "envelope"
         )
-        self.declared_id = sources[0].declared_id
+        self.declared_id, self.table = sources[0].declared_id, sources[0].table
         self.transform = transform
         self.sources = sources
 
@@ -446,7 +448,7 @@ class IndexedValue(Encrypted[Any]):
     def spec(self) -> HashSpec:
         of = [[source.column_id, _codec(source.type_).name] for source in self.sources]
         made = (self.hash, _codec(self.type_).name, identity(self.transform), *self.scope)
-        return HashSpec.of(self.column_id or "", *made, of)
+        return HashSpec.of(self.column_id or "", self.table, *made, of)
 
     @property
     def search_key(self) -> tuple[Any, ...]:

@@ -44,6 +44,10 @@ def test_a_request_never_waits_for_a_second_connection(sync_url: URL, customer_k
     for tenant in ("t1", "t2"):
         byok.onboard(tenant, LocalKms(customer_key))
     _metadata.create_all(engine)
+    for tenant in ("t1", "t2"):  # an SQLite file takes one writer at a time, and a tenant's first write is noted
+        with engine.execution_options(byok_tenant=tenant).begin() as connection:
+            connection.execute(insert(_patient).values(id=0, name="Ada"))
+            connection.rollback()
     with engine.begin() as connection:
         assert connection.scalar(_count) == 0
         for id_, tenant in enumerate(("t1", "t2"), start=1):
@@ -84,6 +88,8 @@ def test_an_in_memory_database_keeps_its_open_transaction(customer_key: Path) ->
     byok.attach(engine)
     byok.onboard("t1", LocalKms(customer_key))
     ours = engine.execution_options(byok_tenant="t1")
+    with ours.connect() as connection:  # a tenant's first write is noted
+        connection.execute(insert(_patient).values(id=3, name="Ada"))
     for end, rows in (("rollback", 0), ("commit", 2)):
         byok.forget_keys()
         with engine.connect() as connection:

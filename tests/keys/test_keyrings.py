@@ -424,7 +424,7 @@ def _delete(world: World) -> None:
     ("hand", "error"),
     [
         (_delete, UnknownTenantError),
-        (lambda world: world.alter("tenant", epoch=2), KeystoreTamperedError),
+        (lambda world: world.alter("tenant", epoch=9), KeystoreTamperedError),
         (lambda world: world.alter("tenant", epoch=0), KeystoreTamperedError),
         (lambda world: world.alter("tenant", epoch="x"), KeystoreTamperedError),
     ],

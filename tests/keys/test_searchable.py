@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 
-from sqla_byok import ConfigurationError, HashSpecChangedError, KeystoreTamperedError, NotSearchableError
-from sqla_byok.keys.searchable import OFF, ON, PENDING, HashSpec, Searchable
+from sqla_byok import (
+    ConfigurationError,
+    HashSpecChangedError,
+    KeystoreConflictError,
+    KeystoreTamperedError,
+    NotSearchableError,
+)
+from sqla_byok.keys.searchable import NOTHING as NOTHING_WRITTEN
+from sqla_byok.keys.searchable import OFF, ON, PENDING, HashSpec, Searchable, SearchableColumns, Written
 
-A, B = HashSpec.of("t.a", "sha256", "str"), HashSpec.of("t.b", "sha256", "str")
+A, B = HashSpec.of("t.a", "t", "sha256", "str"), HashSpec.of("t.b", "t", "sha256", "str")
 NOTHING = Searchable.parse("", "t1")
 
 
@@ -18,31 +26,43 @@ def states(searchable: Searchable) -> tuple[str, str, str]:
     return searchable.state("t.a"), searchable.state("t.b"), searchable.state("t.x")
 
 
+def written(*specs: HashSpec, table: str = "t") -> Written:
+    return Written(table, {spec.column: spec.digest for spec in specs})
+
+
+def limited(now: Searchable, *columns: str) -> Searchable:
+    """Both steps of set_searchable()."""
+    enabled = frozenset(columns)
+    first = now.closed_but(enabled)
+    return first.closed(first.closing(enabled))
+
+
 def test_a_specification_stands_for_its_parts() -> None:
-    """Each part counts, and which part it is; the column does not."""
-    assert A.digest == B.digest
+    """Each part counts, and which part it is; the column and its table do not."""
+    assert A.digest == B.digest == HashSpec.of("t.a", "other", "sha256", "str").digest
     parts = [("a", "b"), ("ab",), ("a", "b", None), ("a", ["b"]), ("b", "a"), ("a", "b", "")]
-    assert len({HashSpec.of("t.a", *each).digest for each in parts}) == len(parts)
+    assert len({HashSpec.of("t.a", "t", *each).digest for each in parts}) == len(parts)
     assert len(A.digest) == 32
 
 
 def test_the_text_is_canonical() -> None:
     """Equal states have equal text, in whatever order they came about; it reads back as what it was."""
-    one = NOTHING.recorded({"t.a": A.digest}).recorded({"t.b": B.digest})
-    two = NOTHING.recorded({"t.b": B.digest, "t.a": A.digest})
+    one = NOTHING.recorded(written(A, table="s")).recorded(written(B))
+    two = NOTHING.recorded(written(B)).recorded(written(A, table="s"))
     assert one.text == two.text
     again = Searchable.parse(one.text, "t1")
     assert again.text == one.text
     assert again.specs == {"t.a": A.digest, "t.b": B.digest}
+    assert again.tables == {"s", "t"}
     assert again is Searchable.parse(two.text, "t2")
     assert NOTHING.text == ""
-    limited = one.limited_to({"t.a"})
-    assert states(Searchable.parse(limited.text, "t1")) == states(limited) == (ON, OFF, OFF)
+    fewer = limited(one, "t.a")
+    assert states(Searchable.parse(fewer.text, "t1")) == states(fewer) == (ON, OFF, OFF)
 
 
 def test_what_nobody_uses_is_not_kept() -> None:
     """Texts that no tenant has any more take no memory."""
-    text = NOTHING.limited_to({"t.gone"}).text
+    text = limited(NOTHING, "t.gone").text
     first = Searchable.parse(text, "t1")
     assert first is Searchable.parse(text, "t1")
     del first
@@ -54,8 +74,9 @@ def test_what_nobody_uses_is_not_kept() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["x", "[]", "{}", '{"columns":{},"others":"maybe"}', '{"columns":{"t.a":["","maybe"]},"others":"on"}',
-     '{"columns":{"t.a":[""]},"others":"on"}', '{"columns":1,"others":"on"}'],
+    ["x", "[]", "{}", '{"columns":{},"others":"maybe","tables":[]}', '{"columns":{},"others":"pending","tables":[]}',
+     '{"columns":{"t.a":["","maybe"]},"others":"on","tables":[]}', '{"columns":1,"others":"on","tables":[]}',
+     '{"columns":{"t.a":[""]},"others":"on","tables":[]}', '{"columns":{},"others":"on"}'],
 )  # fmt: skip
 def test_what_a_newer_release_wrote_is_refused(text: str) -> None:
     """An authentic text in another format is never half understood."""
@@ -64,36 +85,131 @@ def test_what_a_newer_release_wrote_is_refused(text: str) -> None:
 
 
 def test_states() -> None:
-    """From off a column goes to pending, never straight to on; what was on stays on."""
-    now = NOTHING.recorded({"t.a": A.digest})
+    """Between on and off a column is pending, either way; what was on stays on, what was never written is no matter."""
+    now = NOTHING.recorded(written(A, B))
     assert states(now) == (ON, ON, ON)
     assert now.off is None
-    now = now.limited_to({"t.a"})
+    now = now.closed_but(frozenset({"t.a"}))
+    assert states(now) == (ON, PENDING, OFF)
+    assert now.closing(frozenset({"t.a"})) == {"t.b"}
+    now = now.closed(frozenset({"t.b"}))
     assert states(now) == (ON, OFF, OFF)
     assert now.off is not None
     assert (now.off("t.a"), now.off("t.b")) == (False, True)
-    now = now.limited_to({"t.a", "t.b"})
+    assert now.closing(frozenset({"t.a"})) == frozenset()
+    now = now.closed_but(frozenset({"t.a", "t.b"}))
     assert states(now) == (ON, PENDING, OFF)
+    assert now.closing(frozenset({"t.a", "t.b"})) == frozenset()
     assert states(now.rehashed("t.b")) == (ON, ON, OFF)
     assert states(now.rehashed("t.a")) == (ON, PENDING, OFF)
-    now = now.limited_to(set())
+    now = limited(now)
     assert states(now) == (OFF, OFF, OFF)
-    now = now.recorded({"t.x": A.digest}).limited_to(None)
-    assert states(now) == (PENDING, PENDING, PENDING)
-    assert now.state("t.never written") == ON
-    assert now.limited_to({"t.a"}).state("t.a") == PENDING
+    assert states(now.closed_but(None)) == (PENDING, PENDING, ON)
+    assert now.closed_but(None).closing(None) == frozenset()
     with pytest.raises(ConfigurationError):
-        NOTHING.limited_to(set()).rehashed("t.a")
+        now.rehashed("t.a")
     with pytest.raises(ConfigurationError):
-        NOTHING.limited_to(set()).rehashing(A)
+        now.rehashing(A)
+
+
+def test_what_was_never_written_needs_no_step_between() -> None:
+    """There is no row that lacks a hash, so it goes from on to off and back at once."""
+    now = NOTHING.closed_but(frozenset({"t.a"}))
+    assert states(now) == (ON, OFF, OFF)
+    assert now.closing(frozenset({"t.a"})) == frozenset()
+    now = now.closed_but(frozenset({"t.b"}))
+    assert states(now) == (OFF, ON, OFF)
+    assert states(now.recorded(written(A, B))) == (OFF, ON, OFF)
+    assert states(now.closed_but(None)) == (ON, ON, ON)
+
+
+def test_a_column_that_is_new_to_a_written_table_is_pending() -> None:
+    """Not so in a table that was never written, nor where it is off; noting what is known changes nothing."""
+    now = NOTHING.recorded(written(A))
+    assert states(now) == (ON, ON, ON)
+    assert states(now.recorded(written(A, B))) == (ON, PENDING, ON)
+    assert states(now.recorded(written(B, table="u"))) == (ON, ON, ON)
+    assert states(limited(now).recorded(written(A, B))) == (OFF, OFF, OFF)
+    assert now.recorded(written(A)) is now
+    assert now.recorded(NOTHING_WRITTEN) is now
+    unseen = HashSpec.of("t.x", "t", "sha256")
+    with pytest.raises(NotSearchableError, match="re-hash"):
+        now.check("t1", [], [unseen])
+    now.check("t1", [], [unseen._replace(table="never written")])
+    now.check("t1", [unseen], [A])
+
+
+def test_what_is_searched_cannot_be_written_without_a_hash() -> None:
+    """A model that hashes a column no more is refused as long as it is searched."""
+    now = NOTHING.recorded(written(A, B))
+    now.check_plain("t1", frozenset({"t.x"}))
+    for column in ("t.a", "t.b"):
+        with pytest.raises(HashSpecChangedError, match=column):
+            now.check_plain("t1", frozenset({column, "t.x"}))
+    now.not_searched("t.a").check_plain("t1", frozenset({"t.a"}))
+    limited(now, "t.a").check_plain("t1", frozenset({"t.b"}))
+
+
+class Stored:
+    """What a keystore has, and whoever changes it while others wait."""
+
+    def __init__(self) -> None:
+        self.now, self.seen = NOTHING.recorded(written(A, B)), [(ON, ON, ON)]
+        self.columns = SearchableColumns(self.change, self.settle)
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def change(self, tenant: str, make: Callable[[Searchable], Searchable]) -> Searchable:
+        self.now = make(self.now)
+        return self.now
+
+    def settle(self) -> None:
+        self.seen.append(states(self.now))
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+
+
+def test_disabling_settles_in_between() -> None:
+    """And only where there is something to disable; who died on the way is followed by whoever comes next."""
+    stored = Stored()
+    stored.columns.set("t1", {"t.a"})
+    assert stored.seen == [(ON, ON, ON), (ON, PENDING, OFF)]
+    stored.columns.set("t1", {"t.a"})
+    stored.columns.set("t1", {"t.a", "t.b"})
+    assert (len(stored.seen), states(stored.now)) == (2, (ON, PENDING, OFF))
+    stored = Stored()
+    stored.meanwhile = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        stored.columns.set("t1", set())
+    assert states(stored.now) == (PENDING, PENDING, OFF)
+    stored.columns.set("t1", set())
+    assert (len(stored.seen), states(stored.now)) == (3, (OFF, OFF, OFF))
+
+
+def test_what_was_enabled_meanwhile_is_not_disabled_at_once() -> None:
+    """A process may search it by now."""
+    stored = Stored()
+    stored.meanwhile = lambda: stored.columns.rehashed("t1", "t.b")
+    with pytest.raises(KeystoreConflictError):
+        stored.columns.set("t1", {"t.a"})
+    assert states(stored.now) == (ON, ON, OFF)
+
+
+def test_a_new_specification_settles_in_between() -> None:
+    """No process searches by the old one any more when the first row is hashed by the new one."""
+    stored, other = Stored(), HashSpec.of("t.a", "t", "another")
+    stored.meanwhile = lambda: stored.now.check("t1", [A], [])
+    stored.columns.rehashing("t1", other)
+    assert stored.seen[1:] == [(PENDING, ON, ON)]
+    assert states(stored.now) == (PENDING, ON, ON)
+    stored.now.check("t1", [other], [])
 
 
 def test_the_first_specification_holds() -> None:
     """A second one is not noted over it; only a re-hash changes it."""
-    now = NOTHING.recorded({"t.a": A.digest})
-    other = HashSpec.of("t.a", "another")
-    assert now.recorded({"t.a": other.digest}) is now
-    now.check("t1", [A, B], [A, B])
+    now = NOTHING.recorded(written(A))
+    other = HashSpec.of("t.a", "t", "another")
+    assert now.recorded(written(other)) is now
+    now.check("t1", [A, B], [A])
     with pytest.raises(HashSpecChangedError):
         now.check("t1", [other], [])
     with pytest.raises(HashSpecChangedError):

@@ -522,7 +522,7 @@ def test_the_mode_is_checked_shown_and_kept_apart() -> None:
         Encrypted(String(5), column_id="a.b", mode="direct"),
     )
     assert envelope._static_cache_key != direct._static_cache_key
-    assert (direct.copy().mode, direct.bound_to("c.d").mode) == ("direct", "direct")
+    assert (direct.copy().mode, direct.bound_to("c.d", "c").mode) == ("direct", "direct")
     assert repr(direct) == "Encrypted(String(length=5), column_id='a.b', mode='direct')"
     assert "mode" not in repr(envelope)
 

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Integer,
-    MetaData,
-    Select,
-    String,
-    Table,
-    event,
-    insert,
-    select,
-    text,
-)
+from sqlalchemy import Connection, Engine, Select, String, event, insert, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sqla_byok import Byok, Encrypted
+from sqla_byok import Byok, Encrypted, hash_index
+from sqla_byok.normalize import last
 
-_table = Table(
-    "planned",
-    MetaData(),
-    Column("id", Integer, primary_key=True),
-    Column("mrn", Encrypted(String(20), searchable=True), unique=True),
-    Column("name", Encrypted(String(20), searchable=True)),
-)
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Planned(Base):
+    __tablename__ = "planned"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    mrn: Mapped[str] = mapped_column(Encrypted(String(20), searchable=True), unique=True)
+    name: Mapped[str] = mapped_column(Encrypted(String(20), searchable=True))
+    phone: Mapped[str] = mapped_column(Encrypted(String(20)))
+    phone_last4 = hash_index("phone", transform=last(4))
+
+
 _ROWS = 2_000
 
 
@@ -49,25 +45,30 @@ def _plan(connection: Connection, statement: Select[Any]) -> str:
 
 
 def test_equality_and_in_use_the_hash_index(engine: Engine, byok: Byok) -> None:
-    """== and IN are look-ups in the unique index and in the plain one; != is none, so the check can fail."""
-    _table.metadata.create_all(engine)
+    """== and IN are look-ups in a unique index, a plain one and that of a hybrid; != is none, so the check can fail."""
+    Base.metadata.create_all(engine)
     with byok.tenant("t1"), engine.connect() as connection:
-        rows = [{"id": number, "mrn": f"M-{number}", "name": f"N-{number}"} for number in range(1, _ROWS + 1)]
-        connection.execute(insert(_table), rows)
+        rows = [
+            {"id": number, "mrn": f"M-{number}", "name": f"N-{number}", "phone": f"0{number:04}"}
+            for number in range(1, _ROWS + 1)
+        ]
+        connection.execute(insert(Planned), rows)
         analyze = (
             "ANALYZE planned" if engine.dialect.name in ("sqlite", "postgresql") else "ANALYZE TABLE planned"
         )
         connection.execute(text(analyze))
         connection.commit()
-        for column, index in (
-            (_table.c.mrn, _unique_index(connection)),
-            (_table.c.name, "ix_planned_name_hash"),
+        for attribute, index, one, two in (
+            (Planned.mrn, _unique_index(connection), "M-7", "M-8"),
+            (Planned.name, "ix_planned_name_hash", "N-7", "N-8"),
+            (Planned.phone_last4, "ix_planned_phone_last4_hash", "0007", "0008"),
         ):
-            prefix = column.name[0].upper()
-            for look_up in (column == f"{prefix}-7", column.in_([f"{prefix}-7", f"{prefix}-8", "none"])):
-                plan = _plan(connection, select(_table.c.id, column).where(look_up))
+            for look_up, found in ((attribute == one, [7]), (attribute.in_([one, two, "none"]), [7, 8])):
+                statement = select(Planned.id, Planned.name).where(look_up)
+                plan = _plan(connection, statement)
                 assert index in plan, plan
-            plan = _plan(connection, select(_table.c.id, column).where(column != f"{prefix}-7"))
+                assert sorted(connection.execute(statement).scalars()) == found
+            plan = _plan(connection, select(Planned.id, Planned.name).where(attribute != one))
             assert index not in plan, plan
 
 

@@ -74,6 +74,12 @@ class Process:
             session.merge(self.patient(id=id_, **values))
             session.commit()
 
+    def rewrite(self, *ids: int, **values: Any) -> None:
+        """What the job does: set rows anew, changed or not."""
+        with self.byok.session("t1", self.engine) as session:
+            session.execute(update(self.patient).where(self.patient.id.in_(ids)).values(values))
+            session.commit()
+
     def find(self, criterion: Any, tenant: str = "t1") -> list[int]:
         with self.byok.session(tenant, self.engine) as session:
             return sorted(session.scalars(select(self.patient.id).where(criterion)))
@@ -90,11 +96,24 @@ class Process:
         self.engine.dispose()
 
 
+class StagedClock(TurnableClock):
+    """Does something once, at the beginning of the next sleep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        super().sleep(seconds)
+
+
 class Fleet:
     """Processes that come and go, under one clock."""
 
     def __init__(self, folder: Path, kms: CountingKms, keystore_key: str) -> None:
-        self.folder, self.kms, self.keystore_key, self.clock = folder, kms, keystore_key, TurnableClock()
+        self.folder, self.kms, self.keystore_key, self.clock = folder, kms, keystore_key, StagedClock()
         self.processes: list[Process] = []
 
     def start(self, patient: Any = None) -> Process:
@@ -397,17 +416,50 @@ def test_disabled_and_enabled_again_it_needs_the_job(fleet: Fleet) -> None:
     assert one.find(one.patient.phone == "x") == []
 
 
-def test_other_processes_learn_it_at_their_next_look(fleet: Fleet) -> None:
-    """By the epoch, within POLL_EVERY seconds; until then they go on as before, for which the job has to wait."""
+def test_while_it_is_being_disabled_no_row_is_missed(fleet: Fleet) -> None:
+    """A process that does not know yet finds every row, since all write hashes until each has had its look."""
     one, two = fleet.start(), fleet.start()
-    one.write(1, mrn="A-1")
-    assert two.find(two.patient.mrn == "A-1") == [1]
+    one.write(1, phone="12")
+    assert two.find(two.patient.phone == "12") == [1]
+    steps: list[str] = []
+
+    def meanwhile() -> None:
+        one.byok._keyrings.look_again("t1")
+        one.write(2, phone="12")
+        with pytest.raises(NotSearchableError):
+            one.find(one.patient.phone == "12")
+        assert two.find(two.patient.phone == "12") == [1, 2]
+        fleet.clock.turn(POLL_EVERY)
+        with pytest.raises(NotSearchableError):
+            two.find(two.patient.phone == "12")
+        two.write(3, phone="12")
+        steps.append("done")
+
+    fleet.clock.meanwhile = meanwhile
+    before = fleet.clock.boot()
     one.byok.set_searchable("t1", set())
-    assert two.find(two.patient.mrn == "A-1") == [1]
-    fleet.clock.turn(POLL_EVERY)
+    assert steps == ["done"]
+    assert fleet.clock.boot() >= before + SETTLE
+    one.write(4, phone="12")
+    assert [hash_ is None for hash_ in one.hashes("phone")] == [False, False, False, True]
+
+
+def test_a_tenant_without_rows_is_limited_at_once(fleet: Fleet) -> None:
+    """Whoever searches what was never hashed, or writes it, looks first; so nobody has to wait for anybody."""
+    one, two, three = fleet.start(), fleet.start(), fleet.start()
+    for process in (two, three):
+        assert process.find(process.patient.mrn == "A-1") == []
+    before = fleet.clock.boot()
+    one.byok.set_searchable("t1", {one.patient.phone})
+    one.write(1, mrn="A-1", phone="12")
+    assert fleet.clock.boot() == before
     with pytest.raises(NotSearchableError):
         two.find(two.patient.mrn == "A-1")
-    assert POLL_EVERY < SETTLE
+    with three.byok.tenant("t1"), pytest.raises(NotSearchableError):
+        three.byok.hash(three.patient.mrn, "A-1")
+    three.write(2, mrn="A-2")
+    assert one.hashes("mrn") == [None, None]
+    assert two.find(two.patient.phone == "12") == [1]
 
 
 def test_a_changed_specification_is_rehashed(fleet: Fleet) -> None:
@@ -415,6 +467,17 @@ def test_a_changed_specification_is_rehashed(fleet: Fleet) -> None:
     old, new = fleet.start(), fleet.start(model(mrn={"normalize": compose(trim, casefold)}))
     old.write(1, mrn=" A-1 ")
     columns = new.byok._searchable
+
+    def meanwhile() -> None:
+        assert old.find(old.patient.mrn == " A-1 ") == [1]  # who has not looked yet
+        with pytest.raises(HashSpecChangedError):
+            new.write(3, mrn="A-3")
+        fleet.clock.turn(POLL_EVERY)
+        old.write(4, mrn="A-4")
+        with pytest.raises(NotSearchableError):
+            old.find(old.patient.mrn == " A-1 ")
+
+    fleet.clock.meanwhile = meanwhile
     columns.rehashing("t1", new.patient.mrn.type.spec)
     fleet.clock.turn(SETTLE)
     with pytest.raises(HashSpecChangedError):
@@ -423,13 +486,143 @@ def test_a_changed_specification_is_rehashed(fleet: Fleet) -> None:
         old.find(old.patient.mrn == " A-1 ")
     with pytest.raises(NotSearchableError):
         new.find(new.patient.mrn == "a-1")
-    new.write(1, mrn=" A-1")
+    for id_, mrn in ((1, " A-1"), (4, "A-4")):
+        new.write(id_, mrn=mrn)
     columns.rehashed("t1", "hs_patient.mrn")
     fleet.clock.turn(POLL_EVERY)
     assert new.find(new.patient.mrn == "a-1") == [1]
     new.byok.set_searchable("t1", set())
     with pytest.raises(ConfigurationError, match="mrn"):
         columns.rehashing("t1", new.patient.mrn.type.spec)
+
+
+# -- what comes and goes with a release ------------------------------------------------------------------------------
+
+UNSEARCHED = {"searchable": False}
+
+
+def unindexed(searchable: bool = True) -> Any:
+    """A release before the hash_index."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Patient(Base):
+        __tablename__ = "hs_patient"
+        id = mapped_column(Integer, primary_key=True)
+        note = mapped_column(String(20))
+        mrn = mapped_column(Encrypted(String(20), searchable=searchable))
+        phone = mapped_column(Encrypted(String(20), searchable=searchable))
+
+    return Patient
+
+
+LATE: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "a column, beside another": (lambda: model(phone=UNSEARCHED), "phone", "12"),
+    "the first column of its table": (lambda: unindexed(searchable=False), "phone", "12"),
+    "an index": (unindexed, "tail_of", "12"),
+}
+
+
+@pytest.mark.parametrize("how", LATE)
+@pytest.mark.parametrize("first", ["search", "write"])
+def test_what_becomes_searchable_later_waits_for_its_rows(fleet: Fleet, how: str, first: str) -> None:
+    """Rows of the release before have no hash; what misses them is refused, also before the new release writes."""
+    before, name, value = LATE[how]
+    full = model()
+    full.metadata.create_all(create_engine(f"sqlite:///{fleet.folder / 'data.db'}"))
+    old = fleet.start(before())
+    old.write(1, phone="12")
+    new = fleet.start(full)
+    column = f"hs_patient.{name}"
+    if first == "write":
+        new.write(2, phone="12")
+        assert [hash_ is None for hash_ in new.hashes(name)] == [True, False]
+    with pytest.raises(NotSearchableError, match="re-hash") as caught:
+        new.find(getattr(new.patient, name) == value)
+    assert (caught.value.tenant, caught.value.column) == ("t1", column)
+    old.write(3, phone="12")  # side by side with the new release
+    new.rewrite(1, 3, phone="12")
+    new.byok._searchable.rehashed("t1", column)
+    fleet.clock.turn(POLL_EVERY)
+    assert new.find(getattr(new.patient, name) == value) == ([1, 2, 3] if first == "write" else [1, 3])
+    assert new.find(getattr(new.patient, name) == value, tenant="t2") == []
+    if name == "phone":
+        with pytest.raises(HashSpecChangedError, match="phone"):
+            old.write(4, phone="12")  # it would be missed
+
+
+def test_a_renamed_column_keeps_its_rows_or_is_refused(fleet: Fleet) -> None:
+    """With column_id= it is the same column; without, no search says that there is nothing."""
+    fleet.start().write(1, mrn="A-1", phone="12")
+
+    def renamed(**options: Any) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        class Patient(Base):
+            __tablename__ = "hs_patient"
+            id = mapped_column(Integer, primary_key=True)
+            number = mapped_column(Encrypted(String(20), searchable=True, **options))
+
+        return Patient
+
+    with create_engine(f"sqlite:///{fleet.folder / 'data.db'}").begin() as connection:
+        for name in ("mrn", "mrn_hash"):
+            connection.exec_driver_sql(
+                f"ALTER TABLE hs_patient RENAME COLUMN {name} TO {name.replace('mrn', 'number')}"
+            )
+    lost = fleet.start(renamed())
+    with pytest.raises(NotSearchableError):
+        lost.find(lost.patient.number == "A-1")
+    kept = fleet.start(renamed(column_id="hs_patient.mrn"))
+    assert kept.find(kept.patient.number == "A-1") == [1]
+    kept.write(2, number="A-2")
+    assert kept.find(kept.patient.number.in_(["A-1", "A-2"])) == [1, 2]
+
+
+def test_a_column_that_is_hashed_no_more_has_to_be_disabled_first(fleet: Fleet) -> None:
+    """Whoever left out its hashes would have another release miss rows; reading goes on."""
+    old, new = fleet.start(), fleet.start(model(phone=UNSEARCHED))
+    old.write(1, mrn="A-1", phone="12")
+    for written in ({"phone": "34"}, {"mrn": "A-2"}):
+        with pytest.raises(HashSpecChangedError, match=r"set_searchable") as caught:
+            new.write(2, **written)
+        assert (caught.value.tenant, caught.value.column) == ("t1", "hs_patient.phone")
+    assert new.find(new.patient.mrn == "A-1") == [1]
+    new.byok.set_searchable("t1", {"hs_patient.mrn", "hs_patient.tail_of"})
+    new.write(2, phone="34", mrn="A-2")
+    new.write(3, tenant="t2", phone="34", mrn="A-2")
+    with pytest.raises(NotSearchableError):
+        old.find(old.patient.phone == "34")
+
+
+def test_the_columns_of_an_owner_are_noted_with_the_owner(fleet: Fleet) -> None:
+    """Whoever writes: the specification of their hashes is kept among the owner's."""
+
+    def owned(**options: Any) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        class Patient(Base):
+            __tablename__ = "hs_patient"
+            id = mapped_column(Integer, primary_key=True)
+            email = mapped_column(Encrypted(String(20), searchable=True, owner="t2", **options))
+            name = mapped_column(Encrypted(String(20), searchable=True))
+
+        return Patient
+
+    old, new = fleet.start(owned()), fleet.start(owned(normalize=casefold))
+    old.write(1, email="Ada", name="x")
+    assert old.find(old.patient.email == "Ada") == [1]
+    assert old.byok._keyrings.get("t1").searchable.specs.keys() == {"hs_patient.name"}
+    assert old.byok._keyrings.get("t2").searchable.specs.keys() == {"hs_patient.email"}
+    for work in (lambda: new.find(new.patient.email == "ada"), lambda: new.write(2, email="Bo")):
+        with pytest.raises(HashSpecChangedError) as caught:
+            work()
+        assert (caught.value.tenant, caught.value.column) == ("t2", "hs_patient.email")
+    new.rewrite(1, name="y")
+    assert new.find(new.patient.name == "y") == [1]
 
 
 def test_only_what_is_declared_searchable_can_be_enabled(fleet: Fleet) -> None:
@@ -447,14 +640,19 @@ async def test_it_works_on_asyncio(async_engine: AsyncEngine, abyok: Byok) -> No
     patient = model()
     async with async_engine.begin() as connection:
         await connection.run_sync(patient.metadata.create_all)
-    async with abyok.asession("t1", async_engine) as session:
-        session.add(patient(id=1, mrn="A-1", phone="12"))
-        await session.commit()
-        assert (await session.scalars(select(patient.id).where(patient.tail_of == "12"))).all() == [1]
     await abyok.aset_searchable("t1", {patient.mrn})
     async with abyok.asession("t1", async_engine) as session:
+        assert (await session.scalars(select(patient.id).where(patient.mrn == "A-1"))).all() == []
+        session.add(patient(id=1, mrn="A-1", phone="12"))
+        await session.commit()
+        assert (await session.scalars(select(patient.id).where(patient.mrn == "A-1"))).all() == [1]
         with pytest.raises(NotSearchableError):
             await session.scalars(select(patient).where(patient.tail_of == "12"))
+    async with abyok.tenant("t1"):
+        with pytest.raises(NotSearchableError):
+            await abyok.ahash(patient.phone, "12")
+    async with abyok.tenant("t2"):
+        assert len(await abyok.ahash(patient.phone, "12")) == 32
 
 
 def test_on_every_database(engine: Engine, byok: Byok) -> None:

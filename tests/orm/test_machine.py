@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from sqlalchemy import Integer, String, bindparam, create_engine, delete, event,
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
 
-from sqla_byok import Byok, Encrypted
+from sqla_byok import Byok, Encrypted, NotSearchableError
 from sqla_byok.crypto.formats import DATA_KEY, READABLE, SEARCH_SALT
+from sqla_byok.keys.generations import SETTLE
+from sqla_byok.keys.keyrings import POLL_EVERY
+from sqla_byok.keys.searchable import OFF, ON, PENDING
 from sqla_byok.normalize import casefold
 
 
@@ -76,21 +80,23 @@ _conditions = st.sampled_from([(name, value) for name, values in SEARCHED.items(
 _ends = st.sampled_from(["commit", "commit", "rollback", "savepoint", "savepoint rolled back"])
 _kinds = st.sampled_from([SEARCH_SALT, DATA_KEY])
 _synchronize = st.sampled_from(["auto", "fetch", "evaluate", False])
+_halves = st.sampled_from([0.0, 0.5])
 
 
 class StagedClock(TurnableClock):
-    """Does something once, in the middle of the next sleep."""
+    """Does something once, when part of the next sleep is over."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.after = 0.0
         self.meanwhile: Callable[[], object] | None = None
 
     def sleep(self, seconds: float) -> None:
-        self.turn(seconds / 2)
         meanwhile, self.meanwhile = self.meanwhile, None
+        self.turn(seconds * self.after)
         if meanwhile is not None:
             meanwhile()
-        self.turn(seconds / 2)
+        self.turn(seconds * (1 - self.after))
 
 
 class World:
@@ -142,6 +148,8 @@ class Machine(RuleBasedStateMachine):
         self.world = world
         self.tenants = world.begin()
         self.rows: dict[str, dict[int, dict[str, Any]]] = {tenant: {} for tenant in self.tenants}
+        self.written = dict.fromkeys(self.tenants, False)
+        self.states = {tenant: dict.fromkeys(NORMAL, ON) for tenant in self.tenants}
         self.ids = count(1)
         self.turn = 0
 
@@ -158,8 +166,16 @@ class Machine(RuleBasedStateMachine):
         end: str,
         work: Callable[[Session], object],
         after: dict[int, dict[str, Any]],
+        by: str | None = None,
     ) -> None:
-        """Do work in a transaction that ends as said; ``after`` are the tenant's rows once it is done."""
+        """Do work in a transaction that ends as said; ``after`` are the tenant's rows once it is done.
+
+        :param by: the column by which it searches.
+        """
+        if by is not None and self.states[tenant][by] != ON:
+            with self._session(process, tenant) as session, pytest.raises(NotSearchableError):
+                work(session)
+            return
         with self._session(process, tenant) as session:
             if end.startswith("savepoint"):
                 savepoint = session.begin_nested()
@@ -214,6 +230,7 @@ class Machine(RuleBasedStateMachine):
                 for row in full:
                     session.merge(Person(**row))
 
+        self.written[name] = True
         self._do(process, name, end, work, {**self.rows[name], **new})
 
     @precondition(lambda self: all(self.rows.values()))
@@ -287,7 +304,8 @@ class Machine(RuleBasedStateMachine):
                     after[one.id] for one in people
                 ]
 
-        self._do(process, name, end, work, after)
+        self.written[name] = True
+        self._do(process, name, end, work, after, by=key)
 
     @rule(
         process=_processes,
@@ -317,6 +335,7 @@ class Machine(RuleBasedStateMachine):
             values = {key: row[key] for key in values}
         given: dict[str, Any] = {key: statement.excluded[key] for key in values} if excluded else values
         known = self.rows[name].get(id_)
+        self.written[name] = True
         self._do(
             process,
             name,
@@ -349,22 +368,18 @@ class Machine(RuleBasedStateMachine):
                 )
 
         after = {id_: row for id_, row in self.rows[name].items() if id_ not in gone}
-        self._do(process, name, end, work, after)
+        self._do(process, name, end, work, after, by=key)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
-    @rule(process=_processes, tenant=_tenants, kind=_kinds, row=_rows)
-    def rotate(self, process: int, tenant: int, kind: str, row: dict[str, Any]) -> None:
-        """Rotate in one process, while the other one works on with what is pending."""
+    @rule(process=_processes, tenant=_tenants, kind=_kinds, row=_rows, after=_halves)
+    def rotate(self, process: int, tenant: int, kind: str, row: dict[str, Any], after: float) -> None:
+        """Rotate in one process, while the other one works on, with what is pending or not knowing of it."""
         name, byok = self.tenants[tenant], self.world.processes[process][0]
         if len(byok._keyrings.get(name).live_salts) > 3:
             return
 
-        def meanwhile() -> None:
-            self.add(1 - process, tenant, "commit", [row], "flush")
-            self.check()
-
-        self.world.clock.meanwhile = meanwhile
+        self._meanwhile(process, tenant, row, after)
         byok.rotate_salt(name) if kind == SEARCH_SALT else byok.rotate_data_key(name)
 
     @rule(process=_processes, tenant=_tenants, kind=_kinds)
@@ -377,19 +392,92 @@ class Machine(RuleBasedStateMachine):
         if not old:
             return
         byok._generations.settle()
-        again = [{"of": id_, **each} for id_, each in self.rows[name].items()]
-        if again:
-            with self._session(process, name) as session:
-                session.connection().execute(update(_table).where(_table.c.id == bindparam("of")), again)
-                session.commit()
+        self._rewrite(process, name)
         for generation in old:
             byok._generations.retire(name, kind, generation)
+
+    def _meanwhile(self, process: int, tenant: int, row: dict[str, Any], after: float) -> None:
+        """Have the other process write a row during the next sleep, and both search."""
+
+        def work() -> None:
+            self.add(1 - process, tenant, "commit", [row], "flush")
+            self.check()
+            self.check()
+
+        self.world.clock.after, self.world.clock.meanwhile = after, work
+
+    def _rewrite(self, process: int, tenant: str) -> None:
+        again = [{"of": id_, **each} for id_, each in self.rows[tenant].items()]
+        if again:
+            with self._session(process, tenant) as session:
+                session.connection().execute(update(_table).where(_table.c.id == bindparam("of")), again)
+                session.commit()
+
+    @rule(
+        process=_processes,
+        tenant=_tenants,
+        enabled=st.none() | st.sets(st.sampled_from(list(NORMAL))),
+        row=_rows,
+        after=_halves,
+        then=st.booleans(),
+    )
+    def limit(
+        self,
+        process: int,
+        tenant: int,
+        enabled: set[str] | None,
+        row: dict[str, Any],
+        after: float,
+        then: bool,
+    ) -> None:
+        """Say by what the tenant can be searched, while the other process goes on as before; perhaps take it back."""
+        self._limit(process, tenant, enabled, row, after)
+        if then:
+            self.add(process, tenant, "commit", [row], "flush")
+            self._limit(1 - process, tenant, None, row, after)
+            self.check()
+            self.rehash(process, tenant)
+
+    def _limit(
+        self, process: int, tenant: int, enabled: set[str] | None, row: dict[str, Any], after: float
+    ) -> None:
+        name, byok = self.tenants[tenant], self.world.processes[process][0]
+        before, kept = self.states[name], set(NORMAL) if enabled is None else enabled
+        again = PENDING if self.written[name] else ON
+        states = {
+            key: OFF if key not in kept else again if state == OFF else state for key, state in before.items()
+        }
+        closing = {key for key, state in before.items() if key not in kept and state != OFF}
+        if closing and self.written[name]:
+            self.states[name] = {**states, **{key: f"{before[key]}, closing" for key in closing}}
+            self._meanwhile(process, tenant, row, after)
+        byok.set_searchable(name, None if enabled is None else {getattr(Person, key) for key in enabled})
+        assert self.world.clock.meanwhile is None
+        self.states[name] = states
+        if not self.written[name]:
+            # What is enabled at once another process may refuse for so long.
+            self.world.clock.turn(POLL_EVERY)
+        self.check()
+
+    @rule(process=_processes, tenant=_tenants)
+    def rehash(self, process: int, tenant: int) -> None:
+        """Write each row anew, as the job does, and have what was pending searched."""
+        name, byok = self.tenants[tenant], self.world.processes[process][0]
+        pending = [key for key, state in self.states[name].items() if state == PENDING]
+        if pending:
+            self.world.clock.turn(SETTLE)
+            self._rewrite(process, name)
+            for key in pending:
+                byok._searchable.rehashed(name, f"machine_person.{key}")
+            self.world.clock.turn(POLL_EVERY)
+            self.states[name].update(dict.fromkeys(pending, ON))
 
     @rule(process=_processes, tenant=_tenants)
     def forget(self, process: int, tenant: int) -> None:
         """A process without a tenant's keys asks the customer's KMS once."""
         name, byok = self.tenants[tenant], self.world.processes[process][0]
-        byok._keyrings.drain()
+        for each, _ in self.world.processes:
+            each._keyrings.drain()
         byok.forget_keys(name)
         self.world.kms.unwraps.clear()
         for _ in range(2):
@@ -414,16 +502,27 @@ class Machine(RuleBasedStateMachine):
     def _check_tenant(self, session: Session, tenant: str) -> None:
         read = {row.id: row._asdict() for row in session.execute(_read, {"org": tenant})}
         assert read == {id_: {"id": id_, **row} for id_, row in self.rows[tenant].items()}
-        for name, values in SEARCHED.items():
-            mine = sorted(self.rows[tenant])
-            none = [id_ for id_ in mine if self.rows[tenant][id_][name] is None]
-            for value in values:
-                found = sorted(session.scalars(_equal[name], {"v": value}))
-                assert found == sorted(self._matching(tenant, name, value))
-                others = sorted(session.scalars(_other[name], {"v": value, "org": tenant}))
-                assert others == [id_ for id_ in mine if id_ not in (*found, *none)]
-            assert sorted(session.scalars(_among[name], {"v": values})) == [i for i in mine if i not in none]
+        for name, state in self.states[tenant].items():
+            none = sorted(id_ for id_, row in self.rows[tenant].items() if row[name] is None)
             assert sorted(session.scalars(_none[name], {"org": tenant})) == none
+            if state == ON:
+                self._check_search(session, tenant, name, none)
+            elif state == "on, closing":  # as long as a process has not looked
+                with suppress(NotSearchableError):
+                    self._check_search(session, tenant, name, none)
+            else:
+                for statement in (_equal, _other):
+                    with pytest.raises(NotSearchableError):
+                        session.scalars(statement[name], {"v": SEARCHED[name][0], "org": tenant})
+
+    def _check_search(self, session: Session, tenant: str, name: str, none: list[int]) -> None:
+        mine, values = sorted(self.rows[tenant]), SEARCHED[name]
+        for value in values:
+            found = sorted(session.scalars(_equal[name], {"v": value}))
+            assert found == sorted(self._matching(tenant, name, value))
+            others = sorted(session.scalars(_other[name], {"v": value, "org": tenant}))
+            assert others == [id_ for id_ in mine if id_ not in (*found, *none)]
+        assert sorted(session.scalars(_among[name], {"v": values})) == [i for i in mine if i not in none]
 
     def teardown(self) -> None:
         for byok, _ in self.world.processes:

@@ -58,11 +58,13 @@ from sqla_byok import (
     KeystoreUnavailableError,
     NoTenantError,
     UnsupportedQueryError,
+    hash_index,
 )
 from sqla_byok.crypto.hashes import Scope
 from sqla_byok.keys.keyring import _SALTS_KEPT
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 from sqla_byok.kms import Kms
+from sqla_byok.normalize import last, named
 
 Person, Visit = ENCRYPTED.Person, ENCRYPTED.Visit
 
@@ -396,6 +398,88 @@ def test_what_is_written_is_hashed_by_the_active_salt(world: World) -> None:
         hashes = session.scalars(select(Person.mrn_hash).order_by(Person.id)).all()
     assert hashes == [first, first, hashes[2], hashes[2], hashes[2]]
     assert hashes[2] != first
+
+
+# -- further indexes -------------------------------------------------------------------------------------------------
+
+
+class IndexBase(DeclarativeBase):
+    pass
+
+
+class Card(IndexBase):
+    __tablename__ = "card"
+    id = mapped_column(Integer, primary_key=True)
+    note = mapped_column(String(20))
+    pan = mapped_column(Encrypted(String(20)))
+    holder = mapped_column(Encrypted(String(20)))
+    last4: Any = hash_index("pan", transform=last(4))
+    both: Any = hash_index("holder", "pan", transform=named("holder-and-pan")(lambda *parts: "/".join(parts)))
+
+
+_CARDS: dict[str, tuple[Callable[[], Any], list[int]]] = {
+    "==": (lambda: Card.last4 == "1111", [1, 3]),
+    "!=": (lambda: Card.last4 != "1111", [2, 4]),
+    "in_": (lambda: Card.last4.in_(["1111", "9999"]), [1, 3]),
+    "not_in": (lambda: Card.last4.not_in(["2222"]), [1, 3]),
+    "not_in nothing": (lambda: Card.last4.not_in([]), [1, 2, 3, 4, 5]),
+    "negated": (lambda: ~(Card.last4 == "1111"), [2, 4]),
+    "is_": (lambda: Card.last4.is_(None), [5]),
+    "is_not": (lambda: Card.last4.is_not(None), [1, 2, 3, 4]),
+    "of two columns": (lambda: Card.both == "ada/01111", [1, 3]),
+    "with others": (lambda: and_(Card.last4 == "1111", Card.both != "x", Card.id > 1), [3]),
+}
+
+
+@pytest.mark.parametrize("stage", ["pending", "readable", "three"])
+def test_an_index_finds_rows_of_each_salt(world: World, engine: Engine, stage: str) -> None:
+    """As a column does; what a flush brings along is hashed by the active salt, and the SQL is one again afterwards."""
+    IndexBase.metadata.create_all(engine)
+
+    def pair(process: Process, first: int) -> None:
+        with process.session() as session:
+            session.add_all(
+                [
+                    Card(id=first, pan="01111", holder="ada"),
+                    Card(id=first + 1, pan="02222", holder="bo"),
+                ]
+            )
+            session.commit()
+
+    def found(process: Process) -> dict[str, list[int]]:
+        with process.session() as session:
+            return {
+                name: sorted(session.scalars(select(Card.id).where(build())))
+                for name, (build, _) in _CARDS.items()
+            }
+
+    pair(world.one, 1)
+    with world.one.session() as session:
+        session.add(Card(id=5, holder="cy"))
+        session.commit()
+    steady = select(Card.id).where(Card.last4 == "1111")
+    with world.one.session() as session, statements(world.one.engine) as before:
+        assert session.scalars(steady).all() == [1]
+    world.rotate(stage, lambda other: pair(other, 3))
+    assert found(world.one) == {name: ids for name, (_, ids) in _CARDS.items()}
+    with world.one.session() as session:
+        session.execute(update(Card).where(Card.last4.in_(["1111"])).values(note="n"))
+        assert sorted(session.scalars(select(Card.id).where(Card.note == "n"))) == [1, 3]
+        session.get_one(Card, 1).holder = "eve"
+        session.commit()
+        assert session.scalars(select(Card.id).where(Card.both == "eve/01111")).all() == [1]
+    world.one.clock.turn(POLL_EVERY)
+    world.other.byok._generations.settle()
+    with world.other.session() as session:
+        for card in session.scalars(select(Card)):
+            session.execute(update(Card).where(Card.id == card.id).values(pan=card.pan, holder=card.holder))
+        session.commit()
+    for old in range(1, 3 if stage == "three" else 2):
+        world.other.byok._generations.retire("t1", "search-salt", old)
+    world.one.look()
+    with world.one.session() as session, statements(world.one.engine) as after:
+        assert sorted(session.scalars(steady)) == [1, 3]
+    assert after == before
 
 
 # -- what the ORM runs by itself -------------------------------------------------------------------------------------
