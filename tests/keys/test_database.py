@@ -44,7 +44,8 @@ def test_a_request_never_waits_for_a_second_connection(sync_url: URL, customer_k
     for tenant in ("t1", "t2"):
         byok.onboard(tenant, LocalKms(customer_key))
     _metadata.create_all(engine)
-    for tenant in ("t1", "t2"):  # an SQLite file takes one writer at a time, and a tenant's first write is noted
+    # An SQLite file takes one writer at a time, and a tenant's first write is noted.
+    for tenant in ("t1", "t2"):
         with engine.execution_options(byok_tenant=tenant).begin() as connection:
             connection.execute(insert(_patient).values(id=0, name="Ada"))
             connection.rollback()
