@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -446,8 +447,8 @@ def test_while_it_is_being_disabled_no_row_is_missed(fleet: Fleet) -> None:
 
 def test_a_tenant_without_rows_is_limited_at_once(fleet: Fleet) -> None:
     """Whoever searches what was never hashed, or writes it, looks first; so nobody has to wait for anybody."""
-    one, two, three = fleet.start(), fleet.start(), fleet.start()
-    for process in (two, three):
+    one, two, three, four = fleet.start(), fleet.start(), fleet.start(), fleet.start()
+    for process in (two, three, four):
         assert process.find(process.patient.mrn == "A-1") == []
     before = fleet.clock.boot()
     one.byok.set_searchable("t1", {one.patient.phone})
@@ -457,6 +458,8 @@ def test_a_tenant_without_rows_is_limited_at_once(fleet: Fleet) -> None:
         two.find(two.patient.mrn == "A-1")
     with three.byok.tenant("t1"), pytest.raises(NotSearchableError):
         three.byok.hash(three.patient.mrn, "A-1")
+    with four.byok.tenant("t1"), pytest.raises(NotSearchableError):
+        asyncio.run(four.byok.ahash(four.patient.mrn, "A-1"))
     three.write(2, mrn="A-2")
     assert one.hashes("mrn") == [None, None]
     assert two.find(two.patient.phone == "12") == [1]
