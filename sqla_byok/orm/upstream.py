@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint
 from sqlalchemy.orm.interfaces import CompileStateOption
-from sqlalchemy.sql.elements import _label_reference, _textual_label_reference
+from sqlalchemy.sql.elements import TableValuedColumn, _label_reference, _textual_label_reference
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import FromClause
-from sqlalchemy.sql.visitors import InternalTraversal
+from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
@@ -44,6 +44,7 @@ __all__ = [
     "pinned",
     "plain_table",
     "processors",
+    "proxied",
     "referred",
     "remember",
     "remember_owned",
@@ -54,10 +55,13 @@ __all__ = [
     "restated",
     "result_types",
     "returning",
+    "row_of",
     "rows_of_values",
     "searched",
     "select_names",
+    "selected_by",
     "target",
+    "text_of",
     "unique_columns",
     "values",
     "with_conflicts",
@@ -331,6 +335,7 @@ class Parts(NamedTuple):
 
     columns: list[Any]
     froms: Sequence[Any]
+    named_froms: Sequence[Any]  # where a string names a column: those of an enclosing SELECT are among them
     criteria: Sequence[Any]
     group_by: Sequence[Any]
     order_by: Sequence[Any]
@@ -358,6 +363,7 @@ def parts(select: Any, compiled: Any) -> Parts:
     return Parts(
         columns=columns,
         froms=state._get_display_froms(),
+        named_froms=state.froms,
         criteria=(*select._where_criteria, *select._having_criteria),
         group_by=select._group_by_clauses,
         order_by=select._order_by_clauses,
@@ -383,6 +389,22 @@ def ordering(compound: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return compound._order_by_clauses, compound._group_by_clauses
 
 
+def text_of(element: Any) -> str | None:
+    """The SQL text of text(); of a template string (2.1) with the names of the columns and tables in it; else None."""
+    if not getattr(element, "_is_text_clause", False):
+        return None
+    pieces = getattr(element, "parts", None) or [element]
+    return "".join(
+        getattr(piece, "text", None) or " ".join(str(getattr(one, "name", "")) for one in iterate(piece))
+        for piece in pieces
+    )
+
+
+def selected_by(compiled: Any) -> Any:
+    """The SELECT of a compiled CREATE VIEW or CREATE TABLE AS (2.1); None of any other statement."""
+    return getattr(getattr(compiled, "statement", None), "selectable", None)
+
+
 def named_in_order_by(element: Any) -> str | None:
     """The name, where an ORDER BY, GROUP BY or window names a column by a string."""
     return str(element.element) if isinstance(element, _textual_label_reference) else None
@@ -396,6 +418,17 @@ def referred(element: Any) -> Any:
 def names_of(column: Any) -> set[Any]:
     """The strings by which an ORDER BY finds a result column."""
     return {getattr(column, name, None) for name in ("key", "name", "_tq_label")} - {None}
+
+
+def proxied(column: Any) -> Sequence[Any]:
+    """The columns that a column of an alias or subquery stands for: one, or of a UNION one for each part."""
+    found: Sequence[Any] = column._proxies
+    return found
+
+
+def row_of(element: Any) -> Any:
+    """The FROM of which an expression is the whole row; None for any other."""
+    return element.scalar_alias if isinstance(element, TableValuedColumn) else None
 
 
 def restated(cte: Any) -> Any:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import sqlalchemy
 from keys_tools import TurnableClock
 from orm.guard_forms import ENCRYPTED, MRN, REFUSED, REFUSED_ORM, SECRET, Refused, rows
 from orm.search_forms import statements
@@ -34,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
+from sqlalchemy.sql import coercions, ddl, elements, roles
 
 from sqla_byok import (
     Byok,
@@ -49,6 +51,7 @@ from sqla_byok.orm import guard as guard_module
 
 P, R = ENCRYPTED.P, ENCRYPTED.R
 LOG = "sqla_byok.guard"
+SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
 
 
 @contextmanager
@@ -280,6 +283,55 @@ def test_text_that_names_a_protected_table_is_refused(refusing: Engine, byok: By
                 connection.execute(statement)
         with byok.tenant("t1"):
             connection.execute(select(P.id).order_by(text("note"), text("g_patient.n"))).all()
+
+
+def _template(*parts: Any) -> Any:
+    """What tstring() makes of a template string, which takes Python 3.14 to write."""
+    template = elements.TString.__new__(elements.TString)  # type: ignore[attr-defined]
+    template.parts = [
+        elements._TStringText(part)
+        if isinstance(part, str)
+        else coercions.expect(roles.ExpressionElementRole, part)  # type: ignore[attr-defined]
+        for part in parts
+    ]
+    return template
+
+
+@pytest.mark.skipif(SQLALCHEMY_2_0, reason="template strings are new in SQLAlchemy 2.1; use 2.1")
+def test_a_template_string_is_text(refusing: Engine, byok: Byok) -> None:
+    """Also where the names come from the columns that are put into it."""
+    mrn, note = P.__table__.c.mrn, P.__table__.c.note
+    with refusing.connect() as connection, byok.tenant("t1"):
+        for statement in (
+            _template("SELECT mrn FROM g_patient WHERE mrn = ", literal(SECRET)),
+            select(P.id).order_by(_template("", mrn, " DESC")),
+            select(P.id).where(_template("lower(", mrn, ") = ", literal(SECRET))),
+            select(P.id).order_by(_template("", func.lower(mrn))),
+        ):
+            with reached(refusing) as sent, pytest.raises(UnsupportedQueryError, match="textual SQL"):
+                connection.execute(statement)
+            assert sent == []
+        connection.execute(select(P.id).where(_template("lower(", note, ") = ", literal("x")))).all()
+        connection.execute(_template("SELECT ", literal(1))).all()
+
+
+@pytest.mark.skipif(SQLALCHEMY_2_0, reason="CREATE VIEW is new in SQLAlchemy 2.1; use 2.1")
+def test_views_are_walked(engine: Engine, byok: Byok) -> None:
+    """The SELECT of a CREATE VIEW or CREATE TABLE AS is refused as it would be by itself."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        for create, selected in (
+            (ddl.CreateView, select(P.mrn).distinct()),  # type: ignore[attr-defined]
+            (ddl.CreateView, select(P.id).order_by(P.mrn)),  # type: ignore[attr-defined]
+            (ddl.CreateTableAs, select(select(func.count().label("c")).group_by(P.mrn).subquery())),  # type: ignore[attr-defined]
+        ):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError, match=r"g_patient\.mrn: "):
+                connection.execute(create(selected, "g_made"))
+            assert sent == []
+        view = ddl.CreateView(select(P.id, P.note), "g_made")  # type: ignore[attr-defined]
+        connection.execute(view)
+        assert connection.execute(select(view.table)).all() == []
+        connection.execute(text("DROP VIEW g_made"))
 
 
 def test_inspection_and_ddl_are_left_alone(refusing: Engine) -> None:
