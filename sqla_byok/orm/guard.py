@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -364,7 +364,7 @@ class _Walk:
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
         self._sources: dict[int, Any] = {}
-        self._scopes: list[tuple[Sequence[Any], Sequence[Any]]] = []
+        self._scopes: list[Callable[[str], upstream.Named]] = []
         self._found: set[Table] = set()
         self._light_names: set[str] = set()
         self._texts: list[str] = []
@@ -456,7 +456,7 @@ class _Walk:
 
     def _select(self, select: Any, why: _Why | None) -> list[Any]:
         parts = upstream.parts(select, self._compiled)
-        self._scopes.append((parts.columns, parts.named_froms))
+        self._scopes.append(parts.named)
         for column in parts.columns:
             self._part(column, why)
         for source in parts.froms:
@@ -492,7 +492,7 @@ class _Walk:
             for position in zip(*lists, strict=False):
                 self._check_hashes(position)
         order_by, group_by = upstream.ordering(compound)
-        self._scopes.append((lists[0] if lists else (), ()))
+        self._scopes.append(lambda name: upstream.named_in_compound(lists, name))
         for column in order_by:
             self._ordered(column, lists[0] if lists else ())
         self._grouped(group_by, lists[0] if lists else ())
@@ -520,7 +520,9 @@ class _Walk:
             self._refuse(types[0], _HASHES)
 
     def _grouped(self, elements: Iterable[Any], columns: Sequence[Any]) -> None:
-        bare = [_referred(one) for element in elements for one in self._meant(element, columns)]
+        bare = [
+            _referred(one) for element in elements for one in self._meant(element, columns, shadowed=True)
+        ]
         self._told_apart(bare, _GROUP_BY)
         for element in bare:
             if not isinstance(getattr(element, "type", None), _OURS) or not isinstance(element, ColumnClause):
@@ -530,7 +532,7 @@ class _Walk:
         for meant in self._meant(element, columns):
             self._part(meant, _ORDER_BY)
 
-    def _meant(self, element: Any, columns: Sequence[Any]) -> list[Any]:
+    def _meant(self, element: Any, columns: Sequence[Any], shadowed: bool = False) -> list[Any]:
         """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
         bare = element
         while isinstance(bare, UnaryExpression):
@@ -538,7 +540,7 @@ class _Walk:
         if isinstance(bare, ClauseList):  # of an entity
             return [meant for one in bare.clauses for meant in self._meant(one, columns)]
         if (name := upstream.named_in_order_by(bare)) is not None:
-            return self._of_name(name)
+            return self._of_name(name, shadowed)
         text = bare.text if isinstance(bare, TextClause) else getattr(bare, "is_literal", False) and bare.name
         places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
         return [columns[place] for place in places if place < len(columns)] or [element]
@@ -681,7 +683,7 @@ class _Walk:
             self.visit(element.partition_by, _WINDOW)
             self.visit(element.order_by, _WINDOW)
         elif (name := upstream.named_in_order_by(element)) is not None:
-            for column in self._of_name(name):
+            for column in self._of_name(name, shadowed=True):
                 self._part(column, why)
         elif (row := upstream.row_of(element)) is not None:
             self.source(row)
@@ -735,7 +737,7 @@ class _Walk:
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
         parts = upstream.parts(select, self._compiled)
-        self._scopes.append((parts.columns, parts.named_froms))
+        self._scopes.append(parts.named)
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         self._scopes.pop()
@@ -796,12 +798,17 @@ class _Walk:
             self._refuse(cast.type, _CAST)
         self.visit(cast.clause, _CAST)
 
-    def _of_name(self, name: str) -> list[Any]:
-        """The columns that a string may name."""
-        columns, froms = self._scopes[-1] if self._scopes else ((), ())
-        found = [column for column in columns if name in upstream.names_of(column)]
-        # A join has its columns under other names than their own.
-        return found or [one for source in froms for one in getattr(source, "c", ()) if one.key == name]
+    def _of_name(self, name: str, shadowed: bool) -> list[Any]:
+        """The columns that a string may name.
+
+        :param shadowed: where a label has the name, the database takes a column of the FROM first: but in ORDER BY.
+        """
+        if not self._scopes:
+            return []
+        meant, alike = self._scopes[-1](name)
+        if shadowed:
+            return meant + alike if any(isinstance(column, Label) for column in meant) else meant
+        return meant[:1]
 
 
 # -- what an element is ----------------------------------------------------------------------------------------------

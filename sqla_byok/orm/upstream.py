@@ -22,6 +22,7 @@ from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
 __all__ = [
     "FanOut",
+    "Named",
     "Parts",
     "compared",
     "compared_owned",
@@ -36,8 +37,8 @@ __all__ = [
     "in_greenlet",
     "known",
     "multi_values",
+    "named_in_compound",
     "named_in_order_by",
-    "names_of",
     "note_compared",
     "ordering",
     "parts",
@@ -330,12 +331,25 @@ class _Top:
         self._global_attributes = dict(compiled._global_attributes)  # loader criteria among them
 
 
+class Named(NamedTuple):
+    """What a string names."""
+
+    meant: list[Any]  # what SQLAlchemy puts in its place in ORDER BY, GROUP BY and windows
+    alike: list[Any]  # the columns of the FROM that have the name
+
+
+def _named(state: Any, name: str) -> Named:
+    found = [columns[name] for columns in state._label_resolve_dict[:2] if name in columns]
+    froms = (column for source in state.froms for column in getattr(source, "c", ()))
+    return Named(found, [column for column in froms if column.name == name])
+
+
 class Parts(NamedTuple):
     """What a SELECT consists of."""
 
     columns: list[Any]
     froms: Sequence[Any]
-    named_froms: Sequence[Any]  # where a string names a column: those of an enclosing SELECT are among them
+    named: Callable[[str], Named]
     criteria: Sequence[Any]
     group_by: Sequence[Any]
     order_by: Sequence[Any]
@@ -363,11 +377,11 @@ def parts(select: Any, compiled: Any) -> Parts:
     return Parts(
         columns=columns,
         froms=state._get_display_froms(),
-        named_froms=state.froms,
+        named=lambda name: _named(state, name),
         criteria=(*select._where_criteria, *select._having_criteria),
         group_by=select._group_by_clauses,
         order_by=select._order_by_clauses,
-        distinct=bool(select._distinct),
+        distinct=bool(select._distinct) or any("DISTINCT" in str(text_of(text)).upper() for text in texts),
         distinct_on=distinct_on,
         others=[*(other for other in others if other is not None), *texts],
     )
@@ -415,9 +429,15 @@ def referred(element: Any) -> Any:
     return element.element if isinstance(element, _label_reference) else None
 
 
-def names_of(column: Any) -> set[Any]:
-    """The strings by which an ORDER BY finds a result column."""
-    return {getattr(column, name, None) for name in ("key", "name", "_tq_label")} - {None}
+def named_in_compound(lists: Sequence[Sequence[Any]], name: str) -> Named:
+    """What a string names in the ORDER BY of a UNION or the like: a result column of its first part."""
+    keys = ("key", "name", "_tq_label")
+    found = (
+        column
+        for column in (lists[0] if lists else ())
+        if name in [getattr(column, key, None) for key in keys]
+    )
+    return Named(list(found), [])
 
 
 def proxied(column: Any) -> Sequence[Any]:

@@ -234,11 +234,15 @@ REFUSED: dict[str, Refused] = {
     "GROUP BY a string, over a join": Refused(
         lambda p, r: select(func.count()).join_from(p.id.table, r.id.table).group_by("nick"), NICK
     ),
+    "GROUP BY a label that shadows a column": Refused(
+        lambda p, r: select(func.max(p.note).label("nick"), func.count()).group_by("nick"), NICK
+    ),
     "GROUP BY another table's key": Refused(
         lambda p, r: select(p.mrn).join_from(p.id.table, r.id.table).group_by(r.id, p.mrn)
     ),
     "GROUP BY in a CTE": Refused(lambda p, r: _cte_grouped(p)),
     "DISTINCT": Refused(lambda p, r: select(p.mrn).distinct()),
+    "DISTINCT as a prefix": Refused(lambda p, r: select(p.mrn).prefix_with("DISTINCT")),
     "DISTINCT with a plain column": Refused(lambda p, r: select(p.mrn, p.n).distinct()),
     "DISTINCT with another table's key": Refused(
         lambda p, r: select(p.id, r.mrn).where(p.id == r.pid).distinct(), "g_visit.mrn"
@@ -344,6 +348,9 @@ REFUSED: dict[str, Refused] = {
     "window ORDER BY a string": Refused(lambda p, r: select(p.mrn, func.row_number().over(order_by="mrn"))),
     "window ORDER BY a string, over a join": Refused(
         lambda p, r: select(func.row_number().over(order_by="code")).join_from(p.id.table, r.id.table), CODE
+    ),
+    "window ORDER BY a label that shadows a column": Refused(
+        lambda p, r: select(p.note.label("nick"), func.row_number().over(order_by="nick")), NICK
     ),
     "window PARTITION BY": Refused(lambda p, r: select(func.row_number().over(partition_by=p.mrn, order_by=p.id))),
     "first_value()": Refused(lambda p, r: select(func.first_value(p.mrn).over(order_by=p.id))),
@@ -505,6 +512,9 @@ LEGAL: dict[str, Legal] = {
         )
     ),
     "ORDER BY a plain column's name, over a join": lambda m: select(m.R.id).join(m.R.patient).order_by("n", m.R.id),
+    "ORDER BY a label that shadows a column": lambda m: (
+        select(m.P.id, m.P.note.label("nick")).order_by("nick", m.P.id)
+    ),
     "DISTINCT of plain columns": lambda m: select(m.P.note).where(m.P.nick == "ada").distinct(),
     "GROUP BY the key": lambda m: (
         select(m.P.id, m.P.mrn, func.count(m.R.id)).join(m.P.visits).group_by(m.P.id, m.P.mrn).order_by(m.P.id)
@@ -515,6 +525,9 @@ LEGAL: dict[str, Legal] = {
     "GROUP BY the key by name": lambda m: (
         select(m.P.id.label("i"), m.P.mrn.label("m"), func.count(m.R.id))
         .join(m.P.visits).group_by("i", "m").order_by("i")
+    ),
+    "GROUP BY a name, over a join": lambda m: (
+        select(m.P.note, func.count(m.R.code)).join(m.P.visits).group_by("note").order_by("note")
     ),
     "GROUP BY a plain column": lambda m: (
         select(m.P.n, func.count(m.P.sec)).where(m.P.mrn != "b").group_by(m.P.n).order_by(m.P.n)

@@ -15,6 +15,7 @@ from orm.search_forms import statements
 from sqlalchemy import (
     Column,
     Engine,
+    Integer,
     MetaData,
     String,
     Table,
@@ -128,6 +129,31 @@ def test_lazy_loads_and_legacy_queries_are_walked(engine: Engine, byok: Byok) ->
         ):
             with pytest.raises(UnsupportedQueryError):
                 work()
+
+
+def test_a_string_means_what_sqlalchemy_takes_it_for(engine: Engine, byok: Byok) -> None:
+    """Of two tables with a column of one name it is the later one's, also where the other's is selected."""
+    metadata = MetaData()
+    plain = Table("g_plain", metadata, Column("id", Integer, primary_key=True), Column("memo", String(20)))
+    stored = Table(
+        "g_stored", metadata, Column("id", Integer, primary_key=True), Column("memo", Encrypted(String))
+    )
+    metadata.create_all(engine)
+    statement = select(plain.c.id, plain.c.memo)
+    with byok.tenant("t1"), engine.connect() as connection:
+        for refused in (
+            statement.join_from(plain, stored, plain.c.id == stored.c.id).order_by("memo"),
+            statement.join_from(plain, stored, plain.c.id == stored.c.id).group_by("memo"),
+            select(func.row_number().over(order_by="memo")).join_from(
+                plain, stored, plain.c.id == stored.c.id
+            ),
+        ):
+            with pytest.raises(UnsupportedQueryError) as raised:
+                connection.execute(refused)
+            assert raised.value.column == "g_stored.memo"
+        connection.execute(
+            statement.join_from(stored, plain, plain.c.id == stored.c.id).order_by("memo")
+        ).all()
 
 
 def test_upserts_are_walked(engine: Engine, byok: Byok) -> None:
