@@ -635,6 +635,8 @@ class _Walk:
         """Any expression."""
         if element is None:
             return
+        if not isinstance(element, ClauseElement):  # an attribute, as mysql.match() keeps it
+            element = element.__clause_element__()
         if isinstance(element, ColumnClause):
             self._column(element, why)
         elif isinstance(element, HashComparison):
@@ -644,7 +646,7 @@ class _Walk:
                 self._refuse(element.type, why)
         elif isinstance(element, BinaryExpression):
             self._binary(element)
-        elif isinstance(element, BooleanClauseList):
+        elif isinstance(element, BooleanClauseList) and element.operator is not operators.comma_op:
             for criterion in element.clauses:
                 self._part(criterion, _TRUTH)
         elif isinstance(element, Label | Grouping):
@@ -693,7 +695,7 @@ class _Walk:
             if isinstance(element, UnaryExpression) and why is None:
                 why = _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED
             for child in element.get_children():
-                if isinstance(child, ClauseElement):
+                if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
                     self.visit(child, why or _COMPUTED)
 
     def _column(self, column: Any, why: _Why | None) -> None:

@@ -33,7 +33,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql import coercions, ddl, elements, roles
@@ -154,6 +154,21 @@ def test_a_string_means_what_sqlalchemy_takes_it_for(engine: Engine, byok: Byok)
         connection.execute(
             statement.join_from(stored, plain, plain.c.id == stored.c.id).order_by("memo")
         ).all()
+
+
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+def test_full_text_search_is_refused(engine: Engine, byok: Byok) -> None:
+    """MATCH … AGAINST keeps attributes as they were given, and no value is sent for an encrypted one."""
+    with byok.session("t1", engine) as session:
+        for criterion in (
+            mysql.match(P.mrn, against=SECRET),
+            mysql.match(P.note, P.mrn, against=SECRET),
+            mysql.match(P.note, against=P.mrn),
+            mysql.match(P.__table__.c.mrn, against=SECRET).in_boolean_mode(),
+        ):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError) as raised:
+                session.execute(select(P.id).where(criterion))
+            assert (sent, raised.value.column) == ([], MRN)
 
 
 def test_upserts_are_walked(engine: Engine, byok: Byok) -> None:
