@@ -452,6 +452,9 @@ class _Walk:
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
             return self.statement(inner, why)
+        elif isinstance(statement, ClauseElement):  # of a class of somebody's own
+            for child in upstream.children(statement):
+                self.visit(child, why or _COMPUTED)
         return []
 
     def _select(self, select: Any, why: _Why | None) -> list[Any]:
@@ -694,7 +697,7 @@ class _Walk:
         else:
             if isinstance(element, UnaryExpression) and why is None:
                 why = _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED
-            for child in element.get_children():
+            for child in upstream.children(element):
                 if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
                     self.visit(child, why or _COMPUTED)
 

@@ -12,8 +12,14 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint
+from sqlalchemy.orm import QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
-from sqlalchemy.sql.elements import TableValuedColumn, _label_reference, _textual_label_reference
+from sqlalchemy.sql.elements import (
+    ClauseElement,
+    TableValuedColumn,
+    _label_reference,
+    _textual_label_reference,
+)
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
@@ -24,6 +30,7 @@ __all__ = [
     "FanOut",
     "Named",
     "Parts",
+    "children",
     "compared",
     "compared_owned",
     "conflict_criteria",
@@ -318,8 +325,13 @@ def executed(compiled: Any) -> Any:
     Of an ORM statement it is the one with joined inheritance, relationships' ORDER BY, eager loads and loader criteria
     put in; ``compiled.statement`` has none of them.
     """
-    state = getattr(compiled, "compile_state", None)
-    return resolved(compiled.statement if state is None else state.statement)
+    state, statement = getattr(compiled, "compile_state", None), resolved(compiled.statement)
+    # Of a text or a statement of somebody's own the state is that of a SELECT within it.
+    return (
+        statement
+        if state is None or not hasattr(statement, "_compile_state_factory")
+        else resolved(state.statement)
+    )
 
 
 class _Top:
@@ -417,6 +429,17 @@ def text_of(element: Any) -> str | None:
 def selected_by(compiled: Any) -> Any:
     """The SELECT of a compiled CREATE VIEW or CREATE TABLE AS (2.1); None of any other statement."""
     return getattr(getattr(compiled, "statement", None), "selectable", None)
+
+
+def children(element: Any) -> Iterator[Any]:
+    """The parts of an expression: what it tells, and of a class of somebody's own whatever else it holds."""
+    yield from element.get_children()
+    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
+    if any(issubclass(cls, ClauseElement) for cls in own):  # also where the ORM annotated it
+        for value in tuple(vars(element).values()):
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, ClauseElement | QueryableAttribute):
+                    yield one
 
 
 def named_in_order_by(element: Any) -> str | None:

@@ -15,6 +15,7 @@ from orm.search_forms import statements
 from sqlalchemy import (
     Column,
     Engine,
+    Executable,
     Integer,
     MetaData,
     String,
@@ -35,6 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql import coercions, ddl, elements, roles
 
@@ -154,6 +156,59 @@ def test_a_string_means_what_sqlalchemy_takes_it_for(engine: Engine, byok: Byok)
         connection.execute(
             statement.join_from(stored, plain, plain.c.id == stored.c.id).order_by("memo")
         ).all()
+
+
+class Shout(elements.ColumnElement[str]):
+    """An expression of one's own, which says nothing of its parts."""
+
+    inherit_cache = False
+    type = String()
+
+    def __init__(self, *columns: Any) -> None:
+        self.columns = columns
+
+
+class Copy(Executable, elements.ClauseElement):
+    """A statement of one's own, as in SQLAlchemy's documentation."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Table, selected: Any) -> None:
+        self.table, self.select = table, selected
+
+
+@compiles(Shout)
+def _shout(element: Shout, compiler: Any, **kwargs: Any) -> str:
+    return f"upper({compiler.process(element.columns[0], **kwargs)})"
+
+
+@compiles(Copy)
+def _copy(element: Copy, compiler: Any, **kwargs: Any) -> str:
+    return f"INSERT INTO {element.table.name} (id, note) {compiler.process(element.select, **kwargs)}"
+
+
+def test_constructs_of_ones_own_are_walked(engine: Engine, byok: Byok) -> None:
+    """An element or a statement that does not tell its parts is searched for what it holds."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    columns = P.__table__.c
+    with byok.session("t1", engine) as session:
+        for refused in (
+            select(P.id).where(Shout(P.mrn) == SECRET),
+            select(P.id).order_by(Shout(columns.mrn)),
+            select(Shout(columns.mrn.label("x"))),
+            select(P.id).where(Shout(columns.mrn)._annotate({"x": 1}) == SECRET),
+            Copy(P.__table__, select(columns.id, columns.mrn)),
+        ):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError) as raised:
+                session.execute(refused)
+            assert (sent, raised.value.column) == ([], MRN)
+        session.execute(Copy(P.__table__, select(columns.id, columns.note).where(columns.mrn == "a")))
+        assert (
+            session.execute(
+                select(Shout(columns.note)).where(P.mrn == "a").order_by(Shout(columns.note))
+            ).all()
+            == []
+        )
 
 
 @pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
@@ -346,6 +401,7 @@ def test_a_template_string_is_text(refusing: Engine, byok: Byok) -> None:
         for statement in (
             _template("SELECT mrn FROM g_patient WHERE mrn = ", literal(SECRET)),
             select(P.id).order_by(_template("", mrn, " DESC")),
+            _template("SELECT * FROM (", select(mrn).scalar_subquery(), ") ORDER BY mrn, g_patient"),
             select(P.id).where(_template("lower(", mrn, ") = ", literal(SECRET))),
             select(P.id).order_by(_template("", func.lower(mrn))),
         ):
