@@ -51,6 +51,7 @@ __all__ = [
     "hash_column_of",
     "search_keys",
     "spelled",
+    "way",
 ]
 
 _LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
@@ -352,9 +353,9 @@ def hash_column_of(
     siblings = {sibling(base) for base in column.base_columns}
     if None in siblings or len({found.type.source.search_key for found in siblings}) > 1:  # type: ignore[union-attr]
         return None
-    tables = _tables(column)
+    through = way(column)
     candidates = (candidate for candidate in table.c if isinstance(candidate.type, SearchHash))
-    return next((one for one in candidates if one.base_columns == siblings and _tables(one) == tables), None)
+    return next((one for one in candidates if one.base_columns == siblings and way(one) == through), None)
 
 
 def _sibling(column: Any) -> ColumnElement[Any] | None:
@@ -367,9 +368,18 @@ def _base(column: Any) -> Any:
     return next(iter(column.base_columns))
 
 
-def _tables(column: Any) -> set[Any]:
-    """All tables, aliases and subqueries through which a column comes."""
-    return {proxied.table for proxied in column.proxy_set if not isinstance(proxied, Label)}
+def way(column: Any) -> Any:
+    """The aliases and subqueries through which a column comes, down to its table.
+
+    Of a UNION the ways through each of its parts, in order: the same aliases in another order are other rows.
+    """
+    bare = _bare(column)
+    while isinstance(bare, TypeCoerce):
+        bare = _bare(bare.clause)
+    table = getattr(bare, "table", None)
+    if table is None or isinstance(table, Table):
+        return table
+    return (table, *(way(one) for one in upstream.proxied(bare)))
 
 
 def _bare(element: Any) -> Any:

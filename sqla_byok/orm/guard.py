@@ -56,7 +56,7 @@ from sqlalchemy.sql.visitors import iterate
 from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
-from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys
+from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Findings", "Guard", "Verdict", "search_hash"]
@@ -899,22 +899,19 @@ def _are_rows(columns: Sequence[Any], ours: Sequence[Any]) -> bool:
     return True
 
 
-def _place(column: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
-    """The table, the key and the aliases and subqueries through which a column comes; None if it is more than one.
-
-    Of a UNION the way through each of its parts counts: the same aliases in another order are other rows.
-    """
+def _place(column: Any) -> tuple[Any, Any, Any] | None:
+    """The table and the key of a column, and the way that it comes; None if it is of more than one, or of none."""
     bare = _bare(column)
     while isinstance(bare, TypeCoerce):
         bare = _bare(bare.clause)
     table = getattr(bare, "table", None)
     if isinstance(table, Table):
-        return table, bare.key, ()
-    places = [_place(one) for one in upstream.proxied(bare)] if table is not None else []
-    first = places[0] if places else None
-    if first is None or any(place is None or place[:2] != first[:2] for place in places):
+        return table, bare.key, table
+    origins = [_place(one) for one in upstream.proxied(bare)] if table is not None else []
+    first = origins[0] if origins else None
+    if first is None or any(place is None or place[:2] != first[:2] for place in origins):
         return None
-    return (*first[:2], (table, *(place[2] for place in places if place is not None)))
+    return (*first[:2], way(bare))
 
 
 def _kind(type_: Any) -> Any:
