@@ -15,22 +15,27 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from sqlalchemy import Select, Table, and_, or_
+from sqlalchemy import CompoundSelect, Select, Table, and_, or_
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import (
     BinaryExpression,
     BindParameter,
+    Cast,
     ClauseElement,
     ClauseList,
+    CollectionAggregate,
     ColumnElement,
+    False_,
     Grouping,
     Label,
     Null,
+    True_,
+    TypeCoerce,
 )
 from sqlalchemy.sql.operators import OperatorType
-from sqlalchemy.sql.selectable import ScalarSelect
+from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import UnsupportedQueryError
@@ -39,7 +44,15 @@ from sqla_byok.orm.schema import hash_key
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
-__all__ = ["EncryptedComparator", "HashComparator", "HashComparison", "hash_column_of"]
+__all__ = [
+    "EncryptedComparator",
+    "HashComparator",
+    "HashComparison",
+    "hash_column_of",
+    "search_keys",
+    "spelled",
+    "way",
+]
 
 _LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
 _NULL_TESTS = {
@@ -67,6 +80,14 @@ _ROTATING = (
 _OTHER_KEY = (
     "{} hashes with another salt or in another way; give both columns one salt_scope, hash and normalize"
 )
+_OTHER_KEYS = (
+    "it is compared with hashes of several columns that are made with several salts or in several ways; give all of "
+    "the columns one salt_scope, hash and normalize"
+)
+_NO_HASH = (
+    "cannot be compared with a SQL expression that has no search hash; compare it with values, or with a searchable "
+    "column of its salt_scope"
+)
 # By how many search salts, of several tenants or of one that rotates them, a statement looks a value up.
 _SALTS_AT_MOST = 20
 _NOT_SEARCHABLE = "it is not searchable; declare it with Encrypted(…, searchable=True) and fill its hashes"
@@ -81,10 +102,12 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         operand: Any = other[0] if other else None
         if hasattr(operand, "__clause_element__"):
             operand = operand.__clause_element__()
+        if isinstance(operand, True_ | False_):
+            operand = isinstance(operand, True_)
         if op in _NULL_TESTS and (operand is None or isinstance(operand, Null)):
             return super().operate(_NULL_TESTS[op], None)
         if op not in _LOOK_UPS:
-            _refuse(self.expr, f"{_spelled(op)} would run on ciphertext; {_INSTEAD}")
+            _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {_INSTEAD}")
         type_: Encrypted[Any] = self.expr.type  # type: ignore[assignment]
         if not type_.searchable and not isinstance(operand, ClauseElement):
             _refuse(self.expr, _NOT_SEARCHABLE)
@@ -93,7 +116,7 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
             comparison = super().operate(op, operand, **kwargs)
         if comparison is None:
             _refuse(
-                self.expr, f"{_spelled(op)} takes {'a value' if op in _NULL_TESTS else 'a list of values'}"
+                self.expr, f"{spelled(op)} takes {'a value' if op in _NULL_TESTS else 'a list of values'}"
             )
         if type_.normalize is not None:
             # With it the ORM would evaluate the un-normalized text in Python and leave the session stale.
@@ -101,7 +124,7 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         return _over_hashes(comparison)
 
     def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:
-        _refuse(self.expr, f"{_spelled(op)} would run on ciphertext; {_INSTEAD}")
+        _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {_INSTEAD}")
 
 
 class HashComparator(TypeDecorator.Comparator[Any]):
@@ -115,10 +138,16 @@ class HashComparator(TypeDecorator.Comparator[Any]):
 
     def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
         if op not in _OF_HASHES:
-            _refuse(self.expr, f"{_spelled(op)} means nothing on a search hash; {_INSTEAD}")
+            _refuse(self.expr, f"{spelled(op)} means nothing on a search hash; {_INSTEAD}")
         plain: Any = super().operate(op, *other, **kwargs)
-        looks_up = op in _LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in _LOOK_UPS
-        return _over_hashes(plain) if looks_up else plain
+        if op in _LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in _LOOK_UPS:
+            plain = _over_hashes(plain)
+            if _is_hash_column(plain.left):
+                # With it the ORM would compare the hash with the value in Python and leave the session stale.
+                left: Any = plain.left
+                plain.left = left._deannotate(values=("parentmapper",), clone=True)
+        result: ColumnElement[Any] = plain
+        return result
 
 
 # types.py cannot import this module, since this one needs its classes.
@@ -160,10 +189,11 @@ class HashComparison(BinaryExpression[Any]):
         if column is not None:
             _check_searchable(column)
             left, right = _hashed(left, column), _hashed(right, column)
-        elif not (_is_hash_column(left) or _is_hash_column(right)):
-            _refuse(left, "only an encrypted column itself can be looked up, not an expression over it")
         else:
-            _check_one_key(left, right)
+            column = next((side for side in (left, right) if _is_hash_column(side)), None)
+            if column is None:
+                _refuse(left, "only an encrypted column itself can be looked up, not an expression over it")
+            left, right = _beside_hash(left, column), _beside_hash(right, column)
         return self._over(left, right, self.operator) if live == 1 else self._fanned_out(left, right, live)
 
     def _fanned_out(self, left: Any, right: Any, live: int) -> ColumnElement[Any]:
@@ -255,7 +285,7 @@ def _hashed(operand: Any, column: Any) -> Any:
         return values
     source = _selected(bare) if isinstance(bare, ScalarSelect) else bare
     if not _is_encrypted_column(source):
-        _refuse(column, "it cannot be compared with a SQL expression that has no search hash")
+        _refuse(column, f"it {_NO_HASH}")
     _check_searchable(source)
     if source.type.search_key != column.type.search_key:
         _refuse(
@@ -323,9 +353,9 @@ def hash_column_of(
     siblings = {sibling(base) for base in column.base_columns}
     if None in siblings or len({found.type.source.search_key for found in siblings}) > 1:  # type: ignore[union-attr]
         return None
-    tables = _tables(column)
+    through = way(column)
     candidates = (candidate for candidate in table.c if isinstance(candidate.type, SearchHash))
-    return next((one for one in candidates if one.base_columns == siblings and _tables(one) == tables), None)
+    return next((one for one in candidates if one.base_columns == siblings and way(one) == through), None)
 
 
 def _sibling(column: Any) -> ColumnElement[Any] | None:
@@ -338,9 +368,18 @@ def _base(column: Any) -> Any:
     return next(iter(column.base_columns))
 
 
-def _tables(column: Any) -> set[Any]:
-    """All tables, aliases and subqueries through which a column comes."""
-    return {proxied.table for proxied in column.proxy_set if not isinstance(proxied, Label)}
+def way(column: Any) -> Any:
+    """The aliases and subqueries through which a column comes, down to its table.
+
+    Of a UNION the ways through each of its parts, in order: the same aliases in another order are other rows.
+    """
+    bare = _bare(column)
+    while isinstance(bare, TypeCoerce):
+        bare = _bare(bare.clause)
+    table = getattr(bare, "table", None)
+    if table is None or isinstance(table, Table):
+        return table
+    return (table, *(way(one) for one in upstream.proxied(bare)))
 
 
 def _bare(element: Any) -> Any:
@@ -379,12 +418,44 @@ def _select_of_hash(select: Any, source: Any, found: Any) -> Any:
     return _bare(select.element).with_only_columns(found._annotate(entity)).scalar_subquery()
 
 
-def _check_one_key(left: Any, right: Any) -> None:
-    """Refuse a comparison of two hash columns whose hashes say nothing of each other."""
-    sides = [getattr(_bare(side), "type", None) for side in (left, right)]
-    keys = {side.source.search_key for side in sides if isinstance(side, SearchHash)}
+def _beside_hash(operand: Any, column: Any) -> Any:
+    """What stands for an operand in a comparison with a hash column: values are hashed, hashes have to be like it."""
+    bare, type_ = _bare(operand), _bare(column).type
+    if isinstance(bare, BindParameter):
+        return _retyped(bare, type_.source.hash_type)
+    if isinstance(bare, ClauseList):
+        values = bare._clone()
+        values.clauses = [_beside_hash(value, column) for value in bare.clauses]
+        return values
+    keys = search_keys(bare)
+    if None in keys:
+        _refuse(column, f"its search hash {_NO_HASH}")
     if len(keys) > 1:
-        _refuse(left, _OTHER_KEY.format(_named(right)))
+        _refuse(column, _OTHER_KEYS)
+    if keys - {type_.source.search_key}:
+        _refuse(column, _OTHER_KEY.format(_named(operand)))
+    return operand
+
+
+def search_keys(element: Any) -> set[Any]:
+    """How the hashes are made that an expression gives; None is among them where it gives something else too."""
+    bare = _bare(element)
+    if isinstance(bare, ScalarSelect | CompoundSelect):
+        parts = bare.selects if isinstance(bare, CompoundSelect) else [_bare(bare.element)]
+        return {key for part in parts for key in search_keys(part)}
+    if isinstance(bare, Select):
+        return {key for column in bare.selected_columns for key in search_keys(column)}
+    if isinstance(bare, CollectionAggregate | SelectStatementGrouping):  # any_(), and parentheses
+        return search_keys(bare.element)
+    if isinstance(bare, Cast | TypeCoerce) and isinstance(_bare(bare.clause), Null):
+        return set()
+    stored = [column for column in getattr(bare, "base_columns", ()) if column is not bare]
+    if stored:
+        return {key for column in stored for key in search_keys(column)}
+    if isinstance(bare, Null):
+        return set()
+    type_ = getattr(bare, "type", None)
+    return {type_.source.search_key if isinstance(type_, SearchHash) else None}
 
 
 def _check_searchable(element: Any) -> None:
@@ -413,7 +484,7 @@ _SIGNS = {
 }  # fmt: skip
 
 
-def _spelled(op: OperatorType) -> str:
+def spelled(op: OperatorType) -> str:
     """The operator as it is written: its sign, or the method's name."""
     name = op.__name__
     return _SIGNS.get(name, f"{name.removesuffix('_op')}()")

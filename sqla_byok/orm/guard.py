@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -56,7 +56,7 @@ from sqlalchemy.sql.visitors import iterate
 from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
-from sqla_byok.orm.comparator import HashComparison, hash_column_of
+from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Findings", "Guard", "Verdict", "search_hash"]
@@ -201,6 +201,10 @@ _RETURNED = _Why(
     "its type decrypts values of one column only", "select the parts apart, or declare one column_id"
 )
 _LIGHT = _Why("table() and column() know nothing of its encryption", "use the model or its Table")
+_HASHES = _Why(
+    "its search hashes stand beside hashes that are made in another way, or beside other values",
+    "give the columns one salt_scope, hash and normalize, and take none but their hashes",
+)
 _HASH = _Why(
     "a search hash would be compared with something that is not hashed", _LOOK_UP + ", and never with a tuple"
 )
@@ -291,11 +295,14 @@ class Guard:
 
     def judge(self, compiled: Any) -> Verdict:
         """Walk a compiled statement."""
-        if not isinstance(compiled, SQLCompiler):
+        created = None if isinstance(compiled, SQLCompiler) else upstream.selected_by(compiled)
+        if created is not None:
+            compiled = compiled.sql_compiler
+        elif not isinstance(compiled, SQLCompiler):
             return _FINE
-        statement = upstream.executed(compiled)
-        if isinstance(statement, TextClause):
-            return Verdict(self.text(statement.text))
+        statement = upstream.executed(compiled) if created is None else created
+        if (text := upstream.text_of(statement)) is not None:
+            return Verdict(self.text(text))
         walk = _Walk(compiled)
         walk.top(statement)
         for cte in compiled.ctes or ():
@@ -357,8 +364,9 @@ class _Walk:
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
         self._sources: dict[int, Any] = {}
-        self._scopes: list[tuple[Sequence[Any], Sequence[Any]]] = []
+        self._scopes: list[Callable[[str], upstream.Named]] = []
         self._found: set[Table] = set()
+        self._light_names: set[str] = set()
         self._texts: list[str] = []
         self._loose: list[str] = []
 
@@ -390,6 +398,8 @@ class _Walk:
         """Find ``column("mrn")`` without a table, where a table of the statement has such an encrypted column."""
         if self._loose:
             encrypted = {name: id_ for table in self._found for name, id_ in _encrypted_in(table)}
+            for table in self._light_names:
+                encrypted.update(_protected(table))
             for name in self._loose:
                 if name in encrypted:
                     self._add(encrypted[name], _LIGHT.what, _LIGHT.way, True)
@@ -436,19 +446,20 @@ class _Walk:
             return self._compound(statement, why)
         if getattr(statement, "is_dml", False):
             self._dml(statement)
-        elif isinstance(statement, TextClause):
-            self._texts.append(statement.text)
-        elif isinstance(statement, TextualSelect):
-            self._texts.append(str(statement.element))
+        elif (text := upstream.text_of(getattr(statement, "element", statement))) is not None:
+            self._texts.append(text)
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
             return self.statement(inner, why)
+        elif isinstance(statement, ClauseElement):  # of a class of somebody's own
+            for child in upstream.children(statement):
+                self.visit(child, why or _COMPUTED)
         return []
 
     def _select(self, select: Any, why: _Why | None) -> list[Any]:
         parts = upstream.parts(select, self._compiled)
-        self._scopes.append((parts.columns, parts.froms))
+        self._scopes.append(parts.named)
         for column in parts.columns:
             self._part(column, why)
         for source in parts.froms:
@@ -476,13 +487,15 @@ class _Walk:
                 or any(not _is_encrypted(column) and not _is_null(column) for column in position)
             ):
                 self._refuse(encrypted[0].type, _MIXED)
-        if not compound.keyword.name.endswith("_ALL"):
-            bases = [[frozenset(getattr(_bare(c), "base_columns", ())) for c in columns] for columns in lists]
-            alike = all(base == bases[0] for base in bases)
+        if compound.keyword.name != "UNION_ALL":  # EXCEPT ALL and INTERSECT ALL compare rows too
+            places = [[_place(column) for column in columns] for columns in lists]
+            origins = [[place and place[:2] for place in those] for those in places]
             for columns in lists:
-                self._told_apart(columns, _SET, alike)
+                self._told_apart(columns, _SET, all(those == origins[0] for those in origins))
+            for position in zip(*lists, strict=False):
+                self._check_hashes(position)
         order_by, group_by = upstream.ordering(compound)
-        self._scopes.append((lists[0] if lists else (), ()))
+        self._scopes.append(lambda name: upstream.named_in_compound(lists, name))
         for column in order_by:
             self._ordered(column, lists[0] if lists else ())
         self._grouped(group_by, lists[0] if lists else ())
@@ -491,17 +504,28 @@ class _Walk:
 
     def _told_apart(self, columns: Sequence[Any], why: _Why, alike: bool = True) -> None:
         """Rows are told apart by these columns: right where those that are equal are the same row."""
-        ours = [column for column in columns if isinstance(getattr(column, "type", None), _OURS)]
-        if not ours or (alike and _are_rows(columns, ours)):
+        stored = [column for column in columns if _ciphertext(column) is not None]
+        hashes = [column for column in columns if isinstance(getattr(column, "type", None), SearchHash)]
+        if not (stored or hashes) or (alike and _are_rows(columns, stored + hashes)):
             return
-        encrypted = [column for column in ours if _is_encrypted(column)]
-        if encrypted:
-            self._refuse(encrypted[0].type, why)
-        else:
-            self.grouped += [column.type for column in ours]
+        for column in stored:
+            self._refuse(_ciphertext(column), why)
+        for column in hashes:
+            self._check_hashes([column])
+            self.grouped.append(column.type)
+
+    def _check_hashes(self, columns: Sequence[Any]) -> None:
+        """Refuse hashes that say nothing of each other where rows are told apart by them."""
+        types = [
+            type_ for column in columns if isinstance(type_ := getattr(column, "type", None), SearchHash)
+        ]
+        if types and len({key for column in columns for key in search_keys(column)}) > 1:
+            self._refuse(types[0], _HASHES)
 
     def _grouped(self, elements: Iterable[Any], columns: Sequence[Any]) -> None:
-        bare = [_referred(one) for element in elements for one in self._meant(element, columns)]
+        bare = [
+            _referred(one) for element in elements for one in self._meant(element, columns, shadowed=True)
+        ]
         self._told_apart(bare, _GROUP_BY)
         for element in bare:
             if not isinstance(getattr(element, "type", None), _OURS) or not isinstance(element, ColumnClause):
@@ -511,13 +535,15 @@ class _Walk:
         for meant in self._meant(element, columns):
             self._part(meant, _ORDER_BY)
 
-    def _meant(self, element: Any, columns: Sequence[Any]) -> list[Any]:
+    def _meant(self, element: Any, columns: Sequence[Any], shadowed: bool = False) -> list[Any]:
         """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
         bare = element
         while isinstance(bare, UnaryExpression):
             bare = bare.element
+        if isinstance(bare, ClauseList):  # of an entity
+            return [meant for one in bare.clauses for meant in self._meant(one, columns)]
         if (name := upstream.named_in_order_by(bare)) is not None:
-            return self._of_name(name)
+            return self._of_name(name, shadowed)
         text = bare.text if isinstance(bare, TextClause) else getattr(bare, "is_literal", False) and bare.name
         places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
         return [columns[place] for place in places if place < len(columns)] or [element]
@@ -575,6 +601,8 @@ class _Walk:
         if id(source) in self._sources:
             return
         self._sources[id(source)] = source
+        if _is_light(source):
+            self._light_names.add(source.name)
         if isinstance(source, Join):
             self.source(source.left)
             self.source(source.right)
@@ -586,7 +614,7 @@ class _Walk:
             for value in upstream.rows_of_values(source):
                 if isinstance(value, ClauseElement):
                     self._part(value, _VALUES)
-        elif isinstance(source, FunctionElement | TextClause):
+        elif isinstance(source, FunctionElement) or upstream.text_of(source) is not None:
             self._part(source, _COMPUTED)
         else:
             restated = upstream.restated(source)
@@ -610,6 +638,8 @@ class _Walk:
         """Any expression."""
         if element is None:
             return
+        if not isinstance(element, ClauseElement):  # an attribute, as mysql.match() keeps it
+            element = element.__clause_element__()
         if isinstance(element, ColumnClause):
             self._column(element, why)
         elif isinstance(element, HashComparison):
@@ -619,13 +649,13 @@ class _Walk:
                 self._refuse(element.type, why)
         elif isinstance(element, BinaryExpression):
             self._binary(element)
-        elif isinstance(element, BooleanClauseList):
+        elif isinstance(element, BooleanClauseList) and element.operator is not operators.comma_op:
             for criterion in element.clauses:
                 self._part(criterion, _TRUTH)
         elif isinstance(element, Label | Grouping):
             self.visit(element.element, why)
-        elif isinstance(element, TextClause):
-            self._texts.append(element.text)
+        elif (text := upstream.text_of(element)) is not None:
+            self._texts.append(text)
         else:
             self._rarer(element, why)
 
@@ -658,13 +688,17 @@ class _Walk:
             self.visit(element.partition_by, _WINDOW)
             self.visit(element.order_by, _WINDOW)
         elif (name := upstream.named_in_order_by(element)) is not None:
-            for column in self._of_name(name):
+            for column in self._of_name(name, shadowed=True):
                 self._part(column, why)
+        elif (row := upstream.row_of(element)) is not None:
+            self.source(row)
+            if why is not None and (carried := _ciphertext(element)) is not None:
+                self._refuse(carried, why)
         else:
             if isinstance(element, UnaryExpression) and why is None:
                 why = _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED
-            for child in element.get_children():
-                if isinstance(child, ClauseElement):
+            for child in upstream.children(element):
+                if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
                     self.visit(child, why or _COMPUTED)
 
     def _column(self, column: Any, why: _Why | None) -> None:
@@ -679,10 +713,13 @@ class _Walk:
             if why is not None:
                 self._refuse(type_, why)
         elif isinstance(type_, SearchHash):
-            if why is not None:
+            if why in _COMPARISONS:
+                self._refuse(type_, _HASH)
+            elif why is not None:
+                self._check_hashes([column])
                 self.grouped.append(type_)
         elif not isinstance(table, Table):
-            if why is not None and (carried := _carried(column)) is not None:
+            if why is not None and (carried := _ciphertext(column)) is not None:
                 self._refuse(carried, why)
             for base in column.base_columns:
                 if _is_light(getattr(base, "table", None)):
@@ -694,10 +731,21 @@ class _Walk:
             self._add(known[name.lower()], _LIGHT.what, _LIGHT.way, True)
 
     def _looked_up(self, comparison: HashComparison) -> None:
+        for side in (_bare(comparison.left), _bare(comparison.right)):
+            if isinstance(side, ScalarSelect) and isinstance(inner := _inner(side), Select):
+                self._order_of(inner)
         shown = comparison.rendered(1)  # what of it is sent
         for side in (_bare(shown.left), _bare(shown.right)):
             for operand in side.clauses if isinstance(side, ClauseList) else (side,):
                 self._part(_bare(operand), None)
+
+    def _order_of(self, select: Any) -> None:
+        """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
+        parts = upstream.parts(select, self._compiled)
+        self._scopes.append(parts.named)
+        for column in parts.order_by:
+            self._ordered(column, parts.columns)
+        self._scopes.pop()
 
     def _binary(self, binary: Any) -> None:
         left, right = binary.left, binary.right
@@ -744,6 +792,7 @@ class _Walk:
             same = {result.type.column_id for result in encrypted}
             if len(same) > 1 or any(not _is_encrypted(one) and not _is_null(one) for one in results):
                 self._refuse(encrypted[0].type, _MIXED)
+        self._check_hashes(results)
         for result in results:
             self.visit(result, why)
 
@@ -754,11 +803,17 @@ class _Walk:
             self._refuse(cast.type, _CAST)
         self.visit(cast.clause, _CAST)
 
-    def _of_name(self, name: str) -> list[Any]:
-        """The columns that a string may name."""
-        columns, froms = self._scopes[-1] if self._scopes else ((), ())
-        found = [column for column in columns if name in upstream.names_of(column)]
-        return found or [source.c[name] for source in froms if name in getattr(source, "c", ())]
+    def _of_name(self, name: str, shadowed: bool) -> list[Any]:
+        """The columns that a string may name.
+
+        :param shadowed: where a label has the name, the database takes a column of the FROM first: but in ORDER BY.
+        """
+        if not self._scopes:
+            return []
+        meant, alike = self._scopes[-1](name)
+        if shadowed:
+            return meant + alike if any(isinstance(column, Label) for column in meant) else meant
+        return meant[:1]
 
 
 # -- what an element is ----------------------------------------------------------------------------------------------
@@ -798,15 +853,28 @@ def _is_light(table: Any) -> bool:
     return isinstance(table, TableClause) and not isinstance(table, Table)
 
 
-def _carried(column: Any) -> Any:
-    """The type of the encrypted column whose ciphertext comes in a subquery's column under another type."""
-    for base in column.base_columns:
-        inner: Any = _bare(base)
-        while isinstance(inner, TypeCoerce):
-            inner = _bare(inner.clause)
-        if _is_encrypted(inner):
-            return inner.type
-    return None
+def _ciphertext(element: Any) -> Any:
+    """The type of the encrypted column whose ciphertext an expression gives, under whatever type; else None."""
+    bare = _bare(element)
+    if _is_encrypted(bare):
+        return bare.type
+    return next((type_ for part in _given_by(bare) if (type_ := _ciphertext(part)) is not None), None)
+
+
+def _given_by(element: Any) -> Iterable[Any]:
+    """The parts of an expression that it may give unchanged."""
+    if isinstance(element, TypeCoerce):
+        return (element.clause,)
+    if isinstance(element, Case):
+        return [*(result for _, result in element.whens), element.else_]
+    if isinstance(element, FunctionElement):
+        return tuple(element.clauses) if getattr(element, "name", "") == "coalesce" else ()
+    if isinstance(element, ScalarSelect):
+        inner = _inner(element)
+        return tuple(inner.selected_columns) if isinstance(inner, Select | CompoundSelect) else ()
+    if (row := upstream.row_of(element)) is not None:
+        return tuple(row.c)
+    return (base for base in getattr(element, "base_columns", ()) if base is not element)
 
 
 def _stored_types(column: Any) -> Iterator[Any]:
@@ -831,16 +899,19 @@ def _are_rows(columns: Sequence[Any], ours: Sequence[Any]) -> bool:
     return True
 
 
-def _place(column: Any) -> tuple[Any, Any, frozenset[Any]] | None:
-    """The table, the key and the aliases and subqueries through which a column comes; None if it is more than one."""
+def _place(column: Any) -> tuple[Any, Any, Any] | None:
+    """The table and the key of a column, and the way that it comes; None if it is of more than one, or of none."""
     bare = _bare(column)
-    if getattr(bare, "table", None) is None or len(bare.base_columns) != 1:
+    while isinstance(bare, TypeCoerce):
+        bare = _bare(bare.clause)
+    table = getattr(bare, "table", None)
+    if isinstance(table, Table):
+        return table, bare.key, table
+    origins = [_place(one) for one in upstream.proxied(bare)] if table is not None else []
+    first = origins[0] if origins else None
+    if first is None or any(place is None or place[:2] != first[:2] for place in origins):
         return None
-    (base,) = bare.base_columns
-    if not isinstance(getattr(base, "table", None), Table):
-        return None
-    through = (getattr(proxied, "table", None) for proxied in bare.proxy_set)
-    return base.table, base.key, frozenset(t for t in through if t is not None and not isinstance(t, Table))
+    return (*first[:2], way(bare))
 
 
 def _kind(type_: Any) -> Any:

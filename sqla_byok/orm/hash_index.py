@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import ConfigurationError, DeclarationError, UnsupportedQueryError
 from sqla_byok.normalize import identity
-from sqla_byok.orm.comparator import HashComparison, hash_column_of
+from sqla_byok.orm.comparator import HashComparison, hash_column_of, spelled
 from sqla_byok.orm.schema import IndexOf, add_index, hash_key
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, IndexHash, SearchHash
@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 # What SQLAlchemy has to know of IndexComparison beside what it knows of any comparison.
 _INDEX_TOO: Any = [("index", InternalTraversal.dp_string)]
 
+_INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a hash_index, with values"
 _LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
 _NULL_TESTS = {
     operators.eq: operators.is_,
@@ -216,28 +217,27 @@ class _IndexComparator(Comparator[Any]):
 
     def __clause_element__(self) -> NoReturn:
         self._refuse(
-            "it is computed in Python, so the database cannot select, order or group by it; only ==, !=, in_(), "
-            "not_in(), is_(None) and is_not(None) work on a hash_index"
+            f"it is computed in Python, so the database cannot select, order or group by it; {_INSTEAD}"
         )
 
     def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
         operand: Any = other[0] if other else None
         is_null = operand is None or isinstance(operand, Null)
         if op not in _LOOK_UPS and not (op in _NULL_TESTS and is_null):
-            self._refuse(f"{getattr(op, '__name__', op)} means nothing on a search hash")
+            self._refuse(f"{spelled(op)} means nothing on a search hash; {_INSTEAD}")
         if op in _NULL_TESTS and is_null:
             op, operand = _NULL_TESTS[op], None
         source, comparison = self._operand(), None
         with suppress(ArgumentError):  # its text shows the value
             comparison = TypeDecorator.Comparator.operate(source.comparator, op, operand, **kwargs)
         if not isinstance(comparison, BinaryExpression):
-            self._refuse(f"{getattr(op, '__name__', op)} takes values")
+            self._refuse(f"{spelled(op)} takes values")
         # The ORM would evaluate the comparison in Python with the source's value, and leave the session stale.
         comparison.left = source._deannotate(values=("parentmapper",), clone=True)
         return _over_index(comparison, self._index.key)
 
     def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:
-        self._refuse(f"{getattr(op, '__name__', op)} means nothing on a search hash")
+        self._refuse(f"{spelled(op)} means nothing on a search hash; {_INSTEAD}")
 
     def _operand(self) -> Any:
         """The first source, in whose FROM the hash column is looked for when the comparison is compiled."""
@@ -248,7 +248,9 @@ class _IndexComparator(Comparator[Any]):
         return hash_column_of(source, lambda column: _beside(column, self._index.key))
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise UnsupportedQueryError(f"{self._index.__name__}: {reason}", column=self._index.__name__)
+        found = self._hash_column(self._operand())
+        name = self._index.__name__ if found is None else found.type.source.column_id
+        raise UnsupportedQueryError(f"{name}: {reason}", column=name)
 
 
 def searched_id(attribute: Any) -> str:

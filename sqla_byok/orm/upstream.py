@@ -12,17 +12,25 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint
+from sqlalchemy.orm import QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
-from sqlalchemy.sql.elements import _label_reference, _textual_label_reference
+from sqlalchemy.sql.elements import (
+    ClauseElement,
+    TableValuedColumn,
+    _label_reference,
+    _textual_label_reference,
+)
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import FromClause
-from sqlalchemy.sql.visitors import InternalTraversal
+from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
 __all__ = [
     "FanOut",
+    "Named",
     "Parts",
+    "children",
     "compared",
     "compared_owned",
     "conflict_criteria",
@@ -36,14 +44,15 @@ __all__ = [
     "in_greenlet",
     "known",
     "multi_values",
+    "named_in_compound",
     "named_in_order_by",
-    "names_of",
     "note_compared",
     "ordering",
     "parts",
     "pinned",
     "plain_table",
     "processors",
+    "proxied",
     "referred",
     "remember",
     "remember_owned",
@@ -54,10 +63,13 @@ __all__ = [
     "restated",
     "result_types",
     "returning",
+    "row_of",
     "rows_of_values",
     "searched",
     "select_names",
+    "selected_by",
     "target",
+    "text_of",
     "unique_columns",
     "values",
     "with_conflicts",
@@ -313,8 +325,13 @@ def executed(compiled: Any) -> Any:
     Of an ORM statement it is the one with joined inheritance, relationships' ORDER BY, eager loads and loader criteria
     put in; ``compiled.statement`` has none of them.
     """
-    state = getattr(compiled, "compile_state", None)
-    return resolved(compiled.statement if state is None else state.statement)
+    state, statement = getattr(compiled, "compile_state", None), resolved(compiled.statement)
+    # Of a text or a statement of somebody's own the state is that of a SELECT within it.
+    return (
+        statement
+        if state is None or not hasattr(statement, "_compile_state_factory")
+        else resolved(state.statement)
+    )
 
 
 class _Top:
@@ -326,11 +343,25 @@ class _Top:
         self._global_attributes = dict(compiled._global_attributes)  # loader criteria among them
 
 
+class Named(NamedTuple):
+    """What a string names."""
+
+    meant: list[Any]  # what SQLAlchemy puts in its place in ORDER BY, GROUP BY and windows
+    alike: list[Any]  # the columns of the FROM that have the name
+
+
+def _named(state: Any, name: str) -> Named:
+    found = [columns[name] for columns in state._label_resolve_dict[:2] if name in columns]
+    froms = (column for source in state.froms for column in getattr(source, "c", ()))
+    return Named(found, [column for column in froms if column.name == name])
+
+
 class Parts(NamedTuple):
     """What a SELECT consists of."""
 
     columns: list[Any]
     froms: Sequence[Any]
+    named: Callable[[str], Named]
     criteria: Sequence[Any]
     group_by: Sequence[Any]
     order_by: Sequence[Any]
@@ -358,10 +389,11 @@ def parts(select: Any, compiled: Any) -> Parts:
     return Parts(
         columns=columns,
         froms=state._get_display_froms(),
+        named=lambda name: _named(state, name),
         criteria=(*select._where_criteria, *select._having_criteria),
         group_by=select._group_by_clauses,
         order_by=select._order_by_clauses,
-        distinct=bool(select._distinct),
+        distinct=bool(select._distinct) or any("DISTINCT" in str(text_of(text)).upper() for text in texts),
         distinct_on=distinct_on,
         others=[*(other for other in others if other is not None), *texts],
     )
@@ -383,6 +415,33 @@ def ordering(compound: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return compound._order_by_clauses, compound._group_by_clauses
 
 
+def text_of(element: Any) -> str | None:
+    """The SQL text of text(); of a template string (2.1) with the names of the columns and tables in it; else None."""
+    if not getattr(element, "_is_text_clause", False):
+        return None
+    pieces = getattr(element, "parts", None) or [element]
+    return "".join(
+        getattr(piece, "text", None) or " ".join(str(getattr(one, "name", "")) for one in iterate(piece))
+        for piece in pieces
+    )
+
+
+def selected_by(compiled: Any) -> Any:
+    """The SELECT of a compiled CREATE VIEW or CREATE TABLE AS (2.1); None of any other statement."""
+    return getattr(getattr(compiled, "statement", None), "selectable", None)
+
+
+def children(element: Any) -> Iterator[Any]:
+    """The parts of an expression: what it tells, and of a class of somebody's own whatever else it holds."""
+    yield from element.get_children()
+    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
+    if any(issubclass(cls, ClauseElement) for cls in own):  # also where the ORM annotated it
+        for value in tuple(vars(element).values()):
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, ClauseElement | QueryableAttribute):
+                    yield one
+
+
 def named_in_order_by(element: Any) -> str | None:
     """The name, where an ORDER BY, GROUP BY or window names a column by a string."""
     return str(element.element) if isinstance(element, _textual_label_reference) else None
@@ -393,9 +452,26 @@ def referred(element: Any) -> Any:
     return element.element if isinstance(element, _label_reference) else None
 
 
-def names_of(column: Any) -> set[Any]:
-    """The strings by which an ORDER BY finds a result column."""
-    return {getattr(column, name, None) for name in ("key", "name", "_tq_label")} - {None}
+def named_in_compound(lists: Sequence[Sequence[Any]], name: str) -> Named:
+    """What a string names in the ORDER BY of a UNION or the like: a result column of its first part."""
+    keys = ("key", "name", "_tq_label")
+    found = (
+        column
+        for column in (lists[0] if lists else ())
+        if name in [getattr(column, key, None) for key in keys]
+    )
+    return Named(list(found), [])
+
+
+def proxied(column: Any) -> Sequence[Any]:
+    """The columns that a column of an alias or subquery stands for: one, or of a UNION one for each part."""
+    found: Sequence[Any] = column._proxies
+    return found
+
+
+def row_of(element: Any) -> Any:
+    """The FROM of which an expression is the whole row; None for any other."""
+    return element.scalar_alias if isinstance(element, TableValuedColumn) else None
 
 
 def restated(cte: Any) -> Any:

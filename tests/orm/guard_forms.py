@@ -24,11 +24,14 @@ from sqlalchemy import (
     delete,
     desc,
     distinct,
+    except_all,
     exists,
     extract,
     func,
     insert,
     intersect,
+    intersect_all,
+    label,
     literal,
     literal_column,
     null,
@@ -138,8 +141,8 @@ class Refused(NamedTuple):
 
 
 def _labelled(p: Any) -> Any:
-    label = p.mrn.label("m")
-    return select(p.id, label).order_by(label)
+    labelled = p.mrn.label("m")
+    return select(p.id, labelled).order_by(labelled)
 
 
 def _cte_grouped(p: Any) -> Any:
@@ -173,6 +176,28 @@ def _other_alias(p: Any, _: Any) -> Any:
     return select(one.c.id, other.c.mrn).where(one.c.n == other.c.n).distinct()
 
 
+def _crossed(p: Any, _: Any) -> Any:
+    one, other = (p.mrn.table.alias() for _ in range(2))
+    same = one.c.n == other.c.n
+    both = union_all(
+        select(one.c.id, other.c.nick).where(same), select(other.c.id, one.c.nick).where(same)
+    ).subquery()
+    return select(both.c.id, both.c.nick).distinct()
+
+
+def _coerced(column: Any) -> Any:
+    return type_coerce(column, LargeBinary)
+
+
+def _two_scopes(p: Any, r: Any) -> Any:
+    return union_all(select(p.nick_hash.label("h")), select(r.code_hash)).subquery()
+
+
+def _whole_row(p: Any, _: Any) -> Any:
+    inner = select(p.nick).subquery("whole")
+    return select(func.count(distinct(inner.table_valued())))
+
+
 def _update(p: Any) -> Any:
     return update(p.id.table)
 
@@ -184,6 +209,12 @@ REFUSED: dict[str, Refused] = {
     "ORDER BY nulls_last": Refused(lambda p, r: select(p.id).order_by(nulls_last(p.mrn.label("x")))),
     "ORDER BY a string": Refused(lambda p, r: select(p.id, p.mrn).order_by("mrn")),
     "ORDER BY a string of the FROM": Refused(lambda p, r: select(p.id).order_by("mrn")),
+    "ORDER BY a string, over a join": Refused(
+        lambda p, r: select(p.id).join_from(p.id.table, r.id.table).order_by("code"), CODE
+    ),
+    "ORDER BY a string of an outer query": Refused(
+        lambda p, r: select(p.id, select(r.id).where(r.pid == p.id).order_by("nick").limit(1).scalar_subquery()), NICK
+    ),
     "ORDER BY desc of a string": Refused(lambda p, r: select(p.id, p.mrn).order_by(desc("mrn"))),
     "ORDER BY a label's name": Refused(lambda p, r: select(p.id, p.mrn.label("m")).order_by("m")),
     "ORDER BY a label": Refused(lambda p, r: _labelled(p)),
@@ -200,19 +231,33 @@ REFUSED: dict[str, Refused] = {
     ),
     "GROUP BY": Refused(lambda p, r: select(func.count()).group_by(p.mrn)),
     "GROUP BY a string": Refused(lambda p, r: select(p.mrn, func.count()).group_by("mrn")),
+    "GROUP BY a string, over a join": Refused(
+        lambda p, r: select(func.count()).join_from(p.id.table, r.id.table).group_by("nick"), NICK
+    ),
+    "GROUP BY a label that shadows a column": Refused(
+        lambda p, r: select(func.max(p.note).label("nick"), func.count()).group_by("nick"), NICK
+    ),
     "GROUP BY another table's key": Refused(
         lambda p, r: select(p.mrn).join_from(p.id.table, r.id.table).group_by(r.id, p.mrn)
     ),
     "GROUP BY in a CTE": Refused(lambda p, r: _cte_grouped(p)),
     "DISTINCT": Refused(lambda p, r: select(p.mrn).distinct()),
+    "DISTINCT as a prefix": Refused(lambda p, r: select(p.mrn).prefix_with("DISTINCT")),
     "DISTINCT with a plain column": Refused(lambda p, r: select(p.mrn, p.n).distinct()),
     "DISTINCT with another table's key": Refused(
         lambda p, r: select(p.id, r.mrn).where(p.id == r.pid).distinct(), "g_visit.mrn"
     ),
     "DISTINCT with another alias's key": Refused(_other_alias),
     "DISTINCT over UNION ALL of two tables": Refused(_distinct_of_union),
+    "DISTINCT over UNION ALL of crossed aliases": Refused(_crossed, NICK),
+    "DISTINCT of type_coerce": Refused(lambda p, r: select(_coerced(p.mrn)).distinct()),
+    "DISTINCT of a label with a type": Refused(lambda p, r: select(label("x", p.mrn, type_=LargeBinary)).distinct()),
+    "DISTINCT of a whole row": Refused(_whole_row, NICK),
     "UNION": Refused(lambda p, r: union(select(p.mrn), select(p.mrn))),
     "UNION with keys of two tables": Refused(lambda p, r: union(select(p.id, p.mrn), select(r.id, r.mrn))),
+    "UNION of type_coerce": Refused(lambda p, r: union(select(_coerced(p.mrn)), select(_coerced(p.mrn)))),
+    "EXCEPT ALL": Refused(lambda p, r: except_all(select(p.mrn), select(r.mrn))),
+    "INTERSECT ALL": Refused(lambda p, r: intersect_all(select(p.mrn), select(r.mrn))),
     "INTERSECT": Refused(lambda p, r: intersect(select(p.mrn), select(p.mrn))),
     "UNION ALL of two columns": Refused(lambda p, r: union_all(select(p.mrn), select(r.code))),
     "UNION ALL with plaintext": Refused(lambda p, r: union_all(select(p.mrn), select(p.note))),
@@ -224,6 +269,31 @@ REFUSED: dict[str, Refused] = {
     "literal == hash": Refused(lambda p, r: select(p.id).where(literal(SECRET) == p.mrn_hash)),
     "literal BETWEEN": Refused(lambda p, r: select(p.id).where(literal(SECRET).between(p.mrn, "z"))),
     "literal IN": Refused(lambda p, r: select(p.id).where(literal(SECRET).in_([p.mrn]))),
+    "literal BETWEEN hashes": Refused(lambda p, r: select(p.id).where(literal(SECRET).between(p.mrn_hash, "z"))),
+    "literal IN hashes": Refused(lambda p, r: select(p.id).where(literal(SECRET).in_([p.mrn_hash]))),
+    "type_coerce of a hash": Refused(lambda p, r: select(p.id).where(type_coerce(p.mrn_hash, String) == SECRET)),
+    "hash == plain": Refused(lambda p, r: select(p.id).where(p.mrn_hash == p.note)),
+    "hash == a function": Refused(lambda p, r: select(p.id).where(p.mrn_hash == func.lower(SECRET))),
+    "hash IN plain": Refused(lambda p, r: select(p.id).where(p.mrn_hash.in_([SECRET, p.note]))),
+    "hash IN (SELECT plain)": Refused(lambda p, r: select(p.id).where(p.mrn_hash.in_(select(p.note)))),
+    "hash IN another scope's": Refused(lambda p, r: select(p.id).where(p.mrn_hash.in_([p.nick_hash]))),
+    "hash IN (UNION of two scopes)": Refused(
+        lambda p, r: select(p.id).where(p.mrn_hash.in_(union_all(select(r.mrn_hash), select(r.code_hash))))
+    ),
+    "hash == over hashes of two scopes": Refused(
+        lambda p, r: (lambda both: select(both.c.h).where(both.c.h == SECRET))(_two_scopes(p, r)), NICK
+    ),
+    "GROUP BY over hashes of two scopes": Refused(
+        lambda p, r: (lambda both: select(func.count()).select_from(both).group_by(both.c.h))(_two_scopes(p, r)), NICK
+    ),
+    "UNION of hashes of two scopes": Refused(lambda p, r: union(select(p.nick_hash), select(r.code_hash)), NICK),
+    "UNION of hashes and plain": Refused(lambda p, r: union(select(p.nick_hash), select(p.note)), NICK),
+    "coalesce of hashes of two scopes": Refused(
+        lambda p, r: select(func.count(distinct(func.coalesce(p.nick_hash, p.mrn_hash)))), NICK
+    ),
+    "IN (SELECT ordered by a position)": Refused(
+        lambda p, r: select(p.id).where(p.mrn.in_(select(r.mrn).order_by(text("1")).limit(1))), "g_visit.mrn"
+    ),
     "plain == column": Refused(lambda p, r: select(p.id).where(p.note == p.mrn)),
     "plain LIKE column": Refused(lambda p, r: select(p.id).where(p.note.ilike(p.mrn))),
     "plain IN (SELECT column)": Refused(lambda p, r: select(p.id).where(p.note.in_(select(p.mrn)))),
@@ -256,11 +326,32 @@ REFUSED: dict[str, Refused] = {
     "CAST": Refused(lambda p, r: select(cast(p.mrn, String))),
     "CAST to its type": Refused(lambda p, r: select(cast(p.note, p.mrn.type))),
     "EXTRACT": Refused(lambda p, r: select(extract("year", p.sec)), SEC),
+    "coalesce in a subquery": Refused(
+        lambda p, r: (lambda inner: select(inner.c.id).order_by(inner.c.m))(
+            select(p.id, func.coalesce(_coerced(p.mrn), null()).label("m")).subquery()
+        )
+    ),
+    "case in a subquery": Refused(
+        lambda p, r: (lambda inner: select(inner.c.id).order_by(inner.c.m))(
+            select(p.id, case((p.n == 1, _coerced(p.mrn))).label("m")).subquery()
+        )
+    ),
+    "a scalar subquery in a subquery": Refused(
+        lambda p, r: (lambda inner: select(inner.c.id).order_by(inner.c.m))(
+            select(p.id, select(_coerced(r.code)).limit(1).scalar_subquery().label("m")).subquery()
+        ), CODE,
+    ),
     "COLLATE": Refused(lambda p, r: select(collate(type_coerce(p.mrn, String), "C"))),
     "type_coerce and LIKE": Refused(lambda p, r: select(p.id).where(type_coerce(p.mrn, String).like("a%"))),
     "type_coerce in a subquery": Refused(_hidden),
     "window ORDER BY": Refused(lambda p, r: select(func.row_number().over(order_by=p.mrn))),
     "window ORDER BY a string": Refused(lambda p, r: select(p.mrn, func.row_number().over(order_by="mrn"))),
+    "window ORDER BY a string, over a join": Refused(
+        lambda p, r: select(func.row_number().over(order_by="code")).join_from(p.id.table, r.id.table), CODE
+    ),
+    "window ORDER BY a label that shadows a column": Refused(
+        lambda p, r: select(p.note.label("nick"), func.row_number().over(order_by="nick")), NICK
+    ),
     "window PARTITION BY": Refused(lambda p, r: select(func.row_number().over(partition_by=p.mrn, order_by=p.id))),
     "first_value()": Refused(lambda p, r: select(func.first_value(p.mrn).over(order_by=p.id))),
     "a scalar subquery == literal": Refused(
@@ -296,6 +387,9 @@ REFUSED: dict[str, Refused] = {
     "column() beside the table": Refused(lambda p, r: select(column("mrn")).select_from(p.id.table)),
     "SELECT from table()": Refused(
         lambda p, r: select((t := table("g_patient", column("id"), column("mrn"))).c.id).where(t.c.mrn == SECRET)
+    ),
+    "column() beside table()": Refused(
+        lambda p, r: select(func.count()).select_from(table("g_patient", column("id"))).where(column("mrn") == SECRET)
     ),
     "SELECT from an alias of table()": Refused(
         lambda p, r: select(table("g_patient", column("id"), column("mrn")).alias().c.mrn)
@@ -386,6 +480,7 @@ LEGAL: dict[str, Legal] = {
     "IS NULL selected": lambda m: select(m.P.sec.is_(None), m.P.nick.is_not(None)).order_by(m.P.id),
     "ORDER BY IS NULL": lambda m: select(m.P.id).order_by(m.P.nick.is_(None), m.P.id),
     "a condition ==": lambda m: select(m.P.id).where(m.P.flag == True),  # noqa: E712 - the form under test
+    "a condition == true()": lambda m: select(m.P.id).where(m.P.flag == true()),
     "a condition in case": lambda m: select(case((m.P.mrn == "a", 1), else_=0)).order_by(m.P.id),
     "ORDER BY a condition": lambda m: select(m.P.id).order_by(case((m.P.mrn == "b", 0), else_=1), m.P.id),
     "count": lambda m: select(func.count(m.P.nick), func.count(), func.count(m.P.sec)),
@@ -411,13 +506,28 @@ LEGAL: dict[str, Legal] = {
     "DISTINCT of an alias": _distinct_alias,
     "DISTINCT with the key": lambda m: select(m.P.id, m.P.mrn).join(m.P.visits).distinct().order_by(m.P.id),
     "DISTINCT of a subquery with the key": _keyed_subquery,
+    "DISTINCT of type_coerce with the key": lambda m: (
+        select(func.count()).select_from(
+            select(m.P.id, type_coerce(m.P.mrn, LargeBinary)).join(m.P.visits).distinct().subquery()
+        )
+    ),
+    "ORDER BY a plain column's name, over a join": lambda m: select(m.R.id).join(m.R.patient).order_by("n", m.R.id),
+    "ORDER BY a label that shadows a column": lambda m: (
+        select(m.P.id, m.P.note.label("nick")).order_by("nick", m.P.id)
+    ),
     "DISTINCT of plain columns": lambda m: select(m.P.note).where(m.P.nick == "ada").distinct(),
     "GROUP BY the key": lambda m: (
         select(m.P.id, m.P.mrn, func.count(m.R.id)).join(m.P.visits).group_by(m.P.id, m.P.mrn).order_by(m.P.id)
     ),
+    "GROUP BY entities": lambda m: (
+        select(m.P, func.count(m.R.id)).join(m.P.visits).group_by(m.P).order_by(m.P.id)
+    ),
     "GROUP BY the key by name": lambda m: (
         select(m.P.id.label("i"), m.P.mrn.label("m"), func.count(m.R.id))
         .join(m.P.visits).group_by("i", "m").order_by("i")
+    ),
+    "GROUP BY a name, over a join": lambda m: (
+        select(m.P.note, func.count(m.R.code)).join(m.P.visits).group_by("note").order_by("note")
     ),
     "GROUP BY a plain column": lambda m: (
         select(m.P.n, func.count(m.P.sec)).where(m.P.mrn != "b").group_by(m.P.n).order_by(m.P.n)
@@ -425,6 +535,9 @@ LEGAL: dict[str, Legal] = {
     "UNION with the key": lambda m: union(
         select(m.P.id, m.P.mrn).where(m.P.id < 3), select(m.P.id, m.P.mrn).where(m.P.id > 1)
     ).order_by("id"),
+    "UNION with the key and a literal": lambda m: union(
+        select(literal("x").label("k"), m.P.id, m.P.mrn), select(literal("y").label("k"), m.P.id, m.P.mrn)
+    ).order_by("k", "id"),
     "UNION ALL": lambda m: union_all(
         select(m.P.id, m.P.mrn).where(m.P.id == 1), select(m.P.id, m.P.mrn).where(m.P.id == 2)
     ).order_by("id"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orm import fill_forms, guard_forms, search_forms, test_search_refused
+from orm import fill_forms, guard_forms, search_forms, test_hash_index, test_search_refused
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
@@ -34,7 +34,8 @@ over plaintext columns, on SQLite, PostgreSQL and MariaDB, where the database ha
 
 The models: `Patient.mrn`, `nick`, `flag`, `age` and `Visit.mrn`, `code` are searchable, `Patient.mrn` and `Visit.mrn`
 with one `salt_scope`; `Patient.sec`, `name` and `doc` are encrypted and not searchable; `id`, `n`, `note` and `plain`
-are plaintext. `own` has a salt of its own, `folded` a normalizer, `keyed` another hash algorithm.
+are plaintext. `own` has a salt of its own, `folded` a normalizer, `keyed` another hash algorithm. `Card.initial`,
+`Patient.phone_last4` and `fax_last4` are each a `hash_index`.
 """
 
 SECTIONS = {
@@ -78,14 +79,14 @@ class _Source:
         start = ""
         while not isinstance(node, ast.Lambda | ast.Name):
             if isinstance(node, ast.Call):
-                start = "where" if ast.unparse(node.func) == "_where" else start
+                start = {"_where": "Person", "_index": "Card"}.get(ast.unparse(node.func), start)
                 node = node.args[0]
             else:
                 node = node.elts[0]  # type: ignore[attr-defined]  # a tuple: what builds it comes first
         code = self._of_function(node.id) if isinstance(node, ast.Name) else self._of_lambda(node)
         for used in re.findall(r"\b_[a-z]\w+(?=\.c\.)", code):
             code = f"{used[1:]} = {self._segment(self._named[used])}; {code.replace(used, used[1:])}"
-        return _tidy(f"select(Person).where({code})" if start else code)
+        return _tidy(f"select({start}).where({code})" if start else code)
 
     def _of_lambda(self, node: ast.Lambda) -> str:
         called = node.body
@@ -114,15 +115,19 @@ _SPELLED = {
     r"\*\(column\.label\(f\"(\w+)_\{column\.key\}\"\) for column in with_hash\((\w+), \"(\w+)\"\)\)": (
         r'\2.\3.label("\1_\3"), \2.\3_hash.label("\1_\3_hash")'
     ),
+    r"\b_coerced\(([\w.]+)\)": r"type_coerce(\1, LargeBinary)",
+    r"\b_two_scopes\(p, r\)": 'union_all(select(p.nick_hash.label("h")), select(r.code_hash)).subquery()',
     r"\b_distinct_on\((.*), R\.id\)": r"\1.distinct(R.id)",
     r"\bA\.": "aliased(P).",
     r"\bg_patient\b": "patient",
+    r"\b_hash\(m\.(\w+), \"(\w+)\"\)": r"m.\1.\2_hash",
     r"\*?with_hash\(m\.(\w+), \"(\w+)\"\)": r"m.\1.\2, m.\1.\2_hash",
     r"\b_table\(m\)\.": "Patient.__table__.",
     r"\b(p|r)\.(mrn|id)\.table\b": r"\1.__table__",
     r"\b_update\(p\)": "update(Patient)",
     r"\b(m\.Person|m\.P|_P|P|p|Person)\b(?=[.,)\]])": "Patient",
     r"\b(m\.Visit|m\.R|_R|R|r)\b(?=[.,)\]])": "Visit",
+    r"\b(m\.Card|card)\b(?=[.,)\]])": "Card",
     r"\bstart\(": "select(",
     r"\b(SECRET|VALUE)\b": '"x"',
     r"# noqa.*": "",
@@ -162,6 +167,7 @@ def _found_by(form: search_forms.Form) -> str:
     sql = re.sub(r"__\[POSTCOMPILE_(\w+)\]", r":\1, …", sql)
     sql = re.sub(r"\bperson(?=\b|_\d)", "patient", sql)
     sql = re.sub(r"^SELECT \w+\.id(, \w+\.\w+){3} FROM", "SELECT … FROM", sql)
+    sql = sql.removeprefix("SELECT card.id, card.holder FROM card ")
     shown = sql[sql.rindex(" FROM patient") if sql.count(" FROM ") == 1 and " FROM patient" in sql else 0 :]
     return f"`{shown.removeprefix(' FROM patient ').strip()}`"
 
@@ -215,6 +221,9 @@ def _written() -> Iterator[Row]:
     source = _Source(test_search_refused)
     for name, write in test_search_refused.WRITTEN.items():
         yield source.code("WRITTEN", name), "refused", _refusal(write)
+    of_index = _Source(test_hash_index)
+    for name, write in test_hash_index.REFUSED.items():
+        yield of_index.code("REFUSED", name), "refused", _refusal(write)
 
 
 def _compiled() -> Iterator[Row]:
@@ -222,6 +231,10 @@ def _compiled() -> Iterator[Row]:
     for name, (build, _, _) in test_search_refused.COMPILED.items():
         statement = select(test_search_refused.P.id).where(build())
         yield source.code("COMPILED", name), "refused", _refusal(statement.compile)
+    of_index = _Source(test_hash_index)
+    for name, write in test_hash_index.COMPILED.items():
+        statement = select(test_hash_index.Person.id).where(write())
+        yield of_index.code("COMPILED", name), "refused", _refusal(statement.compile)
 
 
 def _unwritable(byok: Byok, engine: Engine) -> Iterator[Row]:

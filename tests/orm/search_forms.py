@@ -39,7 +39,8 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 
-from sqla_byok import Encrypted
+from sqla_byok import Encrypted, hash_index
+from sqla_byok.normalize import first
 
 
 class Models(NamedTuple):
@@ -48,9 +49,10 @@ class Models(NamedTuple):
     Base: Any
     Person: Any
     Visit: Any
+    Card: Any
 
 
-def _models(prefix: str, text: Callable[[str | None], Any]) -> Models:
+def _models(prefix: str, text: Callable[[str | None], Any], initial_of: Callable[[str], Any]) -> Models:
     class Base(DeclarativeBase):
         pass
 
@@ -74,16 +76,36 @@ def _models(prefix: str, text: Callable[[str | None], Any]) -> Models:
         person = relationship("Person", back_populates="visits")
         subject = relationship("Person", primaryjoin="foreign(Visit.mrn) == Person.mrn", viewonly=True)
 
-    return Models(Base, Person, Visit)
+    class Card(Base):
+        __tablename__ = f"{prefix}card"
+        id = mapped_column(Integer, primary_key=True)
+        holder = mapped_column(text(None))
+        initial = initial_of("holder")
+
+    return Models(Base, Person, Visit, Card)
 
 
-ENCRYPTED = _models("", lambda scope: Encrypted(String(20), searchable=True, salt_scope=scope))
-PLAIN = _models("plain_", lambda scope: String(20))
+def _plain_initial(source: str) -> Any:
+    """What hash_index() gives, as a column that keeps the transform's result."""
+
+    def first_letter(context: Any) -> str | None:
+        value = context.get_current_parameters()[source]
+        return None if value is None else value[:1]
+
+    return mapped_column(String(1), default=first_letter)
+
+
+ENCRYPTED = _models(
+    "",
+    lambda scope: Encrypted(String(20), searchable=True, salt_scope=scope),
+    lambda source: hash_index(source, transform=first(1)),
+)
+PLAIN = _models("plain_", lambda scope: String(20), _plain_initial)
 
 
 def rows(models: Models) -> list[Any]:
     """The rows that every form is tried on."""
-    person, visit = models.Person, models.Visit
+    person, visit, card = models.Person, models.Visit, models.Card
     return [
         person(id=1, mrn="A-1", nick="ada", note="first"),
         person(id=2, mrn="B-2", nick=None, note="second"),
@@ -93,6 +115,10 @@ def rows(models: Models) -> list[Any]:
         visit(id=2, person_id=1, mrn="B-2", code="y"),
         visit(id=3, person_id=2, mrn="B-2", code=None),
         visit(id=4, person_id=None, mrn=None, code="x"),
+        card(id=1, holder="Ann"),
+        card(id=2, holder=None),
+        card(id=3, holder="Bea"),
+        card(id=4, holder="Abe"),
     ]
 
 
@@ -193,6 +219,15 @@ def with_hash(entity: Any, name: str) -> tuple[Any, ...]:
     """The attribute, and its hash where the entity has one."""
     hashed = getattr(entity, f"{name}_hash", None)
     return (getattr(entity, name),) if hashed is None else (getattr(entity, name), hashed)
+
+
+def _hash(entity: Any, name: str) -> Any:
+    """The hash of an attribute; the attribute itself where the entity has none."""
+    return with_hash(entity, name)[-1]
+
+
+def _index(criterion: Callable[[Any], Any], found: list[int]) -> Form:
+    return Form(lambda m, start: start(m.Card).where(criterion(m.Card)), found)
 
 
 FORMS: dict[str, Form] = {
@@ -369,6 +404,43 @@ FORMS: dict[str, Form] = {
         ),
         [1, 4],
     ),
+    "hash column": _where(lambda m: _hash(m.Person, "nick") == "ada", [1, 4]),
+    "hash column and a literal with a type": _where(
+        lambda m: _hash(m.Person, "nick") == literal("ada", String), [1, 4]
+    ),
+    "hash column in literals with a type": _where(
+        lambda m: _hash(m.Person, "nick").in_([literal("cy", String), null()]), [3]
+    ),
+    "hash column and a bindparam with a type": Form(
+        lambda m, start: (
+            start(m.Person).where(_hash(m.Person, "nick") != bindparam("q", type_=String)).params(q="ada")
+        ),
+        [3],
+    ),
+    "index ==": _index(lambda card: card.initial == "A", [1, 4]),
+    "index !=": _index(lambda card: card.initial != "A", [3]),
+    "index not ==": _index(lambda card: ~(card.initial == "A"), [3]),
+    "index in_": _index(lambda card: card.initial.in_(["B", "C", None]), [3]),
+    "index in_ nothing": _index(lambda card: card.initial.in_([]), []),
+    "index not_in": _index(lambda card: card.initial.not_in(["A"]), [3]),
+    "index not_in nothing": _index(lambda card: card.initial.not_in([]), [1, 2, 3, 4]),
+    "index not_in with None finds none": _index(lambda card: card.initial.not_in(["A", None]), []),
+    "index is_(None)": _index(lambda card: card.initial.is_(None), [2]),
+    "index is_not(None)": _index(lambda card: card.initial.is_not(None), [1, 3, 4]),
+    "index == None": _index(lambda card: card.initial == None, [2]),  # noqa: E711 - the form under test
+    "index literal with a type": _index(lambda card: card.initial == literal("A", String), [1, 4]),
+    "index bindparam": Form(
+        lambda m, start: start(m.Card).where(m.Card.initial == bindparam("q")).params(q="A"), [1, 4]
+    ),
+    "index of an alias": Form(
+        lambda m, start: (lambda other: start(other).where(other.initial == "B"))(aliased(m.Card)), [3]
+    ),
+    "index of a subquery": Form(
+        lambda m, start: (lambda inner: start(inner).where(inner.initial == "A"))(
+            aliased(m.Card, select(m.Card).where(m.Card.id > 1).subquery())
+        ),
+        [4],
+    ),
     "count": Form(lambda m, start: start(func.count(m.Person.id)).where(m.Person.nick == "ada"), [2]),
 }
 
@@ -391,12 +463,14 @@ def statements(engine: Engine) -> Iterator[list[str]]:
     event.remove(engine, "before_cursor_execute", listen)
 
 
-_COLUMN = r"\b(?:\w+_)?(?:mrn|nick|code)\b[`\"]?"
+_COLUMN = r"\b(?:\w+_)?(?:mrn|nick|code|initial)\b[`\"]?"
 _COMPARED = re.compile(
     # with the column on the left, on the right, or selected by the subquery of an IN
     rf"{_COLUMN}\)? (?:=|!=|<>|\(?(?:NOT )?IN\b)"
     rf"|(?<!\w)(?:=|!=|<>) \(?(?:\w+\.)?{_COLUMN}(?!\.)"
     rf"|IN \(SELECT (?:DISTINCT )?\w+\.{_COLUMN} "
+    # a NULL test of an index is one of its hash column
+    r"|\binitial[`\"]? IS "
 )
 
 

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import sqlalchemy
 from keys_tools import TurnableClock
 from orm.guard_forms import ENCRYPTED, MRN, REFUSED, REFUSED_ORM, SECRET, Refused, rows
 from orm.search_forms import statements
 from sqlalchemy import (
     Column,
     Engine,
+    Executable,
+    Integer,
     MetaData,
     String,
     Table,
@@ -31,9 +34,11 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import aliased
+from sqlalchemy.sql import coercions, ddl, elements, roles
 
 from sqla_byok import (
     Byok,
@@ -49,6 +54,7 @@ from sqla_byok.orm import guard as guard_module
 
 P, R = ENCRYPTED.P, ENCRYPTED.R
 LOG = "sqla_byok.guard"
+SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
 
 
 @contextmanager
@@ -125,6 +131,99 @@ def test_lazy_loads_and_legacy_queries_are_walked(engine: Engine, byok: Byok) ->
         ):
             with pytest.raises(UnsupportedQueryError):
                 work()
+
+
+def test_a_string_means_what_sqlalchemy_takes_it_for(engine: Engine, byok: Byok) -> None:
+    """Of two tables with a column of one name it is the later one's, also where the other's is selected."""
+    metadata = MetaData()
+    plain = Table("g_plain", metadata, Column("id", Integer, primary_key=True), Column("memo", String(20)))
+    stored = Table(
+        "g_stored", metadata, Column("id", Integer, primary_key=True), Column("memo", Encrypted(String))
+    )
+    metadata.create_all(engine)
+    statement = select(plain.c.id, plain.c.memo)
+    with byok.tenant("t1"), engine.connect() as connection:
+        for refused in (
+            statement.join_from(plain, stored, plain.c.id == stored.c.id).order_by("memo"),
+            statement.join_from(plain, stored, plain.c.id == stored.c.id).group_by("memo"),
+            select(func.row_number().over(order_by="memo")).join_from(
+                plain, stored, plain.c.id == stored.c.id
+            ),
+        ):
+            with pytest.raises(UnsupportedQueryError) as raised:
+                connection.execute(refused)
+            assert raised.value.column == "g_stored.memo"
+        connection.execute(
+            statement.join_from(stored, plain, plain.c.id == stored.c.id).order_by("memo")
+        ).all()
+
+
+class Shout(elements.ColumnElement[str]):
+    """An expression of one's own, which says nothing of its parts."""
+
+    inherit_cache = False
+    type = String()
+
+    def __init__(self, *columns: Any) -> None:
+        self.columns = columns
+
+
+class Copy(Executable, elements.ClauseElement):
+    """A statement of one's own, as in SQLAlchemy's documentation."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Table, selected: Any) -> None:
+        self.table, self.select = table, selected
+
+
+@compiles(Shout)
+def _shout(element: Shout, compiler: Any, **kwargs: Any) -> str:
+    return f"upper({compiler.process(element.columns[0], **kwargs)})"
+
+
+@compiles(Copy)
+def _copy(element: Copy, compiler: Any, **kwargs: Any) -> str:
+    return f"INSERT INTO {element.table.name} (id, note) {compiler.process(element.select, **kwargs)}"
+
+
+def test_constructs_of_ones_own_are_walked(engine: Engine, byok: Byok) -> None:
+    """An element or a statement that does not tell its parts is searched for what it holds."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    columns = P.__table__.c
+    with byok.session("t1", engine) as session:
+        for refused in (
+            select(P.id).where(Shout(P.mrn) == SECRET),
+            select(P.id).order_by(Shout(columns.mrn)),
+            select(Shout(columns.mrn.label("x"))),
+            select(P.id).where(Shout(columns.mrn)._annotate({"x": 1}) == SECRET),
+            Copy(P.__table__, select(columns.id, columns.mrn)),
+        ):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError) as raised:
+                session.execute(refused)
+            assert (sent, raised.value.column) == ([], MRN)
+        session.execute(Copy(P.__table__, select(columns.id, columns.note).where(columns.mrn == "a")))
+        assert (
+            session.execute(
+                select(Shout(columns.note)).where(P.mrn == "a").order_by(Shout(columns.note))
+            ).all()
+            == []
+        )
+
+
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+def test_full_text_search_is_refused(engine: Engine, byok: Byok) -> None:
+    """MATCH … AGAINST keeps attributes as they were given, and no value is sent for an encrypted one."""
+    with byok.session("t1", engine) as session:
+        for criterion in (
+            mysql.match(P.mrn, against=SECRET),
+            mysql.match(P.note, P.mrn, against=SECRET),
+            mysql.match(P.note, against=P.mrn),
+            mysql.match(P.__table__.c.mrn, against=SECRET).in_boolean_mode(),
+        ):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError) as raised:
+                session.execute(select(P.id).where(criterion))
+            assert (sent, raised.value.column) == ([], MRN)
 
 
 def test_upserts_are_walked(engine: Engine, byok: Byok) -> None:
@@ -280,6 +379,56 @@ def test_text_that_names_a_protected_table_is_refused(refusing: Engine, byok: By
                 connection.execute(statement)
         with byok.tenant("t1"):
             connection.execute(select(P.id).order_by(text("note"), text("g_patient.n"))).all()
+
+
+def _template(*parts: Any) -> Any:
+    """What tstring() makes of a template string, which takes Python 3.14 to write."""
+    template = elements.TString.__new__(elements.TString)  # type: ignore[attr-defined]
+    template.parts = [
+        elements._TStringText(part)
+        if isinstance(part, str)
+        else coercions.expect(roles.ExpressionElementRole, part)  # type: ignore[attr-defined]
+        for part in parts
+    ]
+    return template
+
+
+@pytest.mark.skipif(SQLALCHEMY_2_0, reason="template strings are new in SQLAlchemy 2.1; use 2.1")
+def test_a_template_string_is_text(refusing: Engine, byok: Byok) -> None:
+    """Also where the names come from the columns that are put into it."""
+    mrn, note = P.__table__.c.mrn, P.__table__.c.note
+    with refusing.connect() as connection, byok.tenant("t1"):
+        for statement in (
+            _template("SELECT mrn FROM g_patient WHERE mrn = ", literal(SECRET)),
+            select(P.id).order_by(_template("", mrn, " DESC")),
+            _template("SELECT * FROM (", select(mrn).scalar_subquery(), ") ORDER BY mrn, g_patient"),
+            select(P.id).where(_template("lower(", mrn, ") = ", literal(SECRET))),
+            select(P.id).order_by(_template("", func.lower(mrn))),
+        ):
+            with reached(refusing) as sent, pytest.raises(UnsupportedQueryError, match="textual SQL"):
+                connection.execute(statement)
+            assert sent == []
+        connection.execute(select(P.id).where(_template("lower(", note, ") = ", literal("x")))).all()
+        connection.execute(_template("SELECT ", literal(1))).all()
+
+
+@pytest.mark.skipif(SQLALCHEMY_2_0, reason="CREATE VIEW is new in SQLAlchemy 2.1; use 2.1")
+def test_views_are_walked(engine: Engine, byok: Byok) -> None:
+    """The SELECT of a CREATE VIEW or CREATE TABLE AS is refused as it would be by itself."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        for create, selected in (
+            (ddl.CreateView, select(P.mrn).distinct()),  # type: ignore[attr-defined]
+            (ddl.CreateView, select(P.id).order_by(P.mrn)),  # type: ignore[attr-defined]
+            (ddl.CreateTableAs, select(select(func.count().label("c")).group_by(P.mrn).subquery())),  # type: ignore[attr-defined]
+        ):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError, match=r"g_patient\.mrn: "):
+                connection.execute(create(selected, "g_made"))
+            assert sent == []
+        view = ddl.CreateView(select(P.id, P.note), "g_made")  # type: ignore[attr-defined]
+        connection.execute(view)
+        assert connection.execute(select(view.table)).all() == []
+        connection.execute(text("DROP VIEW g_made"))
 
 
 def test_inspection_and_ddl_are_left_alone(refusing: Engine) -> None:

@@ -25,6 +25,7 @@ from sqlalchemy import (
     insert,
     inspect,
     null,
+    or_,
     select,
     update,
 )
@@ -354,11 +355,32 @@ def test_what_a_hash_cannot_do_is_refused(form: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_comparison_with_an_expression_is_refused(session: Session) -> None:
+COMPILED: dict[str, Callable[[], Any]] = {
+    "a plaintext column": lambda: Person.phone_last4 == Person.note,
+    "a searchable column": lambda: Person.phone_last4 != Person.mail,
+    "a subquery": lambda: Person.phone_last4 == select(Person.phone).scalar_subquery(),
+    "in_ (select)": lambda: Person.phone_last4.in_(select(Person.note)),
+    "in_ with a column": lambda: Person.phone_last4.not_in(["1234", Person.note]),
+    "a function": lambda: Person.phone_last4 == func.substr("secret", 3),
+    "its hash column and a plaintext column": lambda: Person.phone_last4_hash == Person.note,  # type: ignore[attr-defined]
+    "its hash column and another's": lambda: Person.phone_last4_hash == Person.fax_last4_hash,  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+def test_a_comparison_with_an_expression_is_refused(session: Session, form: str) -> None:
     """Neither another column nor a subquery has hashes of this index."""
-    for operand in (Person.note, Person.mail, select(Person.phone).scalar_subquery()):
-        with pytest.raises(UnsupportedQueryError):
-            session.scalars(select(Person).where(Person.phone_last4 == operand)).all()
+    with pytest.raises(UnsupportedQueryError) as caught:
+        session.scalars(select(Person).where(COMPILED[form]())).all()
+    assert "phone_last4" in str(caught.value.column)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_name_for_an_index_and_a_column_is_refused(session: Session) -> None:
+    """The value would be hashed for one of the two only."""
+    either = or_(Person.phone_last4 == bindparam("q"), Person.mail == bindparam("q"))
+    with pytest.raises(UnsupportedQueryError, match="name of its own"):
+        session.execute(select(Person.id).where(either), {"q": "1234"})
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -40,12 +40,13 @@ from sqlalchemy import (
     event,
     insert,
     lambda_stmt,
+    literal,
     select,
     text,
     update,
 )
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Session, load_only, mapped_column
+from sqlalchemy.orm import Session, load_only, mapped_column, undefer
 
 from sqla_byok import Byok, Encrypted
 from sqla_byok.kms import Kms
@@ -113,6 +114,29 @@ def test_case_counts_on_every_database(engine: Engine, byok: Byok) -> None:
         session.flush()
         assert session.scalars(select(Person).where(Person.mrn == "a-1")).all() == []
         assert ids(session.scalars(select(Person).where(Person.mrn != "a-1")).all()) == [1]
+
+
+def test_an_update_by_a_hash_column_leaves_no_object_stale(engine: Engine, byok: Byok) -> None:
+    """Also where the session has loaded the hash, which is no value that Python could compare."""
+    create(engine)
+    with byok.session("t1", engine) as session:
+        session.add(Person(id=1, mrn="A-1", nick="ada", note="first"))
+        session.commit()
+        person = session.get_one(Person, 1, options=[undefer(Person.nick_hash)])
+        for note, criterion in (("==", Person.nick_hash == "ada"), ("in", Person.nick_hash.in_(["ada"]))):
+            session.execute(update(Person).where(criterion).values(note=note))
+            assert person.note == note
+
+
+def test_a_typed_value_is_hashed_for_a_hash_column(engine: Engine, byok: Byok) -> None:
+    """Whatever type the value was given, it is not sent in the clear."""
+    create(engine)
+    sent: list[Any] = []
+    event.listen(engine, "before_cursor_execute", lambda *given: sent.append(given[3]))
+    with byok.session("t1", engine) as session:
+        session.scalars(select(Person).where(Person.nick_hash == literal("ada", String))).all()
+    assert len(sent) == 1
+    assert "ada" not in repr(sent)
 
 
 def test_a_comparison_can_be_selected(engine: Engine, byok: Byok) -> None:

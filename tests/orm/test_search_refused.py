@@ -266,6 +266,9 @@ A = aliased(P)
 _no_hash = select(P.id, P.mrn).subquery("sub")
 _borrowed = select(P.own.label("mrn"), P.mrn_hash).subquery("sub")
 _of_two_aliases = select(P.id, P.mrn, A.mrn_hash.label("mrn_hash")).subquery("sub")
+_of_crossed_aliases = union_all(
+    select(P.id, A.mrn, P.mrn_hash.label("mrn_hash")), select(A.id, P.mrn, A.mrn_hash.label("mrn_hash"))
+).subquery("sub")
 _of_two_scopes = union_all(select(P.own, P.own_hash), select(R.own, R.own_hash)).subquery("sub")
 _half = union_all(select(P.mrn, P.mrn_hash), select(R.mrn, null())).subquery("sub")
 
@@ -315,6 +318,11 @@ COMPILED: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "a label that borrows another's name": (lambda: _borrowed.c.mrn == VALUE, "p.own", "there too"),
     "another alias's hash": (lambda: _of_two_aliases.c.mrn == VALUE, "p.mrn", "there too"),
+    "another alias's hash in each part of a union": (
+        lambda: _of_crossed_aliases.c.mrn == VALUE,
+        "p.mrn",
+        "there too",
+    ),
     "a union of two scopes": (lambda: _of_two_scopes.c.own == VALUE, "p.own", "each of its rows"),
     "a union with half the hashes": (lambda: _half.c.mrn == VALUE, "p.mrn", "each of its rows"),
 }

@@ -31,6 +31,8 @@ from sqlalchemy import (
     lambda_stmt,
     literal,
     select,
+    text,
+    union_all,
     update,
     values,
 )
@@ -484,12 +486,41 @@ def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
     labelled = Animal.name.label("x")
     (reference,) = upstream.parts(select(labelled).order_by(labelled), compiled).order_by
     assert upstream.referred(reference).element.name == "name"
-    assert {"x"} <= upstream.names_of(labelled)
+
+
+def test_a_string_names_what_sqlalchemy_puts_in_its_place() -> None:
+    """guard.py: `_label_resolve_dict` over a join, where both tables have an `id`, and in a UNION."""
+    compiled: Any = select(1).compile()
+    statement = select(Animal.id, Animal.name.label("x")).join(Dog.__table__)
+    named = upstream.parts(statement, compiled).named
+    for name, sql, alike in (
+        ("id", "dog.id", 2),
+        ("x", "x", 0),
+        ("name", "animal.name", 1),
+        ("animal_id", "animal.id", 0),
+    ):
+        meant = named(name).meant[0]
+        assert (meant.name if name == "x" else str(meant)) == sql
+        assert str(statement.order_by(name)).endswith(f" ORDER BY {sql}")
+        assert len(named(name).alike) == alike
+    assert named("no") == ([], [])
+    first, second = select(Animal.id, Animal.name.label("x")), select(Animal.id, Animal.name)
+    lists = [list(part.selected_columns) for part in (first, second)]
+    assert upstream.named_in_compound(lists, "x") == ([lists[0][1]], [])
+    assert upstream.named_in_compound(lists, "name") == upstream.named_in_compound([], "x") == ([], [])
 
 
 def test_what_the_guard_reads_of_other_statements() -> None:
-    """guard.py: `ordering`, `restated`, `rows_of_values`, `criteria`, `returning`, `conflict_criteria`."""
+    """guard.py: `ordering`, `restated`, `rows_of_values`, `criteria`, `returning`, `conflict_criteria`, and more."""
     animal: Any = Animal.__table__
+    twice = union_all(select(animal.c.id), select(animal.alias("other").c.id)).subquery()
+    assert [column.table.description for column in upstream.proxied(twice.c.id)] == ["animal", "other"]
+    assert not upstream.proxied(animal.c.id)
+    assert upstream.row_of(animal.table_valued()) is animal
+    assert upstream.row_of(animal.c.id) is None
+    assert upstream.text_of(text("SELECT 1")) == "SELECT 1"
+    assert upstream.text_of(animal.c.id) is upstream.text_of(select(1)) is None
+    assert upstream.selected_by(CreateTable(animal).compile()) is None
     both = select(animal.c.id).union(select(animal.c.id)).order_by("id")
     assert [upstream.named_in_order_by(element) for element in upstream.ordering(both)[0]] == ["id"]
     first = select(animal.c.id).cte(recursive=True)
