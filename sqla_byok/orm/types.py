@@ -473,11 +473,15 @@ class IndexHash(SearchHash):
     cache_ok = True
     source: IndexedValue
 
+    def kept(self, digest: Digest) -> Digest:
+        return _Kept(digest)
+
     def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
         return self.source.hash_type
 
     def bind_processor(self, dialect: Dialect) -> Any:
-        indexed, to_hash = self.source, super().bind_processor(dialect)
+        indexed = self.source
+        to_hash = direct.refusing(super().bind_processor(dialect), indexed.column_id or "")
         column, transform, several = indexed.column_id, indexed.transform, len(indexed.sources) > 1
         loaded = [source.as_loaded(dialect) for source in indexed.sources]
 
@@ -491,6 +495,8 @@ class IndexHash(SearchHash):
             raise EncodeError(f"{column}: {reason}", column=column)
 
         def bind(value: Any) -> Any:
+            if type(value) is _Kept:
+                return to_hash(super(IndexHash, self).kept(Digest(value)))
             values = value if several and type(value) is tuple else (value,)
             if any(each is None for each in values):
                 return to_hash(None)
