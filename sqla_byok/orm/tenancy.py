@@ -160,8 +160,16 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
             given = given or list(_given(clause, rows))
             _check_given(clause, target.c[key], given, names)
         if not clause.is_insert:
-            clause = clause.where(or_(*(target.c[key] == _typed(target.c[key], name) for name in names)))
+            clause = clause.where(_held(target.c[key], names))
+        elif conflicts := upstream.conflicts(clause):
+            held = _held(target.c[key], names)
+            clause = upstream.with_conflicts(clause, [upstream.held_to(each, held) for each in conflicts])
     return clause
+
+
+def _held(column: Any, names: tuple[str, ...]) -> Any:
+    """True of the tenants' own rows."""
+    return or_(*(column == _typed(column, name) for name in names))
 
 
 def check_defaults(context: Any, tenant: Whose | None) -> None:

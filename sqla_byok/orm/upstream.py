@@ -11,7 +11,7 @@ from copy import copy
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Table, UniqueConstraint
+from sqlalchemy import Table, UniqueConstraint, and_
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.elements import _label_reference, _textual_label_reference
 from sqlalchemy.sql.functions import FunctionElement
@@ -32,6 +32,7 @@ __all__ = [
     "criteria",
     "executed",
     "held",
+    "held_to",
     "hold",
     "in_greenlet",
     "known",
@@ -238,6 +239,15 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
         name = _values_name(conflict)
         # a list on 2.0, a dict on 2.1 and on MySQL
         setattr(new, name, dict(items) if isinstance(getattr(conflict, name), Mapping) else list(items))
+    return new
+
+
+def held_to(conflict: Any, criterion: Any) -> Any:
+    """A copy of the clause that updates only rows of which this is true; MySQL's has no such thing, and stays."""
+    if not hasattr(conflict, "update_whereclause"):
+        return conflict
+    new, given = copy(conflict), conflict.update_whereclause
+    new.update_whereclause = criterion if given is None else and_(given, criterion)
     return new
 
 
