@@ -238,6 +238,20 @@ class _Specs(NamedTuple):
     searched: frozenset[HashSpec]  # of columns that are compared
 
 
+def _searched(compiled: Any) -> Mapping[str | None, frozenset[HashSpec]]:
+    """Of columns that are compared, and of those by which an upsert finds its conflicts; by the columns' owners."""
+    found = upstream.searched(compiled)
+    if getattr(compiled, "isinsert", False):
+        statement = upstream.resolved(compiled.statement)
+        table, _ = upstream.target(statement)
+        for conflict in upstream.conflicts(statement):
+            for column in upstream.conflict_columns(table, conflict):
+                if isinstance(column.type, SearchHash):
+                    owner = _owner(column.type)
+                    found[owner] = found.get(owner, frozenset()) | {column.type.spec}
+    return found
+
+
 def _specs(
     binds: Iterable[Any], searched: Mapping[str | None, frozenset[HashSpec]]
 ) -> dict[str | None, _Specs]:
@@ -289,7 +303,7 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
     verdict = guard.judge(compiled)
-    made = _specs(binds, upstream.searched(compiled))
+    made = _specs(binds, _searched(compiled))
     owned_by = {_owner(type_) for type_ in (*binds, *results)} | upstream.compared_owned(compiled).keys()
     if owned_by:
         binds = [type_ for type_ in binds if _owner(type_) is None]

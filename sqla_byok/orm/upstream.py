@@ -25,6 +25,7 @@ __all__ = [
     "Parts",
     "compared",
     "compared_owned",
+    "conflict_columns",
     "conflict_criteria",
     "conflict_elements",
     "conflict_values",
@@ -215,6 +216,16 @@ def with_conflicts(clause: Any, new_conflicts: Iterable[Any]) -> Any:
 def conflict_elements(conflict: Any) -> Sequence[Any]:
     """The columns whose conflict it answers, where it names any."""
     return getattr(conflict, "inferred_target_elements", None) or ()
+
+
+def conflict_columns(table: Any, conflict: Any) -> Iterator[Any]:
+    """The same as columns of the table; where it names a constraint, those that may be in it."""
+    for element in conflict_elements(conflict):
+        column = table.c.get(element) if isinstance(element, str) else element
+        if hasattr(column, "type"):
+            yield column
+    if getattr(conflict, "constraint_target", None) is not None:
+        yield from unique_columns(table)  # its name may be the database's
 
 
 def unique_columns(table: Any) -> Iterator[Any]:
