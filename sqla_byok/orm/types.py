@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
@@ -209,7 +209,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def spec(self) -> HashSpec:
         """How the hashes of this column are made, as the keystore keeps it."""
         normalizer = None if self.normalize is None else identity(self.normalize)
-        return HashSpec.of(self.column_id or "", self.hash, _codec(self.type_).name, normalizer, *self.scope)
+        made = (self.hash, _codec(self.type_).name, normalizer, *self.scope)
+        return HashSpec.of(self.column_id or "", *made, *_decorators(self.type_, "process_bind_param"))
 
     def as_loaded(self, dialect: Dialect) -> _Process:
         """What makes of a value what it will be when it is read back: ``Decimal("1.00")`` of 1."""
@@ -444,7 +445,11 @@ class IndexedValue(Encrypted[Any]):
 
     @memoized_property
     def spec(self) -> HashSpec:
-        of = [[source.column_id, _codec(source.type_).name] for source in self.sources]
+        both = ("process_bind_param", "process_result_value")  # it takes values as they are read back
+        of = [
+            [source.column_id, _codec(source.type_).name, *_decorators(source.type_, *both)]
+            for source in self.sources
+        ]
         made = (self.hash, _codec(self.type_).name, identity(self.transform), *self.scope)
         return HashSpec.of(self.column_id or "", *made, of)
 
@@ -522,6 +527,14 @@ def _undecorated(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Type
     while _is_plain_decorator(type_):
         type_ = _inside(type_, dialect)
     return type_
+
+
+def _decorators(type_: Any, *methods: str) -> Iterator[str]:
+    """The names of the TypeDecorators around a type that may make another value of one, by these methods."""
+    while _is_plain_decorator(type_):
+        if any(_overrides(type_, method) for method in methods):
+            yield type(type_).__name__
+        type_ = _inside(type_, None)
 
 
 def _inside(decorator: Any, dialect: Dialect | None) -> TypeEngine[Any]:

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 from keys_tools import CountingKms, TurnableClock, hand_in, table
-from sqlalchemy import Engine, Integer, String, create_engine, event, func, insert, select, text, update
+from sqlalchemy import (
+    Engine,
+    Integer,
+    String,
+    TypeDecorator,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -119,9 +131,39 @@ def fleet(tmp_path: Path, counting_kms: CountingKms, keystore_key: str) -> Itera
 
 # -- specifications --------------------------------------------------------------------------------------------------
 
+
+class Upper(TypeDecorator[str]):
+    """A type that makes another text of a value, and so another hash."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        return None if value is None else value.upper()
+
+
+class Shouting(TypeDecorator[str]):
+    """One whose values are read in another way than they are stored."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | None:
+        return None if value is None else f"{value}!"
+
+
+class Named(TypeDecorator[str]):
+    """A type that changes nothing."""
+
+    impl = String(20)
+    cache_ok = True
+
+
 CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a normalizer more": (lambda: model(mrn={"normalize": casefold}), "mrn"),
     "another algorithm": (lambda: model(mrn={"hash": "hmac-sha256"}), "mrn"),
+    "a decorator around it": (lambda: model(mrn={"type_": Upper()}), "mrn"),
+    "a decorator around its source": (lambda: model(phone={"type_": Shouting()}), "tail_of"),
     "another scope": (lambda: model(mrn={"salt_scope": "one"}), "mrn"),
     "another type": (lambda: model(mrn={"type_": Integer()}), "mrn"),
     "another version of a transform": (
@@ -135,6 +177,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
 SAME: dict[str, Callable[[], Any]] = {
     "the same": model,
     "another length": lambda: model(mrn={"type_": String(30)}),
+    "a decorator that changes nothing": lambda: model(mrn={"type_": Named()}),
     "padded": lambda: model(mrn={"pad_to": 64}),
     "the transform moved": lambda: model(tail=named("tail")(lambda value: value[-2:])),
 }
