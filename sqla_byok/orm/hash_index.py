@@ -142,12 +142,15 @@ class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_p
                 f"{named}: it takes attributes of the class in which it stands, each once; give the name of one that "
                 "stands elsewhere as a string"
             )
+        if not isinstance(table, Table) and isinstance(getattr(table.c.get(key), "type", None), IndexHash):
+            return  # AbstractConcreteBase maps a union of tables that have it already
         columns = [_column(mapper, source) for source in self.sources]
         missing = [source for source, found in zip(self.sources, columns, strict=True) if found is None]
         if missing or not isinstance(table, Table):
+            names = ", ".join(missing or self.sources)
             raise DeclarationError(
-                f"{named}: there is no column {', '.join(missing)!r} in the table of this class; a hash_index is "
-                "declared on the class whose table has the columns"
+                f"{named}: there is no column {names!r} in the table of this class; a hash_index is declared on the "
+                "class whose table has the columns"
             )
         index = IndexOf(key[: -len(hash_key(""))], tuple(column.key for column in columns), self.transform)
         add_index(table, index, self.unique)

@@ -31,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.declarative import AbstractConcreteBase
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -575,6 +576,44 @@ def test_a_row_without_all_sources_has_no_hash(session: Session, way: str) -> No
     new = session.scalars(select(Person).where(Person.surname.is_not(None), Person.id > 3)).all()
     assert {(each.surname, each.born) for each in new} == {("x", None)}
     assert ids(session, Person.who.is_(None)) == [3, *(each.id for each in new)]
+
+
+def test_an_index_of_an_abstract_concrete_base(engine: Engine, byok: Byok) -> None:
+    """Each table has its own, and the union of them is searched by it too."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Contact(AbstractConcreteBase, Base):
+        strict_attrs = True
+        phone: Mapped[str] = mapped_column(Encrypted(String(20), column_id="contact.phone"))
+        name: Mapped[str] = mapped_column(Encrypted(String(20), column_id="contact.name"))
+        phone_end = hash_index("phone", transform=last(2))
+        name_and_phone = hash_index("name", "phone", transform=named("both")(lambda *both: "/".join(both)))
+
+    class Friend(Contact):
+        __tablename__ = "hi_friend"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        __mapper_args__ = {"polymorphic_identity": "friend", "concrete": True}  # noqa: RUF012
+
+    class Firm(Contact):
+        __tablename__ = "hi_contact_firm"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        __mapper_args__ = {"polymorphic_identity": "firm", "concrete": True}  # noqa: RUF012
+
+    Base.registry.configure()
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all(
+            [Friend(name="a", phone="123"), Firm(name="b", phone="923"), Firm(name="c", phone="9")]
+        )
+        session.commit()
+        session.scalars(select(Firm).where(Firm.phone_end == "23")).one().name = "d"
+        session.commit()
+        found = session.scalars(select(Contact).where(Contact.phone_end == "23")).all()
+        assert {type(each) for each in found} == {Friend, Firm}
+        found = session.scalars(select(Contact).where(Contact.name_and_phone.in_(["d/923", "b/923"]))).all()
+        assert [each.name for each in found] == ["d"]
 
 
 PARTIAL: dict[str, Callable[[Session], Any]] = {
