@@ -37,13 +37,13 @@ __all__ = [
     "hold",
     "in_greenlet",
     "known",
+    "met",
     "multi_values",
     "named_in_order_by",
     "names_of",
     "note_compared",
     "ordering",
     "parts",
-    "pinned",
     "plain_table",
     "processors",
     "referred",
@@ -315,14 +315,14 @@ def held(connection: Any) -> Any:
     return ring if transaction is not None and transaction is connection.get_transaction() else None
 
 
-def pinned(connection: Any, tenant: T) -> T:
-    """The first tenant of the connection's transaction: this one, where none was there before."""
+def met(connection: Any) -> list[Any]:
+    """For whom the connection's transaction has worked so far, in order; to be added to."""
     transaction = connection.get_transaction()
     known = connection.__dict__.get("_sqla_byok")
     if known is None or known[0] is not transaction:
-        known = connection._sqla_byok = (transaction, tenant)
-    first: T = known[1]
-    return first
+        known = connection._sqla_byok = (transaction, [])
+    tenants: list[Any] = known[1]
+    return tenants
 
 
 # -- what the guard reads of a statement -------------------------------------------------------------------------------
