@@ -31,16 +31,17 @@ __all__ = ["fill", "refuse_compiled", "refuse_embedded"]
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
 Copies = dict[str, Callable[[Row], Any]]
+Specs = Mapping[str | None, Mapping[str, str]]
 _OURS = (Encrypted, SearchHash)
 
 
-def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[str, str]] | None:
+def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Specs] | None:
     """Complete an INSERT or UPDATE.
 
     :param clause: the statement.
     :param rows: its parameters, none of which is changed.
     :returns: the statement and parameters to run instead, and how the hashes of the table are made (digests of
-        specifications by column id); None where no encrypted column is concerned.
+        specifications by column id, for each owner of columns); None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
     table, one_of_several = upstream.target(clause)
@@ -130,10 +131,11 @@ class _Plan:
         )
         types = [column.type for column in table.c if isinstance(column.type, SearchHash)]
         self.searchable = bool(types)
-        # Not those of columns with an owner: their hashes are not the statement's tenant's.
-        self.specs: dict[str, str] = dict(
-            type_.spec for type_ in types if type_.source.column_id and type_.source.owner is None
-        )
+        self.specs: dict[str | None, dict[str, str]] = {}
+        for type_ in types:
+            if type_.source.column_id:
+                column, digest = type_.spec
+                self.specs.setdefault(type_.source.owner, {})[column] = digest
 
 
 _plans: WeakKeyDictionary[Table, _Plan] = WeakKeyDictionary()

@@ -31,7 +31,7 @@ from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import direct, tenancy, upstream
-from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
+from sqla_byok.orm.fill import Specs, fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.guard import Guard, Verdict, search_hash
 from sqla_byok.orm.isolation import (
     ALL_SEALED,
@@ -108,8 +108,11 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             if filled is not None:
                 clause, rows, specs = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
-                if isinstance(ring, Keyring):
-                    ring = _noted(ring, specs, keyrings)
+                if isinstance(ring, Keyring) and None in specs:
+                    ring = _noted(ring, specs[None], keyrings)
+                open_now = slot.binding_owned.get()
+                if noted := _noted_by_owners(open_now, specs, keyrings):
+                    slot.binding_owned.set(Owned({**open_now, **noted}))
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -276,6 +279,16 @@ def _noted(ring: Keyring, specs: Mapping[str, str], keyrings: Keyrings) -> Keyri
     return (
         await_only(keyrings.arecord(ring, specs)) if upstream.in_greenlet() else keyrings.record(ring, specs)
     )
+
+
+def _noted_by_owners(owned: Owned, specs: Specs, keyrings: Keyrings) -> dict[str, Keyring]:
+    """The keyrings of the owners of single columns that were noted now."""
+    found = {
+        name: _noted(ring, specs[name], keyrings)
+        for name, ring in owned.items()
+        if name in specs and isinstance(ring, Keyring)
+    }
+    return {name: ring for name, ring in found.items() if ring is not owned[name]}
 
 
 def _check_specs(ring: Statements | None, specs: _Specs) -> None:

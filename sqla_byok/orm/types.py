@@ -436,8 +436,17 @@ class IndexedValue(Encrypted[Any]):
             names = ", ".join(known.__name__ for known in _RESULTS)
             raise DeclarationError(f"{column_id}: a transform returns one of {names}", column=column_id)
         direct_too = any(source.mode == "direct" for source in sources)
+        owner = sources[0].owner
+        if any(source.owner != owner for source in sources):
+            raise DeclarationError(
+                f"{column_id}: its columns have different owners; whose salt would it take?", column=column_id
+            )
         super().__init__(
-            result, searchable=True, column_id=column_id, mode="direct" if direct_too else "envelope"
+            result,
+            searchable=True,
+            column_id=column_id,
+            owner=owner,
+            mode="direct" if direct_too else "envelope",
         )
         self.declared_id = sources[0].declared_id
         self.transform = transform

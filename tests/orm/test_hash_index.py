@@ -686,6 +686,7 @@ def _declare(**attributes: Any) -> None:
             "secret": mapped_column(Encrypted(String(9), searchable=True)),
             "other": mapped_column(Encrypted(String(9)), onupdate=lambda: "x"),
             "plain": mapped_column(String(9)),
+            "owned": mapped_column(Encrypted(String(9), owner="vendor")),
             **attributes,
         },
     )
@@ -705,6 +706,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "onupdate of one of several": lambda: _declare(
         x=hash_index("secret", "other", transform=named("n")(lambda a, b: a))
     ),
+    "of two owners": lambda: _declare(x=hash_index("secret", "owned", transform=named("n")(lambda a, b: a))),
     "another result": lambda: _declare(
         x=hash_index("secret", transform=named("n", returns=list)(lambda value: [value]))
     ),
