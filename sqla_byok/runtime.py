@@ -572,6 +572,8 @@ class Byok(Secret):
         :raises KeystoreConflictError: if other processes keep changing the tenant, or enable what this call disables;
             call it again.
         """
+        if isinstance(columns, str) or not isinstance(columns, Iterable | None):
+            raise ConfigurationError("set_searchable takes a set of columns; put a single one into one too")
         self._searchable.set(tenant, None if columns is None else {searched_id(each) for each in columns})
         self._keyrings.look_again(tenant)
 

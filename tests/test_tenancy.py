@@ -244,6 +244,66 @@ def test_a_session_keeps_its_tenant(byok: Byok, data: Engine) -> None:
         assert session.get(Patient, patient.id, populate_existing=True) is patient
 
 
+MEANWHILE: dict[str, Callable[[Byok, Session], Any]] = {
+    "a block of the other": lambda byok, s: _within(byok.tenant("t2"), lambda: s.get_one(Patient, 1001)),
+    "a block across": lambda byok, s: _within(
+        byok.across(["t1", "t2"], actor="ada", reason="r"), lambda: s.get_one(Patient, 1001)
+    ),
+    "a sealed block": lambda byok, s: _within(
+        byok.sealed(actor="ada", reason="r"), lambda: s.get_one(Patient, 1001)
+    ),
+    "the statement's option": lambda byok, s: s.get_one(
+        Patient, 1001, execution_options={"byok_tenant": "t2"}
+    ),
+    "sealed by option": lambda byok, s: s.get_one(Patient, 1001, execution_options={"byok_sealed": True}),
+}
+
+
+def _within(block: Any, read: Callable[[], Any]) -> Any:
+    with block:
+        return read()
+
+
+# A session's option goes before a tenant's block, which then reads nothing.
+BY_OPTION = [how for how in MEANWHILE if how not in ("a block of the other", "a block across")]
+
+
+@pytest.mark.parametrize(
+    ("how", "by_option"), [*((how, False) for how in MEANWHILE), *((how, True) for how in BY_OPTION)]
+)
+@pytest.mark.parametrize("commits", [False, True], ids=["one transaction", "another"])
+def test_what_was_read_meanwhile_is_not_written(
+    byok: Byok, data: Engine, how: str, commits: bool, by_option: bool
+) -> None:
+    """Another tenant's row would be encrypted under the keys of the session's."""
+    engine = data.execution_options(byok_tenant="t1") if by_option else data
+    with byok.tenant("t1"), Session(engine, expire_on_commit=False) as session:
+        session.scalars(select(Patient).where(Patient.mrn == "t1-0")).one()
+        other = MEANWHILE[how](byok, session)
+        if commits:
+            session.commit()
+        other.mrn = "stolen"
+        with pytest.raises(TenantMismatchError, match="each tenant a session of its own"):
+            session.flush()
+    assert owners(byok, data) == [*["t1"] * ROWS, *["t2"] * ROWS]
+
+
+def test_a_statement_that_names_its_tenant_updates_for_it(byok: Byok, data: Engine) -> None:
+    """One after the other in one transaction, since nothing is carried from one to the next."""
+    with data.begin() as connection:
+        for tenant in ("t1", "t2", "t1"):
+            option = {"byok_tenant": tenant}
+            rows = connection.execute(
+                select(Patient.id, Patient.mrn).where(Patient.org == tenant), execution_options=option
+            )
+            for id_, mrn in rows.all():
+                connection.execute(
+                    update(Patient.__table__).where(Patient.id == id_).values(mrn=f"{mrn}!"),  # type: ignore[arg-type]
+                    execution_options=option,
+                )
+    assert owners(byok, data) == [*["t1"] * ROWS, *["t2"] * ROWS]
+
+
 def test_a_statements_option_reaches_its_eager_loads_only(byok: Byok, data: Engine) -> None:
     """What a statement loads along has its tenant; what is loaded later has the session's, which is none."""
     query = select(Patient).where(Patient.mrn == "t1-3").execution_options(byok_tenant="t1")

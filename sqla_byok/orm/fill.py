@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Alias, Column, Join, MetaData, Table, event
+from sqlalchemy import Alias, Column, Join, MetaData, Table, event, null
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import NullType
@@ -65,9 +65,7 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[
         _refuse_mixed(table, plan, items, rows[0])
     copied: Copies = {}
     if groups := upstream.multi_values(clause):
-        clause = upstream.with_multi_values(
-            clause, [[_fill_given(clause, table, plan, row, copied) for row in group] for group in groups]
-        )
+        clause = upstream.with_multi_values(clause, _fill_groups(clause, table, plan, groups, copied))
     elif items:
         clause = upstream.with_values(clause, _fill_items(clause, table, plan, items, copied))
     if conflicts := upstream.conflicts(clause):
@@ -219,8 +217,12 @@ def _fill_compound(clause: Any, table: Any, index: IndexOf, hash_key: Any, row: 
     if not given:
         if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
             _refuse_hash(table.c[hash_key])
+    elif clause.is_update and row.get(hash_key, given) is None and any(row[key] is None for key in given):
+        pass  # a flush knows that there is no hash, whatever the other sources are
     elif _complete(clause, table, index, hash_key, given):
-        row[hash_key] = tuple(row.get(source) for source in index.sources)
+        values = tuple(row.get(source) for source in index.sources)
+        sealed = all(type(value) is Sealed for value in values)
+        row[hash_key] = _copied(table.c[hash_key], row) if sealed else values
     else:
         row.pop(hash_key, None)
 
@@ -254,8 +256,22 @@ def _refuse_mixed(table: Any, plan: _Plan, items: Sequence[Item], row: Row) -> N
 # -- values ----------------------------------------------------------------------------------------------------------
 
 
-def _fill_given(clause: Any, table: Any, plan: _Plan, given: Any, copied: Copies) -> Row:
-    """One row of multi-VALUES."""
+def _fill_groups(
+    clause: Any, table: Any, plan: _Plan, groups: Sequence[Sequence[Any]], copied: Copies
+) -> list[list[Row]]:
+    """The rows of multi-VALUES. What the first of them does not have, SQLAlchemy leaves out of all others."""
+    rows = [[_given(clause, table, plan, row) for row in group] for group in groups]
+    columns = rows[0][0].keys()
+    return [
+        [
+            dict(_fill_items(clause, table, plan, [(k, v) for k, v in row.items() if k in columns], copied))
+            for row in group
+        ]
+        for group in rows
+    ]
+
+
+def _given(clause: Any, table: Any, plan: _Plan, given: Any) -> dict[Any, Any]:
     if not isinstance(given, Mapping):
         raise UnsupportedQueryError(
             f"{table.fullname}: rows of positional values would shift by the hash columns; give dicts"
@@ -267,7 +283,7 @@ def _fill_given(clause: Any, table: Any, plan: _Plan, given: Any, copied: Copies
     for key in plan.defaults:
         if key not in row:
             row[key] = _default_of(table.c[key])
-    return dict(_fill_items(clause, table, plan, row.items(), copied))
+    return row
 
 
 def _default_of(column: Any) -> Any:
@@ -294,6 +310,7 @@ def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], cop
     """
     filled: list[Item] = []
     by_table: dict[Any, dict[str, Any]] = {}
+    by_name: dict[Any, bool] = {}
     for key, value in items:
         column = _target(clause, table, key)
         if column is None or not isinstance(column.type, _OURS):
@@ -307,12 +324,13 @@ def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], cop
             target = hash_column.key if isinstance(key, str) else hash_column
             filled.append((target, _bound(hash_column, value, copied)))
         by_table.setdefault(column.table, {})[column.key] = value
+        by_name[column.table] = isinstance(key, str)
     for written, values in by_table.items():
         for hash_key, index in _plan_of(written).compounds.items():
             given = [source for source in index.sources if source in values]
             if given and _complete(clause, written, index, hash_key, given):
                 hash_column = written.c[hash_key]
-                target = hash_column.key if written is table else hash_column
+                target = hash_column.key if by_name[written] else hash_column
                 parts = [values.get(source) for source in index.sources]
                 filled.append((target, _bound_together(hash_column, parts, copied)))
     return filled
@@ -386,7 +404,7 @@ def _bound(column: Any, value: Any, copied: Copies) -> Any:
 def _bound_together(hash_column: Any, parts: Sequence[Any], copied: Copies) -> Any:
     """The values of several columns as one, bound through the type of the hash over them."""
     if any(part is None or isinstance(part, Null) for part in parts):
-        return None
+        return null()
     values = [part.value if isinstance(part, BindParameter) else part for part in parts]
     named = [isinstance(part, BindParameter) and not part.unique for part in parts]
     if not any(named):

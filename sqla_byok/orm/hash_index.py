@@ -143,28 +143,50 @@ class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_p
                 f"{named}: it takes attributes of the class in which it stands, each once; give the name of one that "
                 "stands elsewhere as a string"
             )
+        if not isinstance(table, Table) and isinstance(getattr(table.c.get(key), "type", None), IndexHash):
+            return  # AbstractConcreteBase maps a union of tables that have it already
         columns = [_column(mapper, source) for source in self.sources]
         missing = [source for source, found in zip(self.sources, columns, strict=True) if found is None]
         if missing or not isinstance(table, Table):
+            names = ", ".join(missing or self.sources)
             raise DeclarationError(
-                f"{named}: there is no column {', '.join(missing)!r} in the table of this class; a hash_index is "
-                "declared on the class whose table has the columns"
+                f"{named}: there is no column {names!r} in the table of this class; a hash_index is declared on the "
+                "class whose table has the columns"
             )
-        keys = tuple(column.key for column in columns)
-        add_index(table, IndexOf(key[: -len(hash_key(""))], keys, self.transform), self.unique)
+        index = IndexOf(key[: -len(hash_key(""))], tuple(column.key for column in columns), self.transform)
+        add_index(table, index, self.unique)
         if len(columns) > 1:
-            event.listen(mapper, "before_update", self._bring_along, propagate=True)
+            _bring_along(mapper, columns, table.c[key])
 
-    def _bring_along(self, mapper: Any, connection: Any, instance: Any) -> None:
-        """Have an UPDATE that changes one source set the others too."""
-        attributes = inspect(instance).attrs
-        changed = [source for source in self.sources if attributes[source].history.has_changes()]
-        if not changed:
-            return
-        for source in self.sources:
-            if source not in changed:
-                getattr(instance, source)
-                flag_modified(instance, source)
+
+def _bring_along(mapper: Mapper[Any], sources: list[Any], hash_column: Any) -> None:
+    """Have a flush that changes one source set the others too; or no hash, where it becomes None."""
+
+    def before_update(mapper: Mapper[Any], connection: Any, instance: Any) -> None:
+        known = mapper._columntoproperty
+        if any(source not in known for source in sources):
+            return  # a class in the same table that has not all of them
+        attributes, names = inspect(instance).attrs, [known[source].key for source in sources]
+        changed = [name for name in names if attributes[name].history.has_changes()]
+        if hash_column in known and any(attributes[name].loaded_value is None for name in changed):
+            setattr(instance, known[hash_column].key, None)
+            flag_modified(instance, known[hash_column].key)
+        elif changed:
+            for name in names:
+                if name not in changed:
+                    getattr(instance, name)
+                    flag_modified(instance, name)
+
+    def listen(mapper: Mapper[Any], *_: Any) -> None:
+        event.listen(mapper, "before_update", before_update, propagate=True)
+
+    # Objects of all classes in the table: of parents and siblings too.
+    while mapper.inherits is not None and mapper.inherits.local_table is mapper.local_table:
+        mapper = mapper.inherits
+    if mapper.configured:
+        listen(mapper)
+    else:  # behind the application's own listeners, which may change a source
+        event.listen(mapper, "mapper_configured", listen)
 
 
 @event.listens_for(Mapper, "instrument_class", insert=True)

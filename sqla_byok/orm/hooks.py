@@ -36,7 +36,6 @@ from sqla_byok.orm.guard import Guard, Verdict, search_hash
 from sqla_byok.orm.isolation import (
     ALL_SEALED,
     SEALED,
-    TENANT_OPTION,
     Across,
     AcrossRing,
     Owned,
@@ -154,8 +153,10 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             if None in made:
                 _check_specs(ring, made[None], keyrings)
         tenant = whose(context.execution_options, scopes)
-        if context.execution_options.get(TENANT_OPTION) is None:
+        if tenant == whose(conn.get_execution_options(), scopes):
             _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
+        elif decrypts:  # a statement that names its tenant itself may write, but what it read is another's
+            _meet(conn, tenant)
         _check_unchanged(ring, tenant)
         # What runs between here and after_execute may be another tenant's.
         upstream.remember(context, ring)
@@ -240,6 +241,20 @@ class _Specs(NamedTuple):
     searched: frozenset[HashSpec]  # of columns that are compared
 
 
+def _searched(compiled: Any) -> Mapping[str | None, frozenset[HashSpec]]:
+    """Of columns that are compared, and of those by which an upsert finds its conflicts; by the columns' owners."""
+    found = upstream.searched(compiled)
+    if getattr(compiled, "isinsert", False):
+        statement = upstream.resolved(compiled.statement)
+        table, _ = upstream.target(statement)
+        for conflict in upstream.conflicts(statement):
+            for column in upstream.conflict_columns(table, conflict):
+                if isinstance(column.type, SearchHash):
+                    owner = _owner(column.type)
+                    found[owner] = found.get(owner, frozenset()) | {column.type.spec}
+    return found
+
+
 def _specs(
     binds: Iterable[Any], searched: Mapping[str | None, frozenset[HashSpec]]
 ) -> dict[str | None, _Specs]:
@@ -315,7 +330,7 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
     verdict = guard.judge(compiled)
-    made = _specs(binds, upstream.searched(compiled))
+    made = _specs(binds, _searched(compiled))
     owned_by = {_owner(type_) for type_ in (*binds, *results)} | upstream.compared_owned(compiled).keys()
     if owned_by:
         binds = [type_ for type_ in binds if _owner(type_) is None]
@@ -397,19 +412,28 @@ def _named(clause: Any, rows: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _check_one_tenant(conn: Any, tenant: Whose | None, *, updates: bool) -> None:
-    """Refuse an UPDATE in a transaction that began with another tenant.
+    """Refuse an UPDATE in a transaction that has worked for another tenant too.
 
     A session that outlives a block still holds the objects of the block's tenant, and would write them under the
     keys of whoever's turn it is.
     """
-    first = upstream.pinned(conn, tenant)
-    if updates and first != tenant:
+    tenants = _meet(conn, tenant)
+    if updates and len(tenants) > 1:
+        other = next(each for each in tenants if each != tenant)
+        how = "began with" if other == tenants[0] else "has worked for"
         raise TenantMismatchError(
-            f"this transaction began with tenant {first!r} and would now update rows for {tenant!r}; give each "
-            "tenant a session of its own, with byok.session(tenant, engine)",
+            f"this transaction {how} tenant {shown(other)!r} and would now update rows for {shown(tenant)!r}, which "
+            "may be what it read before; give each tenant a session of its own, with byok.session(tenant, engine)",
             tenant=shown(tenant),
-            owner=shown(first),
+            owner=shown(other),
         )
+
+
+def _meet(conn: Any, tenant: Whose | None) -> list[Whose | None]:
+    tenants = upstream.met(conn)
+    if tenant not in tenants:
+        tenants.append(tenant)
+    return tenants
 
 
 def _check_unchanged(ring: Statements | None, tenant: Whose | None) -> None:

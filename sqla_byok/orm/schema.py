@@ -444,10 +444,23 @@ class _HashProperty(ColumnProperty[Any]):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Nothing, since the hash is written with its source; unless that is sealed, and is changed by the merge."""
-        _, _, source, state, *_ = args  # SQLAlchemy gives them by position
-        followed = self.key.removesuffix(hash_key(""))
-        if type(source.get(followed)) is Sealed and state.attrs[followed].history.added:
+        _, _, source, state, current, *_ = args  # SQLAlchemy gives them by position
+        followed = self._followed()
+        if all(type(source.get(key)) is Sealed for key in followed) and any(
+            state.attrs[key].history.added  # or will be, where the source is merged after its hash
+            or type(current.get(key)) is not Sealed
+            or current[key] != source[key]
+            for key in followed
+        ):
             super().merge(*args, **kwargs)
+
+    def _followed(self) -> list[str]:
+        """The attributes whose hash it is."""
+        column: Any = self.columns[0]
+        info = _info_of(column)
+        keys = info[INDEX].sources if INDEX in info else (info[SOURCE],)
+        known = self.parent._columntoproperty
+        return [known[source].key for key in keys if (source := column.table.c.get(key)) in known]
 
 
 @event.listens_for(Mapper, "instrument_class")

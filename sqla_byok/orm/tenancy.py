@@ -18,7 +18,7 @@ from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, 
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
-from sqla_byok.orm.isolation import SEALED, TENANT_OPTION, Across, Whose, shown, whose
+from sqla_byok.orm.isolation import SEALED, Across, Whose, shown, whose
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted
@@ -99,37 +99,43 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
                 _check_value(table.c[key], value, names)
 
 
-_SESSION_TENANT = "byok_tenant"
+_MET = "byok_met"
 
 
 @event.listens_for(Session, "after_begin")
 def _check_session(session: Session, transaction: Any, connection: Any) -> None:
-    """Refuse a session that still holds one tenant's values when it begins a transaction in another's block.
+    """Refuse a session that still holds one tenant's values when it begins a transaction for another.
 
     It would write what changed in them under the other's keys. With ``expire_on_commit=True`` it holds none, nor after
     ``expunge_all()`` and ``close()``.
     """
     scopes = slot_of(connection.dialect).scopes
-    if scopes is None or connection.get_execution_options().get(TENANT_OPTION) is not None:
+    if scopes is None:
         return
-    tenant, before = scopes.current(), session.info.get(_SESSION_TENANT)
-    if tenant is None or tenant is SEALED or tenant == before:
-        return
-    if before is not None and any(_holds_values(state) for state in session.identity_map.all_states()):
-        raise TenantMismatchError(
-            f"this session holds values of tenant {shown(before)!r} that its last commit did not expire, and would now "
-            f"work for {shown(tenant)!r}; give each tenant a session of its own, or close() it in between",
-            tenant=shown(tenant),
-            owner=shown(before),
-        )
-    session.info[_SESSION_TENANT] = tenant
+    met: dict[Any, list[Whose | None]] = session.info.setdefault(_MET, {})
+    tenant, tenants = whose(connection.get_execution_options(), scopes), upstream.met(connection)
+    others = [each for each in met.get(connection.engine, ()) if each != tenant]
+    if others:
+        first = next((each for each in others if each is not SEALED), None)
+        if tenant is not None and tenant is not SEALED and first is not None and _holds(session, plain=True):
+            raise TenantMismatchError(
+                f"this session holds values of tenant {shown(first)!r} that its last commit did not expire, and would "
+                f"now work for {shown(tenant)!r}; give each tenant a session of its own, or close() it in between",
+                tenant=shown(tenant),
+                owner=shown(first),
+            )
+        if _holds(session, plain=False):
+            tenants.extend(others)  # so that nothing is updated
+    met[connection.engine] = tenants
 
 
-def _holds_values(state: Any) -> bool:
+def _holds(session: Session, *, plain: bool) -> bool:
+    """Whether a session has values of encrypted columns; decrypted ones, or sealed ones too."""
     return any(
         isinstance(attribute.columns[0].type, Encrypted)
         and attribute.key in state.dict
-        and type(state.dict[attribute.key]) is not Sealed
+        and not (plain and type(state.dict[attribute.key]) is Sealed)
+        for state in session.identity_map.all_states()
         for attribute in state.mapper.column_attrs
     )
 
@@ -160,8 +166,16 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
             given = given or list(_given(clause, rows))
             _check_given(clause, target.c[key], given, names)
         if not clause.is_insert:
-            clause = clause.where(or_(*(target.c[key] == _typed(target.c[key], name) for name in names)))
+            clause = clause.where(_held(target.c[key], names))
+        elif conflicts := upstream.conflicts(clause):
+            held = _held(target.c[key], names)
+            clause = upstream.with_conflicts(clause, [upstream.held_to(each, held) for each in conflicts])
     return clause
+
+
+def _held(column: Any, names: tuple[str, ...]) -> Any:
+    """True of the tenants' own rows."""
+    return or_(*(column == _typed(column, name) for name in names))
 
 
 def check_defaults(context: Any, tenant: Whose | None) -> None:

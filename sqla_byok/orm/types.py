@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
@@ -211,7 +211,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         """How the hashes of this column are made, as the keystore keeps it."""
         normalizer = None if self.normalize is None else identity(self.normalize)
         made = (self.hash, _codec(self.type_).name, normalizer, *self.scope)
-        return HashSpec.of(self.column_id or "", self.table, *made)
+        decorators = _decorators(self.type_, "process_bind_param")
+        return HashSpec.of(self.column_id or "", self.table, *made, *decorators)
 
     def as_loaded(self, dialect: Dialect) -> _Process:
         """What makes of a value what it will be when it is read back: ``Decimal("1.00")`` of 1."""
@@ -437,8 +438,17 @@ class IndexedValue(Encrypted[Any]):
             names = ", ".join(known.__name__ for known in _RESULTS)
             raise DeclarationError(f"{column_id}: a transform returns one of {names}", column=column_id)
         direct_too = any(source.mode == "direct" for source in sources)
+        owner = sources[0].owner
+        if any(source.owner != owner for source in sources):
+            raise DeclarationError(
+                f"{column_id}: its columns have different owners; whose salt would it take?", column=column_id
+            )
         super().__init__(
-            result, searchable=True, column_id=column_id, mode="direct" if direct_too else "envelope"
+            result,
+            searchable=True,
+            column_id=column_id,
+            owner=owner,
+            mode="direct" if direct_too else "envelope",
         )
         self.declared_id, self.table = sources[0].declared_id, sources[0].table
         self.transform = transform
@@ -446,13 +456,17 @@ class IndexedValue(Encrypted[Any]):
 
     @memoized_property
     def spec(self) -> HashSpec:
-        of = [[source.column_id, _codec(source.type_).name] for source in self.sources]
+        both = ("process_bind_param", "process_result_value")  # it takes values as they are read back
+        of = [
+            [source.column_id, _codec(source.type_).name, *_decorators(source.type_, *both)]
+            for source in self.sources
+        ]
         made = (self.hash, _codec(self.type_).name, identity(self.transform), *self.scope)
         return HashSpec.of(self.column_id or "", self.table, *made, of)
 
     @property
     def search_key(self) -> tuple[Any, ...]:
-        return (self.spec,)
+        return self.spec.column, self.spec.digest
 
     @memoized_property
     def written_type(self) -> IndexHash:
@@ -475,11 +489,15 @@ class IndexHash(SearchHash):
     cache_ok = True
     source: IndexedValue
 
+    def kept(self, digest: Digest) -> Digest:
+        return _Kept(digest)
+
     def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
         return self.source.hash_type
 
     def bind_processor(self, dialect: Dialect) -> Any:
-        indexed, to_hash = self.source, super().bind_processor(dialect)
+        indexed = self.source
+        to_hash = direct.refusing(super().bind_processor(dialect), indexed.column_id or "")
         column, transform, several = indexed.column_id, indexed.transform, len(indexed.sources) > 1
         loaded = [source.as_loaded(dialect) for source in indexed.sources]
 
@@ -493,6 +511,8 @@ class IndexHash(SearchHash):
             raise EncodeError(f"{column}: {reason}", column=column)
 
         def bind(value: Any) -> Any:
+            if type(value) is _Kept:
+                return to_hash(super(IndexHash, self).kept(Digest(value)))
             values = value if several and type(value) is tuple else (value,)
             if any(each is None for each in values):
                 return to_hash(None)
@@ -518,6 +538,14 @@ def _undecorated(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Type
     while _is_plain_decorator(type_):
         type_ = _inside(type_, dialect)
     return type_
+
+
+def _decorators(type_: Any, *methods: str) -> Iterator[str]:
+    """The names of the TypeDecorators around a type that may make another value of one, by these methods."""
+    while _is_plain_decorator(type_):
+        if any(_overrides(type_, method) for method in methods):
+            yield type(type_).__name__
+        type_ = _inside(type_, None)
 
 
 def _inside(decorator: Any, dialect: Dialect | None) -> TypeEngine[Any]:

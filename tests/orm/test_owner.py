@@ -30,6 +30,7 @@ from sqla_byok import (
     ConfigurationError,
     DeclarationError,
     Encrypted,
+    HashSpecChangedError,
     KeyDisabledError,
     KeysExpiredError,
     LocalKms,
@@ -38,8 +39,9 @@ from sqla_byok import (
     SealedError,
     TenantMismatchError,
     UnsupportedQueryError,
+    hash_index,
 )
-from sqla_byok.normalize import casefold
+from sqla_byok.normalize import casefold, email_domain
 
 WHO = {"actor": "ada", "reason": "ticket 4711"}
 
@@ -147,6 +149,59 @@ def test_the_hash_for_handwritten_sql(byok: Byok, data: Engine) -> None:
     with byok.tenant("t2"):
         assert byok.hash(Login.email, "ada@example.com") == stored
     assert byok.hash(Login.email, "ada@example.com") == stored
+
+
+def _login(normalize: Any = None) -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Account(Base):
+        __tablename__ = "ow_account"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        email: Mapped[str | None] = mapped_column(
+            Encrypted(String(40), searchable=True, normalize=normalize, owner="vendor")
+        )
+        domain = hash_index("email", transform=email_domain)
+
+    return Account
+
+
+def test_an_index_is_the_owners_too(byok: Byok, data: Engine) -> None:
+    """Whoever wrote the value finds it, and whoever else, also without a tenant."""
+    account = _login()
+    account.metadata.create_all(data)
+    with byok.session("t1", data) as session:
+        session.add_all([account(id=1, email="ada@one.org"), account(id=2, email="bob@two.org")])
+        session.commit()
+    with byok.session("t2", data) as session:
+        session.get_one(account, 2).email = "bob@one.org"
+        session.commit()
+    with Session(data) as session:
+        session.add(account(id=3, email="eve@one.org"))
+        session.commit()
+    find = select(account.id).where(account.domain == "one.org").order_by(account.id)
+    for session in (Session(data), *(Session(data.execution_options(byok_tenant=t)) for t in ("t1", "t2"))):
+        with session:
+            assert session.scalars(find).all() == [1, 2, 3]
+
+
+def test_a_changed_specification_is_noticed(byok: Byok, data: Engine) -> None:
+    """It is kept with the owner, since the hashes are the owner's."""
+    account, changed = _login(), _login(casefold)
+    account.metadata.create_all(data)
+    with byok.session("t1", data) as session:
+        session.add(account(id=1, email="Ada@one.org"))
+        session.commit()
+    for session in (Session(data), Session(data.execution_options(byok_tenant="t2"))):
+        with session:
+            with pytest.raises(HashSpecChangedError, match="re-hash") as caught:
+                session.scalars(select(changed.id).where(changed.email == "ada@one.org")).all()
+            assert (caught.value.tenant, caught.value.column) == ("vendor", "ow_account.email")
+            session.add(changed(id=2, email="bob@one.org"))
+            with pytest.raises(HashSpecChangedError):
+                session.flush()
+            session.rollback()
+            assert session.scalars(select(account.id).where(account.email == "Ada@one.org")).all() == [1]
 
 
 def test_both_keys_in_one_statement(byok: Byok, data: Engine) -> None:

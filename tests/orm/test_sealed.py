@@ -51,11 +51,18 @@ from sqla_byok import (
     Sealed,
     SealedError,
     TenantMismatchError,
+    hash_index,
 )
 from sqla_byok.audit import Event, SealedOpened
-from sqla_byok.normalize import casefold
+from sqla_byok.normalize import casefold, first, named
 
 WHO = {"actor": "ada", "reason": "ticket 4711"}
+
+
+@named("both")
+def both(town: str, phone: bytes) -> str:
+    """A transform over two columns."""
+    return f"{town}/{len(phone)}"
 
 
 class Base(DeclarativeBase):
@@ -73,6 +80,10 @@ class Patient(Base):
     scan: Mapped[bytes | None] = mapped_column(Encrypted(LargeBinary, searchable=True))
     born: Mapped[date | None] = mapped_column(Encrypted(Date))
     findings: Mapped[Any] = mapped_column(Encrypted(JSON), nullable=True)
+    town: Mapped[str | None] = mapped_column(Encrypted(String(20)))
+    town_start = hash_index("town", transform=first(2))
+    phone: Mapped[bytes | None] = mapped_column(Encrypted(LargeBinary(20), searchable=True))
+    town_and_phone = hash_index("town", "phone", transform=both)
     visits: Mapped[list[Visit]] = relationship(cascade="all, delete-orphan", back_populates="patient")
 
 
@@ -97,6 +108,8 @@ def patient(id_: int, tenant: str, **values: Any) -> Patient:
         "scan": bytes(range(40)),
         "born": date(1815, 12, 10),
         "findings": {"a": [1, None]},
+        "town": f"{tenant} town",
+        "phone": b"555",
         "visits": [Visit(id=id_, code=f"{tenant}-visit")],
         **values,
     }
@@ -272,6 +285,20 @@ def test_a_value_can_be_emptied(data: Engine, session: Session) -> None:
     assert (held["mrn"], held["mrn_hash"]) == (None, None)
 
 
+def test_a_source_of_an_index_over_several_columns_can_be_emptied(byok: Byok, data: Engine) -> None:
+    """The other has a hash too, which nobody could make anew."""
+    before = stored(data, 1)
+    with byok.sealed(**WHO), Session(data) as session:
+        session.get_one(Patient, 1).phone = None
+        session.commit()
+    emptied = {"phone", "phone_hash", "town_and_phone_hash"}
+    assert stored(data, 1) == {key: None if key in emptied else value for key, value in before.items()}
+    with byok.session("t1", data) as session:
+        session.get_one(Patient, 1).phone = b"1234"
+        session.commit()
+        assert session.scalars(select(Patient.id).where(Patient.town_and_phone == "t1 town/4")).all() == [1]
+
+
 def test_rows_are_deleted_with_what_depends_on_them(data: Engine, session: Session) -> None:
     """Whoever leaves is deleted, by cascade and by statement, without keys."""
     session.delete(session.get_one(Patient, 1))
@@ -357,7 +384,13 @@ def test_rows_are_copied_to_staging(
     for id_, tenant in ((1, "t1"), (2, "t2")):
         assert stored(staging, id_) == stored(data, id_)
         with byok.session(tenant, staging) as session:
-            for found in (Patient.mrn == f"{tenant}-{id_}", Patient.scan == bytes(range(40))):
+            for found in (
+                Patient.mrn == f"{tenant}-{id_}",
+                Patient.scan == bytes(range(40)),
+                Patient.phone == b"555",
+                Patient.town_start == tenant,
+                Patient.town_and_phone == f"{tenant} town/3",
+            ):
                 assert session.scalars(select(Patient.name).where(found)).all() == [f"{tenant} Ada"]
     assert set(stored(staging, 3).values()) == {None}
 
@@ -366,7 +399,7 @@ def test_a_copy_without_its_hash_is_refused(byok: Byok, data: Engine, staging: E
     """A row that no search finds would be lost silently."""
     with byok.sealed(**WHO), Session(data) as session, Session(staging) as target:
         found = session.get_one(Patient, 1)
-        for key in ("mrn", "email", "scan"):
+        for key in ("mrn", "email", "scan", "town", "phone"):
             value = getattr(found, key)
             for write in (
                 lambda key=key, value=value: target.execute(insert(T), [{"id": 1, "org": "x", key: value}]),
@@ -382,6 +415,22 @@ def test_a_copy_without_its_hash_is_refused(byok: Byok, data: Engine, staging: E
         target.execute(insert(T), [{"id": 1, "org": "x", "name": found.name, "born": found.born}])
         target.commit()
     assert stored(staging, 1)["name"] == stored(data, 1)["name"]
+
+
+def test_a_copy_with_some_sources_of_an_index_changed_is_refused(
+    byok: Byok, data: Engine, staging: Engine
+) -> None:
+    """The hash over several columns is that of the row that was read, all of it."""
+    with byok.sealed(**WHO), Session(data) as session:
+        row = dict(session.execute(select(T).where(T.c.id == 1)).mappings().one())
+    without = {key: value for key, value in row.items() if key != "town_and_phone_hash"}
+    with byok.session("t1", staging) as target:
+        with pytest.raises(EncodeError, match="town_and_phone_hash"):
+            target.execute(insert(T), [without])
+        with pytest.raises(EncodeError, match=r"town_and_phone.*sealed"):
+            target.execute(insert(T), [{**row, "town": "other"}])
+        target.execute(insert(T), [{**row, "town": None}])
+        assert target.scalars(select(T.c.id).where(Patient.town_and_phone.is_(None))).all() == [1]
 
 
 def test_a_merge_into_the_same_row_changes_nothing(data: Engine, byok: Byok) -> None:
