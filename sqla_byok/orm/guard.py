@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -269,8 +270,8 @@ class Verdict(NamedTuple):
     """What the guard says of a compiled statement."""
 
     refusal: tuple[str, str | None] | None = None  # message and column
-    groups: bool = False  # it tells hashes apart other than by a look-up
-    grouped: frozenset[HashSpec] = frozenset()  # how those of the tenant's own columns are made
+    # How the hashes are made that it tells apart other than by a look-up, by the columns' owners.
+    grouped: Mapping[str | None, frozenset[HashSpec]] = MappingProxyType({})
 
 
 _FINE = Verdict()
@@ -318,8 +319,14 @@ class Guard:
             return Verdict((refused[0].message, refused[0].column))
         refusals = (self._about(text, table) for text, table in walk.named_in_texts())
         refusal = next((refusal for refusal in refusals if refusal), None)
-        specs = frozenset(type_.spec for type_ in walk.grouped if type_.source.owner is None)
-        return Verdict(refusal, bool(walk.grouped), specs)
+        owners = {type_.source.owner for type_ in walk.grouped}
+        return Verdict(
+            refusal,
+            {
+                owner: frozenset(type_.spec for type_ in walk.grouped if type_.source.owner == owner)
+                for owner in owners
+            },
+        )
 
     def text(self, text: str) -> tuple[str, str | None] | None:
         """What is to be said of a statement that is text: it may name no table with encrypted columns.

@@ -135,14 +135,20 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
         if tenancy.used and context.isinsert:
             tenancy.check_defaults(context, whose(context.execution_options, scopes))
         encrypts, decrypts, sends, _, compared, verdict, owned_by, made = upstream.known(compiled, ask)
+        grouped: Mapping[str | None, frozenset[HashSpec]] = {}
         if verdict is not None:
-            _heed(verdict, ring, keyrings)
+            _refuse(verdict.refusal)
+            grouped = verdict.grouped
+            if None in grouped:
+                _check_groups(ring, grouped[None], keyrings)
         if owned_by:
             owned = _complete(conn, slot.binding_owned.get(), owned_by, keyrings)
             for name, live in upstream.compared_owned(compiled).items():
                 _may_bind(owned[name] if owned else SEALED, clock, live)
             for owner in owned_by & made.keys():
                 _check_specs(owned[owner], made[owner], keyrings)
+            for owner in owned_by & grouped.keys():
+                _check_groups(owned[owner], grouped[owner], keyrings)
             upstream.remember_owned(context, owned)
             if context.is_crud:
                 slot.reading_owned.set(owned)
@@ -331,7 +337,9 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
     verdict = guard.judge(compiled)
     made = _specs(binds, _searched(compiled))
-    owned_by = {_owner(type_) for type_ in (*binds, *results)} | upstream.compared_owned(compiled).keys()
+    owned_by = {_owner(type_) for type_ in (*binds, *results)}.union(
+        upstream.compared_owned(compiled), verdict.grouped
+    )
     if owned_by:
         binds = [type_ for type_ in binds if _owner(type_) is None]
         results = [type_ for type_ in results if _owner(type_) is None]
@@ -341,15 +349,14 @@ def _concerns(compiled: Any, guard: Guard) -> _Concerns:
         sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in binds),
         opens=any(type_.mode == "direct" for type_ in results),
         compared=upstream.compared(compiled),
-        verdict=None if verdict.refusal is None and not verdict.groups else verdict,
+        verdict=None if verdict.refusal is None and not verdict.grouped else verdict,
         owned_by=frozenset(name for name in owned_by if name is not None),
         made=made,
     )
 
 
-def _heed(verdict: Verdict, ring: Statements | None, keyrings: Keyrings) -> None:
-    """Refuse what the guard refuses, and what tells hashes apart where one value may have several."""
-    _refuse(verdict.refusal)
+def _check_groups(ring: Statements | None, grouped: frozenset[HashSpec], keyrings: Keyrings) -> None:
+    """Refuse what tells hashes apart where one value may have several, or none."""
     if ring is None or ring is SEALED:
         raise NoTenantError(
             "no tenant is set for this statement, which groups by search hashes: nobody could say whether equal "
@@ -365,7 +372,7 @@ def _heed(verdict: Verdict, ring: Statements | None, keyrings: Keyrings) -> None
             "grouping by them would count it several times; wait until the rows are hashed anew, or group in Python",
             tenant=ring.tenant,
         )
-    _check_specs(ring, _Specs(frozenset(), verdict.grouped), keyrings)
+    _check_specs(ring, _Specs(frozenset(), grouped), keyrings)
 
 
 def _refuse(refusal: tuple[str, str | None] | None) -> None:

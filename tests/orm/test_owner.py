@@ -17,6 +17,7 @@ from sqlalchemy import (
     String,
     Table,
     create_engine,
+    func,
     insert,
     select,
     type_coerce,
@@ -35,11 +36,13 @@ from sqla_byok import (
     KeysExpiredError,
     LocalKms,
     NoTenantError,
+    NotSearchableError,
     Sealed,
     SealedError,
     TenantMismatchError,
     UnsupportedQueryError,
     hash_index,
+    search_hash,
 )
 from sqla_byok.normalize import casefold, email_domain
 
@@ -360,6 +363,30 @@ def test_the_owners_salts_can_be_rotated(counted: tuple[Byok, Engine, TurnableCl
             assert session.scalars(query).all() == ids
         with Session(engine) as session:
             assert session.scalars(select(User.id).where(User.email == "ada@t1")).all() == [1]
+
+
+def test_grouping_by_its_hash_is_the_owners_matter(counted: tuple[Byok, Engine, TurnableClock]) -> None:
+    """With several hashes for one value, or none, groups would be wrong: what counts is the owner's state."""
+    byok, engine, _ = counted
+    email = search_hash(User.email)
+    grouped = select(func.count()).select_from(User).group_by(email)
+    with byok.session("t1", engine) as session:
+        session.add(User(id=2, email="Bob@t1", name="Bob"))
+        session.commit()
+    byok.rotate_salt("t1")
+    for session in (Session(engine), Session(engine.execution_options(byok_tenant="t1"))):
+        with session:
+            assert session.scalars(grouped).all() == [1, 1]
+    byok.rotate_salt("vendor")
+    byok.forget_keys()
+    with Session(engine) as session, pytest.raises(UnsupportedQueryError, match="'vendor' are being rotated"):
+        session.scalars(grouped).all()
+    byok._generations.retire("vendor", "search-salt", 1)
+    byok.set_searchable("vendor", set())
+    byok.forget_keys()
+    with byok.session("t1", engine) as session, pytest.raises(NotSearchableError) as caught:
+        session.scalars(grouped).all()
+    assert (caught.value.tenant, caught.value.column) == ("vendor", "user.email")
 
 
 def test_columns_of_different_owners_are_not_compared(byok: Byok, data: Engine) -> None:
