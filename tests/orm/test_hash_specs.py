@@ -723,11 +723,11 @@ def test_on_every_database(engine: Engine, byok: Byok) -> None:
         assert session.scalars(select(patient.id).where(patient.mrn == "A-2")).all() == [2]
         with pytest.raises(NotSearchableError):
             session.scalars(select(patient.id).where(patient.phone == "12"))
-        if engine.dialect.name == "postgresql":
-            byok.set_searchable("t1", {patient.phone})
-            upsert = postgresql_insert(patient).values(id=3, mrn="A-2")
-            with pytest.raises(NotSearchableError):
-                session.execute(upsert.on_conflict_do_nothing(constraint="hs_patient_mrn_hash_key"))
+    if engine.dialect.name == "postgresql":
+        byok.set_searchable("t2", {patient.phone})
+        upsert = postgresql_insert(patient).values(id=3, mrn="A-2")
+        with byok.session("t2", engine) as session, pytest.raises(NotSearchableError):
+            session.execute(upsert.on_conflict_do_nothing(constraint="hs_patient_mrn_hash_key"))
 
 
 def test_tenants_share_what_is_the_same(fleet: Fleet) -> None:

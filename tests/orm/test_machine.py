@@ -535,7 +535,7 @@ def test_rows_are_found_by_what_they_are(world: World, request: pytest.FixtureRe
     run_state_machine_as_test(
         lambda: Machine(world),
         settings=settings(
-            max_examples=50 * (20 if request.config.getoption("--deep") else 1),
+            max_examples=40 * (20 if request.config.getoption("--deep") else 1),
             stateful_step_count=30,
             deadline=None,
             database=None,

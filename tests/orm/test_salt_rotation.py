@@ -408,7 +408,7 @@ class IndexBase(DeclarativeBase):
 
 
 class Card(IndexBase):
-    __tablename__ = "card"
+    __tablename__ = "bank_card"
     id = mapped_column(Integer, primary_key=True)
     note = mapped_column(String(20))
     pan = mapped_column(Encrypted(String(20)))
