@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import Dialect, Engine, event
@@ -29,7 +30,7 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Clock, Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.searchable import NOTHING, HashSpec, Written
+from sqla_byok.keys.searchable import NOTHING, HashSpec, Searchable, Written
 from sqla_byok.orm import direct, tenancy, upstream
 from sqla_byok.orm.fill import fill, refuse_compiled, refuse_embedded
 from sqla_byok.orm.guard import Guard, Verdict, search_hash
@@ -159,10 +160,13 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             if None in made:
                 _check_specs(ring, made[None], keyrings)
         tenant = whose(context.execution_options, scopes)
-        if tenant == whose(conn.get_execution_options(), scopes):
-            _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
-        elif decrypts:  # a statement that names its tenant itself may write, but what it read is another's
-            _meet(conn, tenant)
+        if decrypts or context.isinsert or context.isupdate:
+            if tenant == whose(conn.get_execution_options(), scopes):
+                _check_one_tenant(conn, tenant, updates=encrypts and context.isupdate)
+            elif (
+                decrypts
+            ):  # a statement that names its tenant itself may write, but what it read is another's
+                _meet(conn, tenant)
         _check_unchanged(ring, tenant)
         # What runs between here and after_execute may be another tenant's.
         upstream.remember(context, ring)
@@ -240,11 +244,13 @@ def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     return ring if ring.lease.live(clock.boot(), clock.wall()) else None
 
 
-class _Specs(NamedTuple):
+@dataclass(slots=True)
+class _Specs:
     """How search hashes are made."""
 
     hashed: frozenset[HashSpec]  # of values that are only written
     searched: frozenset[HashSpec]  # of columns that are compared
+    allowed_by: Searchable | None = None  # the last that allowed them; most tenants share one
 
 
 def _searched(compiled: Any) -> Mapping[str | None, frozenset[HashSpec]]:
@@ -311,10 +317,14 @@ def _note_owned(slot: Slot, written: Mapping[str | None, Written], keyrings: Key
 def _check_specs(ring: Statements | None, specs: _Specs, keyrings: Keyrings) -> None:
     """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched."""
     for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
-        if isinstance(each, Keyring):
-            if not each.searchable.knows_all(specs.searched):
-                each = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
-            each.searchable.check(each.tenant, specs.hashed, specs.searched)
+        if not isinstance(each, Keyring) or each.searchable is specs.allowed_by:
+            continue
+        known = each.searchable.knows_all(specs.searched)
+        if not known:
+            each = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
+        each.searchable.check(each.tenant, specs.hashed, specs.searched)
+        if known:
+            specs.allowed_by = each.searchable
 
 
 class _Concerns(NamedTuple):
