@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
@@ -51,30 +52,36 @@ class HashSpec(NamedTuple):
     :param digest: 32 hexadecimal digits, which stand for all of it: two columns or releases whose digests are equal
         give equal values equal hashes.
     :param table: the table that has the column.
+    :param sources: of an index, the ids of the columns that it follows.
     """
 
     column: str
     digest: str
     table: str
+    sources: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, column: str, table: str, *parts: Any) -> HashSpec:
+    def of(cls, column: str, table: str, *parts: Any, sources: Iterable[str] = ()) -> HashSpec:
         """The specification with these parts, each of them text, a number, None or a list of such."""
         text = json.dumps(["sqla-byok/1/hash-spec", *parts], separators=(",", ":"))
-        return cls(column, hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_DIGITS], table)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_DIGITS]
+        return cls(column, digest, table, tuple(sources))
 
 
-class Written(NamedTuple):
+@dataclass(slots=True)
+class Written:
     """What a write to a table makes known.
 
     :param table: the table.
-    :param specs: the digests of the specifications of its hashes, by column id.
-    :param plain: the ids of encrypted columns that have no hash.
+    :param specs: how its hashes are made, by column id.
+    :param columns: the ids of its encrypted columns.
+    :ivar allowed_by: the last that allowed the write; most tenants share one.
     """
 
     table: str
-    specs: Mapping[str, str]
-    plain: frozenset[str] = frozenset()
+    specs: Mapping[str, HashSpec]
+    columns: frozenset[str] = frozenset()
+    allowed_by: Searchable | None = None
 
 
 NOTHING = Written("", {})
@@ -84,10 +91,12 @@ class _Column(NamedTuple):
     """What is known of one column.
 
     :param spec: the digest of its specification; empty as long as no row was written.
+    :param sources: of an index, the ids of the columns that it follows.
     """
 
     spec: str
     state: str
+    sources: tuple[str, ...] = ()
 
 
 class Searchable:
@@ -134,7 +143,10 @@ class Searchable:
         if not text:
             return cls({})
         stored = json.loads(text)
-        columns = {name: _Column(*each) for name, each in stored["columns"].items()}
+        columns = {
+            name: _Column(spec, state, tuple(sources))
+            for name, (spec, state, sources) in stored["columns"].items()
+        }
         states = {*(column.state for column in columns.values())}
         if not (states <= {ON, PENDING, OFF} and stored["others"] in (ON, OFF)):
             raise ValueError("a state is unknown")
@@ -166,20 +178,24 @@ class Searchable:
         """Whether each of these columns was ever hashed. Where not, another process may have written the first row."""
         return all(spec.column in self.specs for spec in searched)
 
-    def check_plain(self, tenant: str, plain: frozenset[str]) -> None:
-        """Refuse to write columns without hashes by which the tenant can be searched.
+    def check_write(self, tenant: str, written: Written) -> None:
+        """Refuse to write columns without the hashes by which the tenant can be searched.
 
-        :param plain: the ids of encrypted columns that the model does not hash.
-        :raises HashSpecChangedError: the tenant's rows were hashed, and are searched, by one of them.
+        :raises HashSpecChangedError: the model has such a column, and does not hash it, or has not an index of it.
         """
-        for column in plain & self.specs.keys():
-            if self.state(column) == ON:
+        for name, column in self._columns.items():
+            if (
+                column.state == ON
+                and column.spec
+                and name not in written.specs
+                and not written.columns.isdisjoint((name, *column.sources))
+            ):
                 raise HashSpecChangedError(
-                    f"{column}: it is searched by its hashes in another release, and this model would leave them out: "
-                    "searches would miss rows. Declare it as it was, or leave it out of byok.set_searchable() for "
-                    f"tenant {tenant!r} first",
+                    f"{name}: another release searches by its hashes, and this model would leave them out: searches "
+                    "would miss rows. Declare it as it was, or leave it out of byok.set_searchable() for tenant "
+                    f"{tenant!r} first",
                     tenant=tenant,
-                    column=column,
+                    column=name,
                 )
 
     def check(self, tenant: str, hashed: Iterable[HashSpec], searched: Iterable[HashSpec]) -> None:
@@ -191,17 +207,14 @@ class Searchable:
         :raises NotSearchableError: the tenant has not enabled the search of a column, or its rows are yet to be hashed.
         """
         specs = self.specs
-        for column, digest, _ in hashed:
-            if specs.get(column, digest) != digest:
-                self._refuse_changed(tenant, column)
-        for column, digest, table in searched:
-            found = specs.get(column)
-            if found is not None and found != digest:
-                self._refuse_changed(tenant, column)
-            if not self._all_on and self.state(column) != ON:
-                self._refuse_search(tenant, column)
-            if found is None and table in self.tables:
-                self._refuse_unhashed(tenant, column)
+        for spec in (*hashed, *searched):
+            if specs.get(spec.column, spec.digest) != spec.digest:
+                self._refuse_changed(tenant, spec.column)
+        for spec in searched:
+            if not self._all_on and self.state(spec.column) != ON:
+                self._refuse_search(tenant, spec.column)
+            if spec.column not in specs and spec.table in self.tables:
+                self._refuse_unhashed(tenant, spec.column)
 
     def _refuse_changed(self, tenant: str, column: str) -> None:
         raise HashSpecChangedError(
@@ -238,7 +251,9 @@ class Searchable:
             return self
         late = written.table in self.tables
         found = {
-            name: _Column(spec, PENDING if late and self.state(name) == ON else self.state(name))
+            name: _Column(
+                spec.digest, PENDING if late and self.state(name) == ON else self.state(name), spec.sources
+            )
             for name, spec in written.specs.items()
             if name not in self.specs
         }
@@ -292,7 +307,7 @@ class Searchable:
     def rehashing(self, spec: HashSpec) -> Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
         now = self.not_searched(spec.column)
-        return now._with({spec.column: _Column(spec.digest, PENDING)})
+        return now._with({spec.column: _Column(spec.digest, PENDING, spec.sources)})
 
     def rehashed(self, column: str) -> Searchable:
         """With a pending column that can be searched from now on."""

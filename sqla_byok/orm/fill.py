@@ -134,19 +134,17 @@ class _Plan:
         self.written = _written(table.fullname, [*types, *(column.type for column in encrypted)])
 
 
-def _written(table: str, types: Iterable[Any]) -> dict[str | None, Written]:
+def _written(table: str, types: Sequence[Any]) -> dict[str | None, Written]:
     """What a write makes known of a table, by the columns' owners; None are those of the statement's tenant."""
-    specs: dict[str | None, dict[str, str]] = {}
-    plain: dict[str | None, set[str]] = {}
-    for type_ in types:
-        if isinstance(type_, SearchHash):
-            source = type_.source
-            specs.setdefault(source.owner, {})[type_.spec.column] = type_.spec.digest
-        elif not type_.searchable:
-            plain.setdefault(type_.owner, set()).add(type_.column_id)
+    hashed = [type_.source for type_ in types if isinstance(type_, SearchHash)]
+    encrypted = [type_ for type_ in types if isinstance(type_, Encrypted)]
     return {
-        owner: Written(table, specs.get(owner, {}), frozenset(plain.get(owner, ())))
-        for owner in {*specs, *plain}
+        owner: Written(
+            table,
+            {source.spec.column: source.spec for source in hashed if source.owner == owner},
+            frozenset(type_.column_id or "" for type_ in encrypted if type_.owner == owner),
+        )
+        for owner in {type_.owner for type_ in (*hashed, *encrypted)}
     }
 
 

@@ -285,10 +285,12 @@ def _specs(
 
 def _noted(ring: Keyring, written: Written, keyrings: Keyrings) -> Keyring:
     """The tenant's keyring, once the keystore knows of a table that is about to be written."""
+    if ring.searchable is written.allowed_by:
+        return ring
     if not ring.searchable.knows(written):
         ring = _recorded(ring, written, keyrings)
-    if not written.plain.isdisjoint(ring.searchable.specs):
-        ring.searchable.check_plain(ring.tenant, written.plain)
+    ring.searchable.check_write(ring.tenant, written)
+    written.allowed_by = ring.searchable
     return ring
 
 

@@ -462,7 +462,8 @@ class IndexedValue(Encrypted[Any]):
             for source in self.sources
         ]
         made = (self.hash, _codec(self.type_).name, identity(self.transform), *self.scope)
-        return HashSpec.of(self.column_id or "", self.table, *made, of)
+        ids = [source.column_id or "" for source in self.sources]
+        return HashSpec.of(self.column_id or "", self.table, *made, of, sources=ids)
 
     @property
     def search_key(self) -> tuple[Any, ...]:

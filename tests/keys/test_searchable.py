@@ -27,7 +27,7 @@ def states(searchable: Searchable) -> tuple[str, str, str]:
 
 
 def written(*specs: HashSpec, table: str = "t") -> Written:
-    return Written(table, {spec.column: spec.digest for spec in specs})
+    return Written(table, {spec.column: spec for spec in specs}, frozenset({"t.x", "t.phone"}))
 
 
 def limited(now: Searchable, *columns: str) -> Searchable:
@@ -75,8 +75,8 @@ def test_what_nobody_uses_is_not_kept() -> None:
 @pytest.mark.parametrize(
     "text",
     ["x", "[]", "{}", '{"columns":{},"others":"maybe","tables":[]}', '{"columns":{},"others":"pending","tables":[]}',
-     '{"columns":{"t.a":["","maybe"]},"others":"on","tables":[]}', '{"columns":1,"others":"on","tables":[]}',
-     '{"columns":{"t.a":[""]},"others":"on","tables":[]}', '{"columns":{},"others":"on"}'],
+     '{"columns":{"t.a":["","maybe",[]]},"others":"on","tables":[]}', '{"columns":1,"others":"on","tables":[]}',
+     '{"columns":{"t.a":["","on"]},"others":"on","tables":[]}', '{"columns":{},"others":"on"}'],
 )  # fmt: skip
 def test_what_a_newer_release_wrote_is_refused(text: str) -> None:
     """An authentic text in another format is never half understood."""
@@ -140,14 +140,21 @@ def test_a_column_that_is_new_to_a_written_table_is_pending() -> None:
 
 
 def test_what_is_searched_cannot_be_written_without_a_hash() -> None:
-    """A model that hashes a column no more is refused as long as it is searched."""
-    now = NOTHING.recorded(written(A, B))
-    now.check_plain("t1", frozenset({"t.x"}))
-    for column in ("t.a", "t.b"):
-        with pytest.raises(HashSpecChangedError, match=column):
-            now.check_plain("t1", frozenset({column, "t.x"}))
-    now.not_searched("t.a").check_plain("t1", frozenset({"t.a"}))
-    limited(now, "t.a").check_plain("t1", frozenset({"t.b"}))
+    """A model that has a column, and hashes it no more or has not its index, is refused as long as it is searched."""
+    end = HashSpec.of("t.end", "t", "last", sources=["t.phone", "t.other"])
+    now = NOTHING.recorded(written(A, B, end))
+    now.check_write("t1", Written("t", {"t.end": end}, frozenset({"t.x", "t.phone"})))
+    now.check_write("t1", Written("u", {}, frozenset({"u.a"})))
+    for column, name in (("t.a", "t.a"), ("t.phone", "t.end"), ("t.other", "t.end")):
+        less = Written("t", {}, frozenset({column, "t.x"}))
+        with pytest.raises(HashSpecChangedError, match=name):
+            now.check_write("t1", less)
+        now.not_searched(name).check_write("t1", less)
+        limited(now).check_write("t1", less)
+    again = Searchable.parse(now.rehashing(end._replace(sources=("t.y",))).rehashed("t.end").text, "t1")
+    again.check_write("t1", Written("t", {}, frozenset({"t.phone"})))
+    with pytest.raises(HashSpecChangedError):
+        again.check_write("t1", Written("t", {}, frozenset({"t.y"})))
 
 
 class Stored:
