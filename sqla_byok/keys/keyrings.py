@@ -676,7 +676,8 @@ class Keyrings(Secret):
             with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
                 return self._ask(row, reason, looked)
         except KmsError as error:
-            if tenant not in self._rings:
+            ring = self._rings.get(tenant)
+            if ring is None or not self._live(ring):  # over, and not swept away yet
                 self.health.enter(tenant, DARK, error)
             raise
 

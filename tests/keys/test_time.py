@@ -207,6 +207,19 @@ def test_an_outage_is_served_until_deadline_and_grace(
     assert world.byok.tenants("dark") == ["patient-one"]
 
 
+def test_a_tenant_is_dark_also_before_its_keys_were_swept_away(world: World) -> None:
+    """Another thread may have begun to, and not come to it: the tenant would have counted as in grace for good."""
+    world.write("Ada", tenant="patient-one")
+    answer(ThrottledError)
+    world.clock.turn(301)
+    assert world.read("patient-one") == ["Ada"]
+    world.byok._keyrings._next_sweep = float("inf")
+    world.clock.turn(GRACE)
+    with pytest.raises(ThrottledError):
+        world.read("patient-one")
+    assert world.byok.tenants("dark") == ["patient-one"]
+
+
 def test_without_grace_an_outage_is_dark_at_the_deadline(world: World) -> None:
     """Zero is the default: no consent, no grace."""
     world.write("Ada")
