@@ -676,8 +676,7 @@ class Keyrings(Secret):
             with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
                 return self._ask(row, reason, looked)
         except KmsError as error:
-            ring = self._rings.get(tenant)
-            if ring is None or not self._live(ring):  # over, and not swept away yet
+            if tenant not in self._rings:
                 self.health.enter(tenant, DARK, error)
             raise
 
@@ -743,7 +742,7 @@ class Keyrings(Secret):
             except KmsNoAnswerError as error:
                 lease.stretch(to_grace=error.retryable)
                 lease.refresh_at = self._boot() + self.health.retry_in(tenant)
-                if self._boot() >= lease.renewed_until:
+                if self._boot() >= lease.renewed_until and self._live(ring):  # not dark since
                     self.health.enter(tenant, GRACE, error)
             except KeystoreUnavailableError:
                 lease.refresh_at = self._boot() + POLL_EVERY

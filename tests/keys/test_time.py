@@ -201,22 +201,34 @@ def test_an_outage_is_served_until_deadline_and_grace(
     assert world.read("patient-one") == ["Ada"]
     assert world.clock.boot_now - start == 300 + GRACE - 1
     assert world.byok.tenants("grace") == ["patient-one"]
+    world.byok._keyrings.drain()
     world.clock.turn(1)
     with pytest.raises(error):
         world.read("patient-one")
     assert world.byok.tenants("dark") == ["patient-one"]
 
 
-def test_a_tenant_is_dark_also_before_its_keys_were_swept_away(world: World) -> None:
-    """Another thread may have begun to, and not come to it: the tenant would have counted as in grace for good."""
+def test_a_late_answer_does_not_call_a_dark_tenant_in_grace(world: World) -> None:
+    """A refresh that was under way when the tenant became dark says nothing new."""
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def say() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            goes_on.wait(10)
+        raise ThrottledError("as the test wants it")
+
     world.write("Ada", tenant="patient-one")
-    answer(ThrottledError)
-    world.clock.turn(301)
-    assert world.read("patient-one") == ["Ada"]
-    world.byok._keyrings._next_sweep = float("inf")
-    world.clock.turn(GRACE)
+    CountingKms.on_unwrap = staticmethod(say)
+    world.clock.turn(250)
+    world.open("patient-one")
+    assert asked.wait(10)
+    world.clock.turn(50 + GRACE)
     with pytest.raises(ThrottledError):
         world.read("patient-one")
+    assert world.byok.tenants("dark") == ["patient-one"]
+    goes_on.set()
+    world.byok._keyrings.drain()
     assert world.byok.tenants("dark") == ["patient-one"]
 
 
