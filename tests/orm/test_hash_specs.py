@@ -271,6 +271,47 @@ def test_two_releases_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> 
     assert one.find(one.patient.phone == "x") == []
 
 
+def tables(*names: str) -> list[Any]:
+    """Classes of further tables of an application."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    return [
+        type(
+            f"Of{name}",
+            (Base,),
+            {
+                "__tablename__": name,
+                "id": mapped_column(Integer, primary_key=True),
+                "text": mapped_column(Encrypted(String(20), searchable=True)),
+            },
+        )
+        for name in names
+    ]
+
+
+def test_first_writes_to_many_tables_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import into all tables of a new tenant: whoever is last to note its own is not refused."""
+    one, two = fleet.start(), fleet.start()
+    others = tables(*(f"hs_{number}" for number in range(12)))
+    others[0].metadata.create_all(two.engine)
+    left, replace = list(others), one.byok._keystore.replace
+
+    def late(*args: Any) -> None:
+        if left:
+            with two.byok.session("t1", two.engine) as session:
+                session.add(left.pop()(id=1, text="A"))
+                session.commit()
+        replace(*args)
+
+    monkeypatch.setattr(one.byok._keystore, "replace", late)
+    one.write(1, mrn="A-1")
+    assert left == []
+    assert one.find(one.patient.mrn == "A-1") == [1]
+    assert len(one.byok._keyrings.get("t1").searchable.tables) == 13
+
+
 def test_a_specification_is_noted_once(fleet: Fleet) -> None:
     """One keystore write at a tenant's first row of a table, none for later rows, other processes and no KMS call."""
     one = fleet.start()
