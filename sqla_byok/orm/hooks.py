@@ -323,7 +323,9 @@ def _check_specs(ring: Statements | None, specs: _Specs, keyrings: Keyrings) -> 
             continue
         known = each.searchable.knows_all(specs.searched)
         if not known:
-            each = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
+            looked = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
+            _may_bind(each, keyrings.clock, 0)  # again, since the look may have taken long
+            each = looked
         each.searchable.check(each.tenant, specs.hashed, specs.searched)
         if known:
             specs.allowed_by = each.searchable
@@ -384,6 +386,7 @@ def _check_groups(ring: Statements | None, grouped: frozenset[HashSpec], keyring
             "grouping by them would count it several times; wait until the rows are hashed anew, or group in Python",
             tenant=ring.tenant,
         )
+    _may_bind(ring, keyrings.clock, 0)
     _check_specs(ring, _Specs(frozenset(), grouped), keyrings)
 
 

@@ -16,8 +16,10 @@ from sqlalchemy import (
     TypeDecorator,
     create_engine,
     event,
+    exists,
     func,
     insert,
+    or_,
     select,
     text,
     update,
@@ -33,6 +35,7 @@ from sqla_byok import (
     Encrypted,
     HashSpecChangedError,
     KeystoreTamperedError,
+    KeystoreUnavailableError,
     NotSearchableError,
     hash_index,
     search_hash,
@@ -310,6 +313,30 @@ def test_first_writes_to_many_tables_at_once(fleet: Fleet, monkeypatch: pytest.M
     assert left == []
     assert one.find(one.patient.mrn == "A-1") == [1]
     assert len(one.byok._keyrings.get("t1").searchable.tables) == 13
+
+
+def test_a_look_that_takes_too_long(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that first looks for a column never hashed is not sent by salts that are outdated by then."""
+    one, two = fleet.start(), fleet.start()
+    one.write(1, mrn="A-1")
+    (other,) = tables("hs_other")
+    other.metadata.create_all(one.engine)
+    row, looks = two.byok._keyrings.row, list[str]()
+
+    def late(tenant: str) -> Any:
+        looks.append(tenant)
+        if len(looks) > 1:
+            return row(tenant)
+        one.byok.rotate_salt("t1")
+        one.write(2, phone="12")
+        return row(tenant)
+
+    criterion = or_(two.patient.phone == "12", exists().where(other.text == "x"))
+    assert two.find(criterion) == []
+    monkeypatch.setattr(two.byok._keyrings, "row", late)
+    with pytest.raises(KeystoreUnavailableError, match="nor searched"):
+        two.find(criterion)
+    assert two.find(criterion) == [2]
 
 
 def test_a_specification_is_noted_once(fleet: Fleet) -> None:
