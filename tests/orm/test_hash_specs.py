@@ -672,6 +672,26 @@ def test_what_becomes_searchable_later_waits_for_its_rows(fleet: Fleet, how: str
         old.write(4, phone="12")  # it would be missed
 
 
+@pytest.mark.parametrize("how", LATE)
+def test_an_earlier_release_ends_where_the_job_begins(fleet: Fleet, how: str) -> None:
+    """It would write rows without a hash behind the job's back."""
+    before, name, value = LATE[how]
+    full = model()
+    full.metadata.create_all(create_engine(f"sqlite:///{fleet.folder / 'data.db'}"))
+    old, new = fleet.start(before()), fleet.start(full)
+    old.write(1, phone="12")
+    columns, spec = new.byok._searchable, full.__table__.c[f"{name}_hash"].type.spec
+    fleet.clock.meanwhile = lambda: old.write(2, phone="12")
+    columns.rehashing("t1", spec)
+    fleet.clock.turn(SETTLE)
+    new.rewrite(1, 2, phone="12")
+    with pytest.raises(HashSpecChangedError, match=name):
+        old.write(3, phone="12")
+    columns.rehashed("t1", spec.column)
+    fleet.clock.turn(POLL_EVERY)
+    assert new.find(getattr(new.patient, name) == value) == [1, 2]
+
+
 def test_a_renamed_column_keeps_its_rows_or_is_refused(fleet: Fleet) -> None:
     """With column_id= it is the same column; without, no search says that there is nothing."""
     fleet.start().write(1, mrn="A-1", phone="12")
