@@ -101,6 +101,10 @@ class _Column(NamedTuple):
     state: str
     sources: tuple[str, ...] = ()
 
+    def not_searched(self) -> _Column:
+        """Pending; while a job makes its hashes it stays so, since the job may still end with all of them searched."""
+        return self if self.state == _HASHING else self._replace(state=PENDING)
+
 
 class Searchable:
     """What a tenant's keystore row says of searching. It never changes; tenants with the same text share one.
@@ -270,7 +274,7 @@ class Searchable:
             # What is not listed was never written, so there is no row without a hash.
             return self._with({name: self._enabled(name) for name in self._columns}, ON)
         listed = {
-            name: column._replace(state=PENDING if column.spec and column.state != OFF else OFF)
+            name: column.not_searched() if column.spec and column.state != OFF else column._replace(state=OFF)
             for name, column in self._columns.items()
         }
         return self._with({**listed, **{name: self._enabled(name) for name in enabled}}, OFF)
@@ -280,7 +284,9 @@ class Searchable:
         if enabled is None:
             return frozenset()
         return frozenset(
-            name for name, column in self._columns.items() if name not in enabled and column.state == PENDING
+            name
+            for name, column in self._columns.items()
+            if name not in enabled and column.state in (PENDING, _HASHING)
         )
 
     def closed(self, columns: frozenset[str]) -> Searchable:
@@ -307,7 +313,7 @@ class Searchable:
                 column=column,
             )
         known = self._columns.get(column, _Column("", ON))
-        return self._with({column: known._replace(state=PENDING)})
+        return self._with({column: known.not_searched()})
 
     def rehashing(self, spec: HashSpec) -> Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
