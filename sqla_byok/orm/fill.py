@@ -237,7 +237,7 @@ def _refuse_partial(hash_column: Any, missing: Iterable[str]) -> NoReturn:
     _refuse(
         hash_column,
         f"it is an index over several columns, and this statement sets only some; set {', '.join(missing)} too, "
-        "or change the object and flush it",
+        "or change and flush an object whose class has all of them",
     )
 
 
