@@ -107,12 +107,13 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                clause, rows, written = filled
+                clause, rows, tables = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
-                if isinstance(ring, Keyring) and None in written:
-                    ring = _noted(ring, written[None], keyrings)
-                if owners:
-                    _note_owned(slot, written, keyrings)
+                for written in tables:
+                    if isinstance(ring, Keyring) and None in written:
+                        ring = _noted(ring, written[None], keyrings)
+                    if owners:
+                        _note_owned(slot, written, keyrings)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.

@@ -737,6 +737,30 @@ def test_a_column_that_is_hashed_no_more_has_to_be_disabled_first(fleet: Fleet) 
         old.find(old.patient.phone == "34")
 
 
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+def test_each_table_that_an_update_sets_is_noted(byok: Byok, engine: Engine) -> None:
+    """MySQL's UPDATE takes several: what a release may not write alone, it may not write beside another table."""
+    (other,), full, old = tables("hs_beside"), model(), unindexed()
+    other.metadata.create_all(engine)
+    full.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add(other(id=1, text="x"))
+        session.commit()
+    with engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO hs_patient (id) VALUES (1)")
+
+    def joined(patient: Any) -> Any:
+        return update(other).where(other.id == patient.id).values({other.text: "y", patient.phone: "12"})
+
+    with byok.session("t1", engine) as session:
+        assert session.execute(joined(full)).rowcount
+        session.commit()
+        with pytest.raises(HashSpecChangedError) as caught:
+            session.execute(joined(old))
+    assert caught.value.column == "hs_patient.tail_of"
+    assert byok._keyrings.get("t1").searchable.tables == {"hs_beside", "hs_patient"}
+
+
 def test_the_columns_of_an_owner_are_noted_with_the_owner(fleet: Fleet) -> None:
     """Whoever writes: the specification of their hashes is kept among the owner's."""
 
