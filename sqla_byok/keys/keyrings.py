@@ -64,8 +64,9 @@ WRITE_WITHIN = 15.0
 _SWEEP_EVERY = 2.0
 # For how many tenants one query looks.
 LOOKED_AT_ONCE = 500
-# Another process that notes other columns of the tenant at the same time is no reason to give up.
-_RECORDING_TRIES = 5
+# Another process or thread that notes another table of the tenant at the same time is no reason to give up: each that
+# was faster has no more to note, so there may be as many conflicts as an application has tables.
+_RECORDING_TRIES = 100
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8

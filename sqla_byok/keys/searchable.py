@@ -14,7 +14,9 @@ A model declares what *may* be searched, too. What *is*, each tenant may say for
 No process may search by hashes while another one writes rows without them, and each looks at the keystore only now and
 then. So a column never goes straight from off to on, nor from on to off: in between it is pending, for
 :data:`~sqla_byok.keys.generations.SETTLE` seconds at least, which is when every process knows. From pending to on it
-goes when a job has hashed the rows, which begins no earlier either.
+goes when a job has hashed the rows, which begins no earlier either. From its beginning on the column is stored as
+``hashing``, which is pending, but for releases that know nothing of the hashes: they may not write any more, since
+the job would not see their rows.
 
 The whole of it is one text per tenant, which the manifest authenticates together with the generations: under the tenant
 key, at one epoch. So nobody who can write to the keystore can change it, or put an old one back.
@@ -41,6 +43,7 @@ from sqla_byok.errors import (
 __all__ = ["NOTHING", "OFF", "ON", "PENDING", "HashSpec", "Searchable", "SearchableColumns", "Written"]
 
 ON, PENDING, OFF = "on", "pending", "off"
+_HASHING = "hashing"
 
 _DIGEST_DIGITS = 32
 
@@ -98,6 +101,10 @@ class _Column(NamedTuple):
     state: str
     sources: tuple[str, ...] = ()
 
+    def not_searched(self) -> _Column:
+        """Pending; while a job makes its hashes it stays so, since the job may still end with all of them searched."""
+        return self if self.state == _HASHING else self._replace(state=PENDING)
+
 
 class Searchable:
     """What a tenant's keystore row says of searching. It never changes; tenants with the same text share one.
@@ -148,7 +155,7 @@ class Searchable:
             for name, (spec, state, sources) in stored["columns"].items()
         }
         states = {*(column.state for column in columns.values())}
-        if not (states <= {ON, PENDING, OFF} and stored["others"] in (ON, OFF)):
+        if not (states <= {ON, PENDING, _HASHING, OFF} and stored["others"] in (ON, OFF)):
             raise ValueError("a state is unknown")
         return cls(columns, stored["others"], stored["tables"])
 
@@ -163,7 +170,9 @@ class Searchable:
     def state(self, column: str) -> str:
         """:data:`ON`, :data:`PENDING` or :data:`OFF`."""
         found = self._columns.get(column)
-        return self._others if found is None else found.state
+        if found is None:
+            return self._others
+        return PENDING if found.state == _HASHING else found.state
 
     def _is_off(self, column: str) -> bool:
         return self.state(column) == OFF
@@ -185,15 +194,15 @@ class Searchable:
         """
         for name, column in self._columns.items():
             if (
-                column.state == ON
+                column.state in (ON, _HASHING)
                 and column.spec
                 and name not in written.specs
                 and not written.columns.isdisjoint((name, *column.sources))
             ):
                 raise HashSpecChangedError(
-                    f"{name}: another release searches by its hashes, and this model would leave them out: searches "
-                    "would miss rows. Declare it as it was, or leave it out of byok.set_searchable() for tenant "
-                    f"{tenant!r} first",
+                    f"{name}: another release searches by its hashes, or makes them just now, and this model would "
+                    "leave them out: searches would miss rows. Declare it as it was, or leave it out of "
+                    f"byok.set_searchable() for tenant {tenant!r} first",
                     tenant=tenant,
                     column=name,
                 )
@@ -265,7 +274,7 @@ class Searchable:
             # What is not listed was never written, so there is no row without a hash.
             return self._with({name: self._enabled(name) for name in self._columns}, ON)
         listed = {
-            name: column._replace(state=PENDING if column.spec and column.state != OFF else OFF)
+            name: column.not_searched() if column.spec and column.state != OFF else column._replace(state=OFF)
             for name, column in self._columns.items()
         }
         return self._with({**listed, **{name: self._enabled(name) for name in enabled}}, OFF)
@@ -275,7 +284,9 @@ class Searchable:
         if enabled is None:
             return frozenset()
         return frozenset(
-            name for name, column in self._columns.items() if name not in enabled and column.state == PENDING
+            name
+            for name, column in self._columns.items()
+            if name not in enabled and column.state in (PENDING, _HASHING)
         )
 
     def closed(self, columns: frozenset[str]) -> Searchable:
@@ -302,12 +313,12 @@ class Searchable:
                 column=column,
             )
         known = self._columns.get(column, _Column("", ON))
-        return self._with({column: known._replace(state=PENDING)})
+        return self._with({column: known.not_searched()})
 
     def rehashing(self, spec: HashSpec) -> Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
         now = self.not_searched(spec.column)
-        return now._with({spec.column: _Column(spec.digest, PENDING, spec.sources)})
+        return now._with({spec.column: _Column(spec.digest, _HASHING, spec.sources)})
 
     def rehashed(self, column: str) -> Searchable:
         """With a pending column that can be searched from now on."""
@@ -359,8 +370,8 @@ class SearchableColumns:
     def rehashing(self, tenant: str, spec: HashSpec) -> None:
         """Begin to hash a column anew: its new specification holds for what is written from now on.
 
-        Takes the settle time. Processes whose model has the old specification are refused afterwards, those with the
-        new one write. The job has to wait for the settle time once more before it reads its first row.
+        Takes the settle time. Processes whose model has the old specification, or none, are refused afterwards, those
+        with the new one write. The job has to wait for the settle time once more before it reads its first row.
 
         :raises ConfigurationError: the column is disabled.
         """

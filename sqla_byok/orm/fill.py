@@ -35,13 +35,15 @@ Copies = dict[str, Callable[[Row], Any]]
 _OURS = (Encrypted, SearchHash)
 
 
-def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[str | None, Written]] | None:
+def fill(
+    clause: Any, rows: Sequence[Row]
+) -> tuple[Any, Sequence[Row], Sequence[Mapping[str | None, Written]]] | None:
     """Complete an INSERT or UPDATE.
 
     :param clause: the statement.
     :param rows: its parameters, none of which is changed.
-    :returns: the statement and parameters to run instead, and what is to be known of the table, by the owners of its
-        columns; None where no encrypted column is concerned.
+    :returns: the statement and parameters to run instead, and what is to be known of each table that it writes to, by
+        the owners of its columns; None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
     table, one_of_several = upstream.target(clause)
@@ -74,7 +76,9 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row], Mapping[
         rows = [{**row, **_copies(row, copied)} for row in rows]
     if plan.searchable:
         rows = _fill_rows(clause, table, plan, rows)
-    return clause, rows, plan.written
+    # MySQL's UPDATE of several tables sets columns of any of them.
+    others = {key.table for key, _ in items if getattr(key, "table", None) is not None} - {table}
+    return clause, rows, [plan.written, *(_plan_of(other).written for other in others)]
 
 
 def refuse_embedded(ctes: Iterable[Any]) -> None:
@@ -237,7 +241,7 @@ def _refuse_partial(hash_column: Any, missing: Iterable[str]) -> NoReturn:
     _refuse(
         hash_column,
         f"it is an index over several columns, and this statement sets only some; set {', '.join(missing)} too, "
-        "or change the object and flush it",
+        "or change and flush an object whose class has all of them",
     )
 
 

@@ -370,6 +370,7 @@ class _Walk:
         self._root: Any = None  # the expression that is being walked, as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
+        self._open: set[int] = set()  # the ids of the expressions whose parts are being walked
         self._sources: dict[int, Any] = {}
         self._scopes: list[Callable[[str], upstream.Named]] = []
         self._found: set[Table] = set()
@@ -460,8 +461,7 @@ class _Walk:
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
             return self.statement(inner, why)
         elif isinstance(statement, ClauseElement):  # of a class of somebody's own
-            for child in upstream.children(statement):
-                self.visit(child, why or _COMPUTED)
+            self._within(statement, why or _COMPUTED)
         return []
 
     def _select(self, select: Any, why: _Why | None) -> list[Any]:
@@ -704,9 +704,17 @@ class _Walk:
         else:
             if isinstance(element, UnaryExpression) and why is None:
                 why = _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED
-            for child in upstream.children(element):
-                if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
-                    self.visit(child, why or _COMPUTED)
+            self._within(element, why or _COMPUTED)
+
+    def _within(self, element: Any, why: _Why) -> None:
+        """The parts of an expression. Those of somebody's own may lead back to it."""
+        if id(element) in self._open:
+            return
+        self._open.add(id(element))
+        for child in upstream.children(element):
+            if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
+                self.visit(child, why)
+        self._open.discard(id(element))
 
     def _column(self, column: Any, why: _Why | None) -> None:
         type_, table = column.type, column.table

@@ -107,12 +107,13 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
             statement = upstream.resolved(clause)
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                clause, rows, written = filled
+                clause, rows, tables = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
-                if isinstance(ring, Keyring) and None in written:
-                    ring = _noted(ring, written[None], keyrings)
-                if owners:
-                    _note_owned(slot, written, keyrings)
+                for written in tables:
+                    if isinstance(ring, Keyring) and None in written:
+                        ring = _noted(ring, written[None], keyrings)
+                    if owners:
+                        _note_owned(slot, written, keyrings)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -323,7 +324,9 @@ def _check_specs(ring: Statements | None, specs: _Specs, keyrings: Keyrings) -> 
             continue
         known = each.searchable.knows_all(specs.searched)
         if not known:
-            each = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
+            looked = _recorded(each, NOTHING, keyrings)  # a look whether somebody has written it since
+            _may_bind(each, keyrings.clock, 0)  # again, since the look may have taken long
+            each = looked
         each.searchable.check(each.tenant, specs.hashed, specs.searched)
         if known:
             specs.allowed_by = each.searchable
@@ -384,6 +387,7 @@ def _check_groups(ring: Statements | None, grouped: frozenset[HashSpec], keyring
             "grouping by them would count it several times; wait until the rows are hashed anew, or group in Python",
             tenant=ring.tenant,
         )
+    _may_bind(ring, keyrings.clock, 0)
     _check_specs(ring, _Specs(frozenset(), grouped), keyrings)
 
 

@@ -130,9 +130,13 @@ def _check_session(session: Session, transaction: Any, connection: Any) -> None:
 
 
 def _holds(session: Session, *, plain: bool) -> bool:
-    """Whether a session has values of encrypted columns; decrypted ones, or sealed ones too."""
+    """Whether a session has values of its tenant's encrypted columns; decrypted ones, or sealed ones too.
+
+    Those of a column with an owner are the owner's, whoever's turn it is.
+    """
     return any(
-        isinstance(attribute.columns[0].type, Encrypted)
+        isinstance(type_ := attribute.columns[0].type, Encrypted)
+        and type_.owner is None
         and attribute.key in state.dict
         and not (plain and type(state.dict[attribute.key]) is Sealed)
         for state in session.identity_map.all_states()

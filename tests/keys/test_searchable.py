@@ -157,6 +157,28 @@ def test_what_is_searched_cannot_be_written_without_a_hash() -> None:
         again.check_write("t1", Written("t", {}, frozenset({"t.y"})))
 
 
+def test_who_knows_nothing_of_the_hashes_does_not_write_while_they_are_made() -> None:
+    """The job would not see the row; until it begins, and where the column is off, an earlier release may go on."""
+    less, now = Written("t", {}, frozenset({"t.b"})), NOTHING.recorded(written(A)).recorded(written(A, B))
+    now.check_write("t1", less)
+    now.not_searched("t.b").check_write("t1", less)
+    begun = Searchable.parse(now.rehashing(B).text, "t1")
+    assert states(begun) == (ON, PENDING, ON)
+    for each in (
+        begun,
+        begun.closed_but(frozenset({"t.b"})),
+        begun.closed_but(frozenset()),  # the job may end before that does
+        begun.not_searched("t.b"),
+        begun.recorded(written(table="u")),
+        begun.closed_but(frozenset()).rehashed("t.b"),
+    ):
+        with pytest.raises(HashSpecChangedError, match=r"t\.b"):
+            each.check_write("t1", less)
+        each.check_write("t1", written(A, B))
+    assert begun.closed_but(frozenset()).closing(frozenset()) == {"t.a", "t.b"}
+    limited(begun).check_write("t1", less)
+
+
 class Stored:
     """What a keystore has, and whoever changes it while others wait."""
 

@@ -211,6 +211,32 @@ def test_constructs_of_ones_own_are_walked(engine: Engine, byok: Byok) -> None:
         )
 
 
+def test_constructs_that_lead_back_to_themselves_are_walked_once(engine: Engine, byok: Byok) -> None:
+    """A part that knows its whole, or an element that holds itself, is no endless walk."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    columns = P.__table__.c
+
+    def looped(column: Any) -> Any:
+        part = Shout(column)
+        whole = Shout(part)
+        part.columns = (column, whole, part)
+        return whole
+
+    def copied(column: Any) -> Any:
+        statement: Any = Copy(P.__table__, select(columns.id, column).where(columns.mrn == "a"))
+        statement.first = statement
+        return statement
+
+    with byok.session("t1", engine) as session:
+        query = select(columns.id, looped(columns.note)).order_by(looped(columns.note))
+        assert session.execute(query).all() == []
+        session.execute(copied(columns.note))
+        for refused in (query.order_by(looped(columns.mrn)), copied(columns.mrn)):
+            with reached(engine) as sent, pytest.raises(UnsupportedQueryError) as raised:
+                session.execute(refused)
+            assert (sent, raised.value.column) == ([], MRN)
+
+
 @pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
 def test_full_text_search_is_refused(engine: Engine, byok: Byok) -> None:
     """MATCH … AGAINST keeps attributes as they were given, and no value is sent for an encrypted one."""

@@ -565,6 +565,41 @@ def test_a_flush_brings_the_others_of_every_class(session: Session, cls: Any, at
     assert session.scalars(select(table.c.id).where(table.c.who_hash.is_(None))).all() == [1]
 
 
+def test_a_class_that_lacks_a_source_does_not_change_the_others(engine: Engine, byok: Byok) -> None:
+    """A flush cannot bring along what its class has not; it says so, and leaves everything else alone."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Boat(Base):
+        __tablename__ = "hi_boat"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str] = mapped_column(String(10))
+        name: Mapped[str | None] = mapped_column(Encrypted(String(20)))
+        port: Mapped[str | None] = mapped_column(Encrypted(String(20)))
+        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "boat"}  # noqa: RUF012
+
+    class Ferry(Boat):
+        built: Mapped[date | None] = mapped_column(Encrypted(Date))
+        who = hash_index("name", "built", transform=surname_year)
+        __mapper_args__ = {"polymorphic_identity": "ferry"}  # noqa: RUF012
+
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        boat, ferry = Boat(id=1, name="Rex"), Ferry(id=2, name="Max", built=date(2020, 1, 1))
+        session.add_all([boat, ferry])
+        session.commit()
+        ferry.name, boat.port = "Rex", "Kiel"
+        session.commit()
+        boat.name = "Max"
+        with pytest.raises(UnsupportedQueryError, match="set built too") as caught:
+            session.commit()
+        assert caught.value.column == "hi_boat.who"
+        session.rollback()
+        assert session.scalars(select(Ferry.id).where(Ferry.who == "rex/2020")).all() == [2]
+        assert (boat.name, boat.port) == ("Rex", "Kiel")
+
+
 INCOMPLETE: dict[str, Callable[[Session], Any]] = {
     "insert values": lambda s: s.execute(insert(Person).values(id=4, surname="x")),
     "Core insert values": lambda s: s.connection().execute(

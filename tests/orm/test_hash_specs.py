@@ -16,8 +16,10 @@ from sqlalchemy import (
     TypeDecorator,
     create_engine,
     event,
+    exists,
     func,
     insert,
+    or_,
     select,
     text,
     update,
@@ -33,6 +35,7 @@ from sqla_byok import (
     Encrypted,
     HashSpecChangedError,
     KeystoreTamperedError,
+    KeystoreUnavailableError,
     NotSearchableError,
     hash_index,
     search_hash,
@@ -269,6 +272,71 @@ def test_two_releases_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> 
     assert raced
     assert two.find(two.patient.mrn == "b") == [2]
     assert one.find(one.patient.phone == "x") == []
+
+
+def tables(*names: str) -> list[Any]:
+    """Classes of further tables of an application."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    return [
+        type(
+            f"Of{name}",
+            (Base,),
+            {
+                "__tablename__": name,
+                "id": mapped_column(Integer, primary_key=True),
+                "text": mapped_column(Encrypted(String(20), searchable=True)),
+            },
+        )
+        for name in names
+    ]
+
+
+def test_first_writes_to_many_tables_at_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import into all tables of a new tenant: whoever is last to note its own is not refused."""
+    one, two = fleet.start(), fleet.start()
+    others = tables(*(f"hs_{number}" for number in range(12)))
+    others[0].metadata.create_all(two.engine)
+    left, replace = list(others), one.byok._keystore.replace
+
+    def late(*args: Any) -> None:
+        if left:
+            with two.byok.session("t1", two.engine) as session:
+                session.add(left.pop()(id=1, text="A"))
+                session.commit()
+        replace(*args)
+
+    monkeypatch.setattr(one.byok._keystore, "replace", late)
+    one.write(1, mrn="A-1")
+    assert left == []
+    assert one.find(one.patient.mrn == "A-1") == [1]
+    assert len(one.byok._keyrings.get("t1").searchable.tables) == 13
+
+
+def test_a_look_that_takes_too_long(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that first looks for a column never hashed is not sent by salts that are outdated by then."""
+    one, two = fleet.start(), fleet.start()
+    one.write(1, mrn="A-1")
+    (other,) = tables("hs_other")
+    other.metadata.create_all(one.engine)
+    row, looks = two.byok._keyrings.row, list[str]()
+
+    def late(tenant: str) -> Any:
+        looks.append(tenant)
+        if len(looks) > 1:
+            return row(tenant)
+        one.byok.rotate_salt("t1")
+        one.write(2, phone="12")
+        return row(tenant)
+
+    criterion = or_(two.patient.phone == "12", exists().where(other.text == "x"))
+    assert two.find(criterion) == []
+    monkeypatch.setattr(two.byok._keyrings, "row", late)
+    with pytest.raises(KeystoreUnavailableError, match="nor searched"):
+        two.find(criterion)
+    assert two.find(criterion) == [2]
 
 
 def test_a_specification_is_noted_once(fleet: Fleet) -> None:
@@ -604,6 +672,26 @@ def test_what_becomes_searchable_later_waits_for_its_rows(fleet: Fleet, how: str
         old.write(4, phone="12")  # it would be missed
 
 
+@pytest.mark.parametrize("how", LATE)
+def test_an_earlier_release_ends_where_the_job_begins(fleet: Fleet, how: str) -> None:
+    """It would write rows without a hash behind the job's back."""
+    before, name, value = LATE[how]
+    full = model()
+    full.metadata.create_all(create_engine(f"sqlite:///{fleet.folder / 'data.db'}"))
+    old, new = fleet.start(before()), fleet.start(full)
+    old.write(1, phone="12")
+    columns, spec = new.byok._searchable, full.__table__.c[f"{name}_hash"].type.spec
+    fleet.clock.meanwhile = lambda: old.write(2, phone="12")
+    columns.rehashing("t1", spec)
+    fleet.clock.turn(SETTLE)
+    new.rewrite(1, 2, phone="12")
+    with pytest.raises(HashSpecChangedError, match=name):
+        old.write(3, phone="12")
+    columns.rehashed("t1", spec.column)
+    fleet.clock.turn(POLL_EVERY)
+    assert new.find(getattr(new.patient, name) == value) == [1, 2]
+
+
 def test_a_renamed_column_keeps_its_rows_or_is_refused(fleet: Fleet) -> None:
     """With column_id= it is the same column; without, no search says that there is nothing."""
     fleet.start().write(1, mrn="A-1", phone="12")
@@ -647,6 +735,30 @@ def test_a_column_that_is_hashed_no_more_has_to_be_disabled_first(fleet: Fleet) 
     new.write(3, tenant="t2", phone="34", mrn="A-2")
     with pytest.raises(NotSearchableError):
         old.find(old.patient.phone == "34")
+
+
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+def test_each_table_that_an_update_sets_is_noted(byok: Byok, engine: Engine) -> None:
+    """MySQL's UPDATE takes several: what a release may not write alone, it may not write beside another table."""
+    (other,), full, old = tables("hs_beside"), model(), unindexed()
+    other.metadata.create_all(engine)
+    full.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add(other(id=1, text="x"))
+        session.commit()
+    with engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO hs_patient (id) VALUES (1)")
+
+    def joined(patient: Any) -> Any:
+        return update(other).where(other.id == patient.id).values({other.text: "y", patient.phone: "12"})
+
+    with byok.session("t1", engine) as session:
+        assert session.execute(joined(full)).rowcount
+        session.commit()
+        with pytest.raises(HashSpecChangedError) as caught:
+            session.execute(joined(old))
+    assert caught.value.column == "hs_patient.tail_of"
+    assert byok._keyrings.get("t1").searchable.tables == {"hs_beside", "hs_patient"}
 
 
 def test_the_columns_of_an_owner_are_noted_with_the_owner(fleet: Fleet) -> None:

@@ -250,6 +250,29 @@ def test_it_is_written_without_a_tenant(byok: Byok, data: Engine) -> None:
             session.flush()
 
 
+def test_a_session_may_keep_it_for_the_next_tenant(byok: Byok, data: Engine) -> None:
+    """What was read of the owner is no other tenant's; what was read of a tenant is."""
+    with Session(data, expire_on_commit=False) as session:
+        login = Login(id=1, email="ada@example.com")
+        session.add(login)
+        session.commit()
+        for number, tenant in ((1, "t1"), (2, "t2")):
+            with byok.tenant(tenant):
+                user = session.get_one(User, number)
+                user.name = login.email = f"of {tenant}"
+                session.commit()
+                session.expunge(user)
+        with byok.tenant("t1"):
+            kept = session.get_one(User, 1)
+            session.commit()
+        with byok.tenant("t2"), pytest.raises(TenantMismatchError):
+            session.get_one(User, 2)
+        assert kept in session
+    with byok.session("t2", data) as session:
+        assert session.scalars(select(User.name).where(User.email == "ada@t2")).one() == "of t2"
+        assert session.scalars(select(Login.email)).one() == "of t2"
+
+
 def test_rows_fetched_later_are_read_as_they_were_asked_for(byok: Byok, data: Engine) -> None:
     """Results of two tenants, interleaved, each with the owner's column in it."""
     with data.connect() as one, data.connect() as two:

@@ -59,6 +59,7 @@ from sqla_byok import (
     NoTenantError,
     UnsupportedQueryError,
     hash_index,
+    search_hash,
 )
 from sqla_byok.crypto.hashes import Scope
 from sqla_byok.keys.keyring import _SALTS_KEPT
@@ -767,7 +768,7 @@ def test_hashes_are_compared_for_a_tenant_only(world: World) -> None:
 
 
 def test_who_has_not_looked_does_not_search(world: World) -> None:
-    """Past WRITE_WITHIN a process cannot know all salts: searching is refused, also in DELETE and joins."""
+    """Past WRITE_WITHIN a process cannot know all salts: searching is refused, also in DELETE, joins and groups."""
     _two_by_two(world)
     world.one.byok._keystore.database.read = _away  # type: ignore[method-assign]
     searches: list[Any] = [
@@ -787,9 +788,16 @@ def test_who_has_not_looked_does_not_search(world: World) -> None:
                 session.execute(search)
         assert session.scalars(select(Person.mrn).order_by(Person.id)).all() == ["A", "B", "A", "B"]
         session.execute(update(Person).values(note="n"))
-    steady = select(Person.id).join(Visit, Visit.mrn == Person.mrn)
-    with world.one.session("t2") as session, pytest.raises(KeystoreUnavailableError, match="nor searched"):
-        session.execute(steady)
+    steady: list[Any] = [
+        select(Person.id).join(Visit, Visit.mrn == Person.mrn),
+        select(func.count()).group_by(search_hash(Person.mrn)),
+        select(func.count(search_hash(Person.mrn).distinct())),
+        select(search_hash(Person.mrn)).distinct(),
+    ]
+    with world.one.session("t2") as session:
+        for search in steady:
+            with pytest.raises(KeystoreUnavailableError, match="nor searched"):
+                session.execute(search)
 
 
 def _away(work: Callable[..., Any]) -> Any:
