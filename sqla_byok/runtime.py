@@ -569,8 +569,8 @@ class Byok(Secret):
         :raises ConfigurationError: for something that is not declared searchable.
         :raises UnknownTenantError: if the tenant was never onboarded.
         :raises KmsError: if the customer's KMS refuses or does not answer; nothing is changed then.
-        :raises KeystoreConflictError: if other processes keep changing the tenant, or enable what this call disables;
-            call it again.
+        :raises KeystoreConflictError: if other processes keep changing the tenant, or what this call disables was
+            hashed anew and enabled meanwhile; call it again. Of two calls at once the one that disables has its way.
         """
         if isinstance(columns, str) or not isinstance(columns, Iterable | None):
             raise ConfigurationError("set_searchable takes a set of columns; put a single one into one too")
