@@ -133,14 +133,20 @@ class Fleet:
     def __init__(self, folder: Path, kms: CountingKms, keystore_key: str) -> None:
         self.folder, self.kms, self.keystore_key, self.clock = folder, kms, keystore_key, StagedClock()
         self.processes: list[Process] = []
+        # As somebody has them who may write there.
+        self.keystore = hand_in(f"sqlite:///{folder / 'keystore.db'}")
+        self.data = create_engine(f"sqlite:///{folder / 'data.db'}")
 
     def start(self, patient: Any = None) -> Process:
         process = Process(self, model() if patient is None else patient)
         self.processes.append(process)
         return process
 
-    def hand(self) -> Engine:
-        return hand_in(f"sqlite:///{self.folder / 'keystore.db'}")
+    def close(self) -> None:
+        for process in self.processes:
+            process.close()
+        self.keystore.dispose()
+        self.data.dispose()
 
 
 @pytest.fixture
@@ -148,8 +154,7 @@ def fleet(tmp_path: Path, counting_kms: CountingKms, keystore_key: str) -> Itera
     """Nobody runs yet."""
     fleet = Fleet(tmp_path, counting_kms, keystore_key)
     yield fleet
-    for process in fleet.processes:
-        process.close()
+    fleet.close()
 
 
 # -- specifications --------------------------------------------------------------------------------------------------
@@ -404,7 +409,7 @@ def test_whoever_writes_to_the_keystore_cannot_change_it(fleet: Fleet, how: str)
     one.byok.onboard("t3", fleet.kms)
     one.write(1, mrn="A-1")
     one.byok.set_searchable("t2", set())
-    with fleet.hand().begin() as connection:
+    with fleet.keystore.begin() as connection:
         assert connection.execute(text(TAMPERED[how])).rowcount == 1
     one.byok.forget_keys()
     with pytest.raises(KeystoreTamperedError):
@@ -416,10 +421,10 @@ def test_an_old_state_cannot_be_put_back(fleet: Fleet) -> None:
     one = fleet.start()
     one.byok.set_searchable("t1", set())
     searchable = table("searchable")
-    with fleet.hand().connect() as connection:
+    with fleet.keystore.connect() as connection:
         before = connection.execute(select(searchable).where(searchable.c.tenant == "t1")).one()
     one.byok.set_searchable("t1", {"hs_patient.mrn"})
-    with fleet.hand().begin() as connection:
+    with fleet.keystore.begin() as connection:
         connection.execute(
             update(searchable).where(searchable.c.tenant == "t1").values(content=before.content)
         )
@@ -651,7 +656,7 @@ def test_what_becomes_searchable_later_waits_for_its_rows(fleet: Fleet, how: str
     """Rows of the release before have no hash; what misses them is refused, also before the new release writes."""
     before, name, value = LATE[how]
     full = model()
-    full.metadata.create_all(create_engine(f"sqlite:///{fleet.folder / 'data.db'}"))
+    full.metadata.create_all(fleet.data)
     old = fleet.start(before())
     old.write(1, phone="12")
     new = fleet.start(full)
@@ -677,7 +682,7 @@ def test_an_earlier_release_ends_where_the_job_begins(fleet: Fleet, how: str) ->
     """It would write rows without a hash behind the job's back."""
     before, name, value = LATE[how]
     full = model()
-    full.metadata.create_all(create_engine(f"sqlite:///{fleet.folder / 'data.db'}"))
+    full.metadata.create_all(fleet.data)
     old, new = fleet.start(before()), fleet.start(full)
     old.write(1, phone="12")
     columns, spec = new.byok._searchable, full.__table__.c[f"{name}_hash"].type.spec
@@ -707,7 +712,7 @@ def test_a_renamed_column_keeps_its_rows_or_is_refused(fleet: Fleet) -> None:
 
         return Patient
 
-    with create_engine(f"sqlite:///{fleet.folder / 'data.db'}").begin() as connection:
+    with fleet.data.begin() as connection:
         for name in ("mrn", "mrn_hash"):
             connection.exec_driver_sql(
                 f"ALTER TABLE hs_patient RENAME COLUMN {name} TO {name.replace('mrn', 'number')}"
