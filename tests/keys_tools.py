@@ -62,6 +62,22 @@ class TurnableClock:
         self.wall_now += seconds
 
 
+class StagedClock(TurnableClock):
+    """Does something once, when part of the next sleep is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = 0.0
+        self.meanwhile: Callable[[], object] | None = None
+
+    def sleep(self, seconds: float) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        self.turn(seconds * self.after)
+        if meanwhile is not None:
+            meanwhile()
+        self.turn(seconds * (1 - self.after))
+
+
 @dataclass(frozen=True)
 class CountingKms(Kms):
     """A LocalKms that counts its calls and can be made to fail or to wait."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from keys_tools import CountingKms, TurnableClock, hand_in, table
+from keys_tools import CountingKms, StagedClock, hand_in, table
 from sqlalchemy import (
     Engine,
     Integer,
@@ -112,19 +112,6 @@ class Process:
     def close(self) -> None:
         self.byok.close()
         self.engine.dispose()
-
-
-class StagedClock(TurnableClock):
-    """Does something once, at the beginning of the next sleep."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meanwhile: Callable[[], object] = lambda: None
-
-    def sleep(self, seconds: float) -> None:
-        meanwhile, self.meanwhile = self.meanwhile, lambda: None
-        meanwhile()
-        super().sleep(seconds)
 
 
 class Fleet:

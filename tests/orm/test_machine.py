@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from keys_tools import CountingKms, TurnableClock
+from keys_tools import CountingKms, StagedClock
 from sqlalchemy import Integer, String, bindparam, create_engine, delete, event, insert, select, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
@@ -81,22 +81,6 @@ _ends = st.sampled_from(["commit", "commit", "rollback", "savepoint", "savepoint
 _kinds = st.sampled_from([SEARCH_SALT, DATA_KEY])
 _synchronize = st.sampled_from(["auto", "fetch", "evaluate", False])
 _halves = st.sampled_from([0.0, 0.5])
-
-
-class StagedClock(TurnableClock):
-    """Does something once, when part of the next sleep is over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after = 0.0
-        self.meanwhile: Callable[[], object] | None = None
-
-    def sleep(self, seconds: float) -> None:
-        meanwhile, self.meanwhile = self.meanwhile, None
-        self.turn(seconds * self.after)
-        if meanwhile is not None:
-            meanwhile()
-        self.turn(seconds * (1 - self.after))
 
 
 class World:
