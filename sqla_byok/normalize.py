@@ -167,12 +167,7 @@ def first(count: int) -> Callable[[str], str]:
     :param count: how many, from 1 on.
     """
     _check_count(count)
-
-    @named(f"first({count})")
-    def take(text: str) -> str:
-        return text[:count]
-
-    return take
+    return _part(f"first({count})", slice(count))
 
 
 @cache
@@ -185,10 +180,13 @@ def last(count: int) -> Callable[[str], str]:
     :param count: how many, from 1 on.
     """
     _check_count(count)
+    return _part(f"last({count})", slice(-count, None))
 
-    @named(f"last({count})")
+
+def _part(name: str, part: slice) -> Callable[[str], str]:
+    @named(name)
     def take(text: str) -> str:
-        return text[-count:]
+        return text[part]
 
     return take
 

@@ -45,6 +45,8 @@ from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = [
+    "LOOK_UPS",
+    "NULL_TESTS",
     "EncryptedComparator",
     "HashComparator",
     "HashComparison",
@@ -54,16 +56,16 @@ __all__ = [
     "way",
 ]
 
-_LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
-_NULL_TESTS = {
+LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
+NULL_TESTS = {
     operators.eq: operators.is_,
     operators.ne: operators.is_not,
     operators.is_: operators.is_,
     operators.is_not: operators.is_not,
 }
 _OF_HASHES = {
-    *_LOOK_UPS,
-    *_NULL_TESTS,
+    *LOOK_UPS,
+    *NULL_TESTS,
     operators.asc_op,
     operators.desc_op,
     operators.nulls_first_op,
@@ -104,9 +106,9 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
             operand = operand.__clause_element__()
         if isinstance(operand, True_ | False_):
             operand = isinstance(operand, True_)
-        if op in _NULL_TESTS and (operand is None or isinstance(operand, Null)):
-            return super().operate(_NULL_TESTS[op], None)
-        if op not in _LOOK_UPS:
+        if op in NULL_TESTS and (operand is None or isinstance(operand, Null)):
+            return super().operate(NULL_TESTS[op], None)
+        if op not in LOOK_UPS:
             _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {_INSTEAD}")
         type_: Encrypted[Any] = self.expr.type  # type: ignore[assignment]
         if not type_.searchable and not isinstance(operand, ClauseElement):
@@ -115,9 +117,7 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         with suppress(ArgumentError):  # its text shows the value, so it must not travel on, chained neither
             comparison = super().operate(op, operand, **kwargs)
         if comparison is None:
-            _refuse(
-                self.expr, f"{spelled(op)} takes {'a value' if op in _NULL_TESTS else 'a list of values'}"
-            )
+            _refuse(self.expr, f"{spelled(op)} takes {'a value' if op in NULL_TESTS else 'a list of values'}")
         if type_.normalize is not None:
             # With it the ORM would evaluate the un-normalized text in Python and leave the session stale.
             comparison.left = comparison.left._deannotate(values=("parentmapper",), clone=True)
@@ -140,7 +140,7 @@ class HashComparator(TypeDecorator.Comparator[Any]):
         if op not in _OF_HASHES:
             _refuse(self.expr, f"{spelled(op)} means nothing on a search hash; {_INSTEAD}")
         plain: Any = super().operate(op, *other, **kwargs)
-        if op in _LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in _LOOK_UPS:
+        if op in LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in LOOK_UPS:
             plain = _over_hashes(plain)
             if _is_hash_column(plain.left):
                 # With it the ORM would compare the hash with the value in Python and leave the session stale.
@@ -201,7 +201,7 @@ class HashComparison(BinaryExpression[Any]):
 
         NULL as the value finds nothing, and a NULL in the column is not found, as in a comparison with one hash.
         """
-        if isinstance(_bare(left), BindParameter) and self.operator in _NULL_TESTS:
+        if isinstance(_bare(left), BindParameter) and self.operator in NULL_TESTS:
             left, right = right, left
         if not _is_hash_column(left):
             _refuse(left, _ROTATING)

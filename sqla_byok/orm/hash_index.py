@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import ConfigurationError, DeclarationError, UnsupportedQueryError
 from sqla_byok.normalize import identity
-from sqla_byok.orm.comparator import HashComparison, hash_column_of, spelled
+from sqla_byok.orm.comparator import LOOK_UPS, NULL_TESTS, HashComparison, hash_column_of, spelled
 from sqla_byok.orm.schema import IndexOf, add_index, hash_key
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, IndexHash, SearchHash
@@ -39,13 +39,6 @@ _T = TypeVar("_T")
 _INDEX_TOO: Any = [("index", InternalTraversal.dp_string)]
 
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a hash_index, with values"
-_LOOK_UPS = {operators.eq, operators.ne, operators.in_op, operators.not_in_op}
-_NULL_TESTS = {
-    operators.eq: operators.is_,
-    operators.ne: operators.is_not,
-    operators.is_: operators.is_,
-    operators.is_not: operators.is_not,
-}
 
 
 class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_property
@@ -245,10 +238,10 @@ class _IndexComparator(Comparator[Any]):
     def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
         operand: Any = other[0] if other else None
         is_null = operand is None or isinstance(operand, Null)
-        if op not in _LOOK_UPS and not (op in _NULL_TESTS and is_null):
+        if op not in LOOK_UPS and not (op in NULL_TESTS and is_null):
             self._refuse(f"{spelled(op)} means nothing on a search hash; {_INSTEAD}")
-        if op in _NULL_TESTS and is_null:
-            op, operand = _NULL_TESTS[op], None
+        if op in NULL_TESTS and is_null:
+            op, operand = NULL_TESTS[op], None
         source, comparison = self._operand(), None
         with suppress(ArgumentError):  # its text shows the value
             comparison = TypeDecorator.Comparator.operate(source.comparator, op, operand, **kwargs)

@@ -304,17 +304,12 @@ def _recorded(ring: Keyring, written: Written, keyrings: Keyrings) -> Keyring:
 
 def _note_owned(slot: Slot, written: Mapping[str | None, Written], keyrings: Keyrings) -> None:
     """The same for the owners of single columns."""
-    owned, noted = slot.binding_owned.get(), Owned()
-    for owner, what in written.items():
-        ring = None if owner is None else owned.get(owner)
-        if (
-            owner is not None
-            and isinstance(ring, Keyring)
-            and (now := _noted(ring, what, keyrings)) is not ring
-        ):
-            noted[owner] = now
-    if noted:
-        slot.binding_owned.set(Owned({**owned, **noted}))
+    owned = slot.binding_owned.get()
+    for owner in owned.keys() & written.keys():
+        ring = owned[owner]
+        if isinstance(ring, Keyring) and (now := _noted(ring, written[owner], keyrings)) is not ring:
+            owned = Owned({**owned, owner: now})
+            slot.binding_owned.set(owned)
 
 
 def _check_specs(ring: Statements | None, specs: _Specs, keyrings: Keyrings) -> None:
