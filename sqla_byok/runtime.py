@@ -43,12 +43,14 @@ from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
+from sqla_byok.orm.current import attachment_of, refuse_foreign
+from sqla_byok.orm.digests import hashes, is_known
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.guard import Findings, Guard
 from sqla_byok.orm.hash_index import searched_id
-from sqla_byok.orm.hooks import ACTOR_OPTION, attach, hashes, is_known
-from sqla_byok.orm.isolation import SEALED, TENANT_OPTION, Across, Scopes, Whose, one_tenant, whose
-from sqla_byok.orm.slots import refuse_foreign, slot_of
+from sqla_byok.orm.rings import SEALED, Across
+from sqla_byok.orm.statements import attach
+from sqla_byok.orm.turns import ACTOR_OPTION, TENANT_OPTION, Blocks, Whose, one_tenant, whose
 from sqla_byok.orm.types import Digest
 
 if TYPE_CHECKING:
@@ -173,7 +175,7 @@ class Byok(Secret):
         profiles = {"default": {}, **(kms_profiles or {})}
         for settings in profiles.values():
             Profile.parse(settings)
-        self._scopes = Scopes(single_tenant)
+        self._blocks = Blocks(single_tenant)
         clock = clock or SystemClock()
         self._findings, self._dialect = Findings(), cast("Dialect | None", None)
         self._clock = clock
@@ -230,7 +232,7 @@ class Byok(Secret):
         """
         for engine in engines:
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
-            attach(sync_engine, self._keyrings, self._scopes, Guard(guard, raw_sql, self._findings))
+            attach(sync_engine, self._keyrings, self._blocks, Guard(guard, raw_sql, self._findings))
             self._dialect = self._dialect or type(sync_engine.dialect)()
 
     def guard_report(self) -> dict[str, dict[str, int]]:
@@ -655,7 +657,7 @@ class Byok(Secret):
         :raises UnknownTenantError: on entering, if the tenant was never onboarded.
         :raises KmsError: on entering, if the customer's KMS refuses or does not answer.
         """
-        return _Within((tenant,), self._scopes, self._keyrings, self._audit, Actor(actor, reason))
+        return _Within((tenant,), self._blocks, self._keyrings, self._audit, Actor(actor, reason))
 
     def across(self, tenants: Iterable[str], *, actor: str, reason: str) -> _Across:
         """Read rows of several tenants within a block, each under its own tenant's keys: ``with`` or ``async with``.
@@ -681,7 +683,7 @@ class Byok(Secret):
         names = () if isinstance(tenants, str) else tuple(sorted(set(tenants)))
         if not names:
             raise ConfigurationError("across() takes a list of at least one tenant's name")
-        return _Across(names, self._scopes, self._keyrings, self._audit, _accountable(actor, reason))
+        return _Across(names, self._blocks, self._keyrings, self._audit, _accountable(actor, reason))
 
     def sealed(self, *, actor: str, reason: str) -> _Sealed:
         """Work on rows within a block without any tenant's keys or KMS: ``with`` or ``async with``.
@@ -705,7 +707,7 @@ class Byok(Secret):
         :param reason: what for.
         :raises ConfigurationError: without actor or reason.
         """
-        return _Sealed((), self._scopes, self._keyrings, self._audit, _accountable(actor, reason))
+        return _Sealed((), self._blocks, self._keyrings, self._audit, _accountable(actor, reason))
 
     @contextmanager
     def session(
@@ -853,7 +855,7 @@ class Byok(Secret):
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _tenant_of(self, bind: Engine | Connection) -> str | None:
-        return one_tenant(whose(bind.get_execution_options(), self._scopes))
+        return one_tenant(whose(bind.get_execution_options(), self._blocks))
 
     def _tenant_of_column(self, column: Any) -> str:
         """Whose keys the column takes: its owner's, or those of the tenant whose turn it is."""
@@ -861,7 +863,7 @@ class Byok(Secret):
         return self._required_tenant() if owner is None else owner
 
     def _required_tenant(self) -> str:
-        tenant = one_tenant(self._scopes.current())
+        tenant = one_tenant(self._blocks.current())
         if tenant is None:
             raise NoTenantError("no tenant is set; do this within 'with byok.tenant(tenant)'")
         return tenant
@@ -901,7 +903,7 @@ class Byok(Secret):
                 f"this takes an engine, not {type(engine).__name__}: byok.session() an Engine, byok.asession() an "
                 "AsyncEngine"
             )
-        if slot_of(engine.dialect).keyrings is not self._keyrings:
+        if attachment_of(engine.dialect).keyrings is not self._keyrings:
             raise NotAttachedError("give the engine to Byok.attach() before you open a session on it")
 
 
@@ -917,12 +919,12 @@ def _only(found: list[Digest], column: Any) -> Digest:
 class _Within:
     """The block of :meth:`Byok.tenant`. Holds no state, so one may be entered by several threads and tasks."""
 
-    __slots__ = ("_actor", "_audit", "_keyrings", "_names", "_scopes")
+    __slots__ = ("_actor", "_audit", "_blocks", "_keyrings", "_names")
 
     def __init__(
-        self, names: tuple[str, ...], scopes: Scopes, keyrings: Keyrings, audit: Audit, actor: Actor
+        self, names: tuple[str, ...], blocks: Blocks, keyrings: Keyrings, audit: Audit, actor: Actor
     ) -> None:
-        self._names, self._scopes, self._keyrings = names, scopes, keyrings
+        self._names, self._blocks, self._keyrings = names, blocks, keyrings
         self._audit, self._actor = audit, actor
 
     def __enter__(self) -> None:
@@ -934,10 +936,10 @@ class _Within:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        scope = self._scopes.innermost.get()
-        if scope is not None and scope.block is self and acting.get() is not scope.before:
-            acting.set(scope.before)
-        self._scopes.end(self)
+        block = self._blocks.innermost.get()
+        if block is not None and block.block is self and acting.get() is not block.before:
+            acting.set(block.before)
+        self._blocks.end(self)
 
     async def __aenter__(self) -> None:
         who = _inheriting(*self._actor)
@@ -952,7 +954,7 @@ class _Within:
     def _begin(self, who: Actor) -> None:
         before = acting.get()
         self._tell()
-        self._scopes.begin(self._whose(), self, before)
+        self._blocks.begin(self._whose(), self, before)
         if who is not before:
             acting.set(who)
 

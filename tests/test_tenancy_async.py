@@ -178,7 +178,7 @@ async def test_a_dependency_that_yields(abyok: Byok, data: AsyncEngine) -> None:
 
     made = dependency()
     await made.__anext__()
-    assert abyok._scopes.current() == "t1"
+    assert abyok._blocks.current() == "t1"
     await asyncio.create_task(made.aclose())  # type: ignore[attr-defined]
     async with abyok.tenant("t2"), AsyncSession(data) as session:
         assert (await session.scalar(of("t2"))) == "t2-0"
@@ -238,5 +238,5 @@ async def test_all_async_twins(tmp_path: Path, customer_key: Path) -> None:
     await asyncio.gather(*(byok.aonboard(f"org-{n}", kms) for n in range(4)))
     assert await byok.atenants() == [f"org-{n}" for n in range(4)]
     async with byok.tenant("org-1"), byok.tenant("org-2"):
-        assert byok._scopes.current() == "org-2"
+        assert byok._blocks.current() == "org-2"
     await byok.aclose()

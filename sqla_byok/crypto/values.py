@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from os import urandom
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -42,6 +42,7 @@ from sqla_byok.errors import EncodeError, NotEncryptedError, TamperedError
 __all__ = [
     "DECRYPT_FAILURES",
     "Opener",
+    "Opening",
     "Ring",
     "ValueKey",
     "hash_with",
@@ -172,32 +173,54 @@ def seal_with(
     return seal
 
 
+class Opening(NamedTuple):
+    """What turns stored values of one column back into Python values, under the keyring that it is given.
+
+    Both give ``None`` for ``None``, and raise :class:`~sqla_byok.errors.TamperedError` for a value that does not
+    authenticate in this column, which they never return.
+
+    :param one: opens one stored value.
+    :param many: opens a sequence of them; the more there are, the less each costs.
+    """
+
+    one: Callable[[Ring | None, Any], Any]
+    many: Callable[[Ring | None, Sequence[Any]], Sequence[Any]]
+
+    def then(self, step: Callable[[Any], Any] | None) -> Opening:
+        """The same with a step behind it."""
+        if step is None:
+            return self
+        one, many = self
+        return Opening(
+            lambda ring, blob: step(one(ring, blob)),
+            lambda ring, blobs: [step(value) for value in many(ring, blobs)],
+        )
+
+    def after(self, step: Callable[[Any], Any] | None) -> Opening:
+        """The same with a step before it."""
+        if step is None:
+            return self
+        one, many = self
+        return Opening(
+            lambda ring, blob: one(ring, step(blob)),
+            lambda ring, blobs: many(ring, [step(blob) for blob in blobs]),
+        )
+
+
 def open_with(
-    current: Callable[[], Ring | None],
     foreign: Callable[[Ring | None, bytes], Any],
     column: str,
     codec: Codec,
-) -> Callable[[Any], Any]:
-    """Build the function that turns a stored value back into the Python value.
+) -> Opening:
+    """Build what turns stored values back into Python values.
 
-    :param current: gives the keyring of the result being read.
-    :param foreign: told of a value whose key is not in that keyring; raises the error, or says what is read instead.
-    :returns: ``None`` for ``None``. The function raises :class:`~sqla_byok.errors.TamperedError` for a value that
-        does not authenticate in this column, and never returns such a value.
+    :param foreign: told of a value whose key is not in the keyring; raises the error, or says what is read instead.
+    :param column: the column id, bound into each value.
     """
     tail = column_aad(column, codec.name)
     decode: Callable[[bytes], Any] = bytes.decode if codec.name == "str" else codec.decode
 
-    def open_(blob: Any) -> Any:
-        if blob is None:
-            return None
-        try:
-            decrypt, aad = current().openers[blob[_HEADER_PART]]  # type: ignore[union-attr]
-            plaintext = decrypt(blob[_NONCE_PART], blob[_SEALED_PART], aad + tail)
-            return decode(plaintext) if blob[1] == PLAIN else decode(unpad(plaintext))
-        except Exception:  # noqa: BLE001 - whatever it is, its text and its chain could carry the plaintext
-            ring = current()
-        # Out here, nothing is chained to what is raised.
+    def refuse(ring: Ring | None, blob: Any) -> Any:
         blob = bytes(blob) if isinstance(blob, bytes | bytearray | memoryview) else b""
         if ring is None or blob[:HEADER_SIZE] not in ring.openers:
             return foreign(ring, blob)
@@ -208,7 +231,36 @@ def open_with(
             tenant=ring.tenant,
         )
 
-    return open_
+    def one(ring: Ring | None, blob: Any) -> Any:
+        if blob is None:
+            return None
+        try:
+            decrypt, aad = ring.openers[blob[_HEADER_PART]]  # type: ignore[union-attr]
+            plaintext = decrypt(blob[_NONCE_PART], blob[_SEALED_PART], aad + tail)
+            return decode(plaintext) if blob[1] == PLAIN else decode(unpad(plaintext))
+        except Exception:  # noqa: BLE001, S110 - whatever it is, its text and its chain could carry the plaintext
+            pass
+        return refuse(ring, blob)  # out here, nothing is chained to what is raised
+
+    def many(ring: Ring | None, blobs: Sequence[Any]) -> Sequence[Any]:
+        # Most often all were sealed under one key: then the header, which each AAD begins with, is compared instead of
+        # looked up. Where anything is otherwise, each is opened by itself.
+        opened: list[Any] = []
+        try:
+            header = next(blob for blob in blobs if blob is not None)[_HEADER_PART]
+            decrypt, aad = ring.openers[header]  # type: ignore[union-attr]
+            aad += tail
+            if header[1] == PLAIN:
+                opened = [
+                    None if blob is None else decode(decrypt(blob[_NONCE_PART], blob[_SEALED_PART], aad))
+                    for blob in blobs
+                    if blob is None or blob.startswith(header)
+                ]
+        except Exception:  # noqa: BLE001, S110 - as above
+            pass
+        return opened if len(opened) == len(blobs) else [one(ring, blob) for blob in blobs]
+
+    return Opening(one, many)
 
 
 # In place of a column's codec: what is sealed outside the columns opens in none of them.
@@ -255,11 +307,11 @@ def hash_with(
     algorithm: str,
     scope: Scope,
     normalize: Callable[[Any], Any] | None = None,
-    slot: int = 0,
+    nth: int = 0,
 ) -> Callable[[Any], bytes | None]:
     """Build the function that turns a Python value into its search hash (32 bytes).
 
-    :param slot: by which of the live search salts; 0 is the active one.
+    :param nth: by which of the live search salts; 0 is the active one.
     :param normalize: applied to the value before it is hashed; ``None`` from it means "no hash".
     :returns: a function that raises :class:`~sqla_byok.errors.EncodeError` for a value that does not fit.
     """
@@ -290,7 +342,7 @@ def hash_with(
             unfit = f"its normalizer raised {type(error).__name__}"
         if unfit is not None:
             raise EncodeError(f"{column}: {unfit}", column=column, tenant=ring.tenant)
-        return digest(text, (ring.live_salts[slot] if slot else ring.salts)[key])
+        return digest(text, (ring.live_salts[nth] if nth else ring.salts)[key])
 
     return hash_
 

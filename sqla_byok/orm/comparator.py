@@ -41,7 +41,6 @@ from sqlalchemy.types import TypeDecorator
 from sqla_byok.errors import UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.schema import hash_key
-from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = [
@@ -208,12 +207,12 @@ class HashComparison(BinaryExpression[Any]):
         equal, bare = self.operator in (operators.eq, operators.in_op), _bare(right)
         op = operators.in_op if equal else operators.not_in_op
         if isinstance(bare, BindParameter) and bare.expanding:
-            parts = [self._over(left, _by_salt(bare, slot), op) for slot in range(live)]
+            parts = [self._over(left, _by_salt(bare, nth), op) for nth in range(live)]
             return (or_ if equal else and_)(*parts).self_group()
         hashes: list[Any] = []
         for value in bare.clauses if isinstance(bare, ClauseList) else (bare,):
             if isinstance(_bare(value), BindParameter):
-                hashes += [_by_salt(_bare(value), slot) for slot in range(live)]
+                hashes += [_by_salt(_bare(value), nth) for nth in range(live)]
             elif isinstance(_bare(value), Null):
                 hashes.append(value)
             else:
@@ -234,8 +233,7 @@ def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -
     owner = (
         (type_.source if isinstance(type_, SearchHash) else type_).owner if isinstance(type_, _OURS) else None
     )
-    ring = slot_of(compiler.dialect).binding_of(owner)()
-    live = 1 if ring is None else len(ring.live_salts)
+    live = upstream.fanned_out(compiler).get(owner, 1)
     if live > _SALTS_AT_MOST:
         _refuse(
             column,
@@ -307,21 +305,21 @@ class _BySalt(ColumnElement[Any]):
 
     inherit_cache = False  # there only while a statement is compiled
 
-    def __init__(self, bind: Any, slot: int) -> None:
+    def __init__(self, bind: Any, nth: int) -> None:
         self.bind = bind._clone(maintain_key=True)
-        self.bind.type = self.type = bind.type.at(slot)
-        self.slot = slot
+        self.bind.type = self.type = bind.type.at(nth)
+        self.nth = nth
 
 
 @compiles(_BySalt)
 def _compile_by_salt(element: _BySalt, compiler: Any, **kwargs: Any) -> Any:
-    return upstream.render_again(element.bind, compiler, f"__byok_salt{element.slot}", **kwargs)
+    return upstream.render_again(element.bind, compiler, f"__byok_salt{element.nth}", **kwargs)
 
 
-def _by_salt(bind: Any, slot: int) -> Any:
+def _by_salt(bind: Any, nth: int) -> Any:
     if not isinstance(bind.type, SearchHash):
         _refuse(bind, "a search hash is compared with a value of another type; give the value without a type")
-    return _BySalt(bind, slot) if slot else bind
+    return _BySalt(bind, nth) if nth else bind
 
 
 def _retyped(bind: Any, hash_type: SearchHash) -> Any:

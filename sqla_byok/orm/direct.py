@@ -2,7 +2,7 @@
 
 Inside is an ordinary value, so tenant and column are bound as ever. Writing, the bind processor makes that value and
 leaves it in a :class:`Pending`; just before the statement is sent, :func:`send` has the KMS encrypt all of them.
-Reading on a sync engine, :func:`opener` has the KMS decrypt each batch of rows as it is fetched. On an async engine
+Reading on a sync engine, :func:`decrypted` has the KMS decrypt each batch of rows as it is fetched. On an async engine
 rows are made where nothing can be awaited: a read gives :class:`~sqla_byok.orm.sealed.Sealed`, which :func:`areveal`
 opens.
 """
@@ -19,16 +19,17 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from sqla_byok.crypto.formats import HEADER_SIZE, PLAIN, VALUE_MAGIC, is_direct, value_header
+from sqla_byok.crypto.values import Opening
 from sqla_byok.errors import ConfigurationError, EncodeError, NotAttachedError
 from sqla_byok.keys.direct import Cell, adecrypt, aencrypt, decrypt, encrypt
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import upstream
-from sqla_byok.orm.isolation import SEALED, AcrossRing, Statements
+from sqla_byok.orm.current import Attachment, Turn, attachment_of, binding_ring
+from sqla_byok.orm.rings import SEALED, AcrossRing, StatementRing
 from sqla_byok.orm.sealed import Sealed
-from sqla_byok.orm.slots import Slot, slot_of
 
-__all__ = ["Pending", "Reader", "areveal", "opener", "refusing", "reveal", "send", "writer"]
+__all__ = ["Cells", "Pending", "areveal", "decrypted", "refusing", "resealed", "reveal", "send", "writer"]
 
 _Process = Callable[[Any], Any]
 
@@ -52,16 +53,18 @@ class Pending:
         raise TypeError(f"{self!r} is not for the database")  # PyMySQL sends str() of what it does not know
 
 
-def writer(slot: Slot, column: str, seal: _Process, final: _Process | None) -> _Process:
+def writer(attachment: Attachment, column: str, seal: _Process, final: _Process | None) -> _Process:
     """Build the bind processor of a direct column.
 
     :param seal: from a Python value to what another column would store.
     :param final: what the driver wants around bytes.
     """
 
+    current = binding_ring(attachment, None)
+
     def bind(value: Any) -> Any:
         if type(value) is Sealed:
-            stored = resealed(slot, column, slot.binding.get(), value)
+            stored = resealed(attachment, column, current(), value)
             return stored if final is None else final(stored)
         inner = seal(value)
         return None if inner is None else Pending(Cell(column, inner), final)
@@ -84,41 +87,38 @@ def refusing(process: _Process, column: str) -> _Process:
     return bind
 
 
-def send(context: Any, parameters: Any, keyrings: Keyrings, ring: Keyring) -> Any:
-    """Have the KMS encrypt what a statement is about to send.
+def send(context: Any, keyrings: Keyrings, ring: Keyring) -> None:
+    """Have the KMS encrypt what a statement is about to send: all its rows, so that it refuses all or none.
 
-    All rows of the statement at its first batch: if the KMS refuses one of them, nothing was written.
-
-    :param context: the statement's execution.
-    :param parameters: of this batch, in any of the driver's shapes.
-    :returns: the parameters with the stored values in them.
+    :param context: the statement's execution, whose parameters are bound; they are replaced by the stored values.
     """
     waiting = [
         value
         for row in context.parameters
         for value in (row.values() if isinstance(row, dict) else row)
-        if type(value) is Pending and value.stored is None
+        if type(value) is Pending
     ]
     if waiting:
         cells = [pending.cell for pending in waiting]
-        asynchronous = upstream.in_greenlet()
-        stored = (
-            await_only(aencrypt(keyrings, ring, cells)) if asynchronous else encrypt(keyrings, ring, cells)
+        stored = upstream.run_or_await(
+            lambda: encrypt(keyrings, ring, cells), lambda: aencrypt(keyrings, ring, cells)
         )
         for pending, value in zip(waiting, stored, strict=True):
             pending.stored = value if pending.final is None else pending.final(value)
-    return _sent(parameters)
+        context.parameters = [_sent(row) for row in context.parameters]
 
 
-def _sent(parameters: Any) -> Any:
-    if type(parameters) is dict:
-        return {name: _sent(value) for name, value in parameters.items()}
-    if type(parameters) in (list, tuple):
-        return type(parameters)([_sent(value) for value in parameters])
-    return parameters.stored if type(parameters) is Pending else parameters
+def _sent(row: Any) -> Any:
+    if isinstance(row, dict):
+        return {name: _stored(value) for name, value in row.items()}
+    return type(row)([_stored(value) for value in row])
 
 
-def resealed(slot: Slot, column: str, ring: Any, value: Sealed) -> bytes:
+def _stored(value: Any) -> Any:
+    return value.stored if type(value) is Pending else value
+
+
+def resealed(attachment: Attachment, column: str, ring: Any, value: Sealed) -> bytes:
     """The stored value that is written for a sealed one: the same bytes, to the same column, for the same tenant.
 
     :param ring: the keyring of the running statement.
@@ -135,99 +135,91 @@ def resealed(slot: Slot, column: str, ring: Any, value: Sealed) -> bytes:
     if isinstance(ring, AcrossRing):
         ring.write  # noqa: B018 - says whose it would be
     if ring is not SEALED:
-        _check_owner(slot, column, ring, value.stored)
+        _check_owner(attachment, column, ring, value.stored)
     return value.stored
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """The result processor of a direct column.
+class Cells:
+    """What the customer's KMS has to decrypt of the stored values of a direct column, before they are opened.
 
     :param to_bytes: undoes what the driver puts around bytes.
-    :param open_: from what another column would store to the Python value.
     :param is_async: whether values are left sealed.
     """
 
-    __slots__ = ("_column", "_is_async", "_open", "_slot", "_to_bytes")
+    __slots__ = ("_attachment", "_column", "_is_async", "_to_bytes")
 
     def __init__(
-        self, slot: Slot, column: str, to_bytes: _Process | None, open_: _Process, is_async: bool
+        self, attachment: Attachment, column: str, to_bytes: _Process | None, *, is_async: bool
     ) -> None:
-        self._slot, self._column, self._to_bytes = slot, column, to_bytes
-        self._open, self._is_async = open_, is_async
+        self._attachment, self._column = attachment, column
+        self._to_bytes, self._is_async = to_bytes, is_async
 
-    def __call__(self, value: Any) -> Any:
+    def cell(self, ring: StatementRing | None, value: Any) -> Any:
+        """What the KMS has to decrypt of a raw value: a Cell. Where there is nothing to: the value's bytes, or what is
+        left of it sealed.
+
+        It stays sealed where there are several tenants, too: whoever wants one reveals it for its tenant.
+        """
         if self._to_bytes is not None:
             value = self._to_bytes(value)
-        if value is None:
-            return None
-        ring = self._slot.reading.get()
-        if ring is SEALED:
-            return self._open(value)
+        if value is None or ring is SEALED:
+            return value
         if self._is_async or isinstance(ring, AcrossRing):
-            _check_owner(self._slot, self._column, ring, value)
+            _check_owner(self._attachment, self._column, ring, value)
             return Sealed(self._column, bytes(value))
-        cell = self.cell(ring, value)
-        # Fetched past opener(): RETURNING beside server defaults, and rows whose columns go by name.
-        if cell is not None and isinstance(ring, Keyring) and self._slot.keyrings is not None:
-            (value,) = decrypt(self._slot.keyrings, ring, [cell])
-        return self._open(value)
+        stored = bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
+        if not is_direct(stored):
+            return value
+        _check_owner(self._attachment, self._column, ring, stored)
+        return Cell(self._column, stored)
 
-    def cell(self, ring: Statements | None, value: Any) -> Cell | None:
-        """What the KMS has to decrypt of a raw value; None if it has not."""
-        if self._is_async or not isinstance(value, bytes | bytearray | memoryview):
-            return None
-        value = bytes(value)
-        if not is_direct(value):
-            return None
-        _check_owner(self._slot, self._column, ring, value)
-        return Cell(self._column, value)
+    def decrypted(self, ring: StatementRing | None, value: Any) -> Any:
+        """A raw value as the KMS gives it, or as :meth:`cell` does."""
+        cell, keyrings = self.cell(ring, value), self._attachment.keyrings
+        if type(cell) is Cell and isinstance(ring, Keyring) and keyrings is not None:
+            (cell,) = decrypt(keyrings, ring, [cell])
+        return cell
+
+    @staticmethod
+    def opening(opening: Opening) -> Opening:
+        """What opens the values that :meth:`cell` and the KMS gave; sealed ones stay so."""
+
+        def one(ring: Any, value: Any) -> Any:
+            return value if type(value) is Sealed else opening.one(ring, value)
+
+        return Opening(one, lambda ring, values: [one(ring, value) for value in values])
 
 
-def opener(
-    result: Any, keyrings: Keyrings, ring: Statements | None
-) -> Callable[[Sequence[Any]], list[Any]] | None:
-    """What opens the direct values in rows fetched from a result; None where it has none, or leaves them sealed.
-
-    They stay sealed where there are several tenants: whoever wants one reveals it for its tenant.
+def decrypted(rows: Sequence[Any], columns: Sequence[tuple[int, Cells]], turn: Turn) -> Sequence[Any]:
+    """Rows with what the customer's KMS gave in the places of direct values.
 
     A value that stands in several of the rows, as a joined load repeats it, is decrypted once.
     """
-    readers = [
-        (place, process)
-        for place, process in enumerate(upstream.processors(result))
-        if isinstance(process, Reader)
-    ]
-    if not readers or not isinstance(ring, Keyring) or result.dialect.is_async:
-        return None
-
-    def open_rows(rows: Sequence[Any]) -> list[Any]:
-        places: dict[Cell, list[tuple[int, int]]] = {}
-        for number, row in enumerate(rows):
-            for place, reader in readers:
-                cell = reader.cell(ring, row[place])
-                if cell is not None:
-                    places.setdefault(cell, []).append((number, place))
-        if not places:
-            return list(rows)
-        opened = [list(row) for row in rows]
+    ring, keyrings = turn.rings.get(None), turn.attachment.keyrings
+    places: dict[Cell, list[tuple[int, int]]] = {}
+    given = [list(row) for row in rows]
+    for number, row in enumerate(given):
+        for place, cells in columns:
+            row[place] = cell = cells.cell(ring, row[place])
+            if type(cell) is Cell:
+                places.setdefault(cell, []).append((number, place))
+    if places and isinstance(ring, Keyring) and keyrings is not None:
         for value, where in zip(decrypt(keyrings, ring, list(places)), places.values(), strict=True):
             for number, place in where:
-                opened[number][place] = value
-        return [tuple(row) for row in opened]
-
-    return open_rows
+                given[number][place] = value
+    return given
 
 
-def _check_owner(slot: Slot, column: str, ring: Statements | None, value: Any) -> None:
+def _check_owner(attachment: Attachment, column: str, ring: StatementRing | None, value: Any) -> None:
     """Refuse another tenant's value, or one that is not ours, before the KMS hears of it."""
     value = bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
     key_id = value[2:HEADER_SIZE]
     known = value[:1] == bytes((VALUE_MAGIC,)) and len(key_id) == HEADER_SIZE - 2
     if ring is None or not known or value_header(PLAIN, key_id) not in ring.openers:
-        slot.refuse(column, ring, value_header(PLAIN, key_id) + value[HEADER_SIZE:] if known else value)
+        attachment.refuse(column, ring, value_header(PLAIN, key_id) + value[HEADER_SIZE:] if known else value)
 
 
 # -- revealing -------------------------------------------------------------------------------------------------------
@@ -296,23 +288,23 @@ def _find(
             column=value.column,
         )
     bind = session.get_bind(mapper)
-    slot = slot_of(bind.dialect)
-    if slot.keyrings is not keyrings:
+    attachment = attachment_of(bind.dialect)
+    if attachment.keyrings is not keyrings:
         raise NotAttachedError(f"{value.column}: the object's engine is not attached to this Byok")
     tenant = type_.owner or tenant_of(bind)
     if tenant is None:
-        slot.nobody(value.column)
+        attachment.nobody(value.column)
     return _Found(value, type_, bind.dialect, tenant)
 
 
 def _cell(found: _Found, ring: Keyring) -> Cell | None:
     value = found.value
-    _check_owner(slot_of(found.dialect), value.column, ring, value.stored)
+    _check_owner(attachment_of(found.dialect), value.column, ring, value.stored)
     return Cell(value.column, value.stored) if is_direct(value.stored) else None
 
 
 def _settle(obj: Any, attribute: str, found: _Found, ring: Keyring, inner: bytes) -> Any:
-    plaintext = found.type_.opened(found.dialect, lambda: ring)(inner)
+    plaintext = found.type_.opening(found.dialect).one(ring, inner)
     state = inspect(obj)
     # Not where it was assigned: that is yet to be written, or was changed while the KMS was asked.
     if state.dict.get(attribute) is found.value and attribute not in state.committed_state:

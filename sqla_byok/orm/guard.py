@@ -932,5 +932,5 @@ def _place(column: Any) -> tuple[Any, Any, Any] | None:
 def _kind(type_: Any) -> Any:
     """Two parameters of one kind are bound alike; None for all that are not ours."""
     if isinstance(type_, SearchHash):
-        return SearchHash, type_.slot, type_.source.search_key, type_.source.type_._static_cache_key
+        return SearchHash, type_.nth, type_.source.search_key, type_.source.type_._static_cache_key
     return (Encrypted, type_.column_id) if isinstance(type_, Encrypted) else None

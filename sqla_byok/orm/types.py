@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from sqla_byok.crypto import codecs
 from sqla_byok.crypto.codecs import Codec, UnfitError
 from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD, check_tenant
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
-from sqla_byok.crypto.values import Ring, hash_with, open_with, seal_with
+from sqla_byok.crypto.values import Opening, hash_with, open_with, seal_with
 from sqla_byok.errors import (
     DeclarationError,
     DecryptError,
@@ -31,16 +32,14 @@ from sqla_byok.errors import (
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.normalize import identity, returned
 from sqla_byok.orm import direct
+from sqla_byok.orm.current import attachment_of, binding_ring
+from sqla_byok.orm.fetches import Reader
 from sqla_byok.orm.sealed import Sealed
-from sqla_byok.orm.slots import slot_of
 
-__all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "SearchHash", "owners"]
+__all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "SearchHash"]
 
 _T = TypeVar("_T")
 _Process = Callable[[Any], Any]
-
-owners: set[str] = set()
-"""The tenants that some column names as its owner; empty in most applications."""
 
 # Drivers that take and give bytes as they are. LargeBinary would wrap each value in the driver's Binary(): with
 # psycopg that alone made an insert of five columns 1.4 times as long.
@@ -160,7 +159,6 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
                 raise DeclarationError(
                     "mode='direct' takes no owner: its values are encrypted by the tenant's KMS"
                 )
-            owners.add(self.owner)
         if not self.searchable:
             if self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
                 raise DeclarationError("hash, salt_scope and normalize need searchable=True")
@@ -266,39 +264,41 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def bind_processor(self, dialect: Dialect) -> Any:
         if self.column_id is None:
             return _unbound
-        slot, column = slot_of(dialect), self.column_id
-        current = slot.binding_of(self.owner)
+        attachment, column = attachment_of(dialect), self.column_id
+        current = binding_ring(attachment, self.owner)
         to_plain, codec, _ = _plain(self.type_, dialect)
         length = getattr(_undecorated(self.type_, dialect), "length", None)
         seal = seal_with(
             current,
-            lambda: slot.nobody(column, self.owner),
+            lambda: attachment.nobody(column),
             column,
             codec,
             limit=length,
             pad_to=self.pad_to,
-            kept=(Sealed, lambda value: direct.resealed(slot, column, current(), value)),
+            kept=(Sealed, lambda value: direct.resealed(attachment, column, current(), value)),
         )
         checked = _checked(to_plain, column, EncodeError)
         if self.mode == "direct":
-            return direct.writer(slot, column, _chain(checked, seal), _driver_binary(dialect))
+            return direct.writer(attachment, column, _chain(checked, seal), _driver_binary(dialect))
         return _chain(checked, seal, _driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         if self.column_id is None:
             return _unbound
-        slot = slot_of(dialect)
-        to_bytes, opened = _driver_bytes(dialect, coltype), self.opened(dialect, slot.reading_of(self.owner))
+        attachment, opening = attachment_of(dialect), self.opening(dialect)
+        to_bytes = _driver_bytes(dialect, coltype)
+        own_code = any(_decorators(self.type_, "process_result_value"))
         if self.mode == "direct":
-            return direct.Reader(slot, self.column_id, to_bytes, opened, dialect.is_async)
-        return _chain(to_bytes, opened)
+            cells = direct.Cells(attachment, self.column_id, to_bytes, is_async=dialect.is_async)
+            return Reader(attachment, self.owner, opening, own_code=own_code, cells=cells)
+        return Reader(attachment, self.owner, opening.after(to_bytes), own_code=own_code)
 
-    def opened(self, dialect: Dialect, current: Callable[[], Ring | None]) -> _Process:
-        """What makes the Python value of a stored value's bytes, under the keyring that ``current`` gives."""
-        slot, column = slot_of(dialect), self.column_id or ""
+    def opening(self, dialect: Dialect) -> Opening:
+        """What makes Python values of stored values' bytes."""
+        attachment, column = attachment_of(dialect), self.column_id or ""
         _, codec, from_plain = _plain(self.type_, dialect)
-        opened = open_with(current, lambda ring, blob: slot.foreign(column, ring, blob), column, codec)
-        return _chain(opened, _checked(from_plain, column, DecryptError))
+        opening = open_with(partial(attachment.foreign, column), column, codec)
+        return opening.then(_checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
         return lambda value: _NOT_RENDERED
@@ -322,28 +322,38 @@ class SearchHash(TypeDecorator[Digest]):
     """The type of a hash column: 32 bytes. A Python value bound to it is hashed; a :class:`Digest` is kept.
 
     :param source: the type of the encrypted column that it follows.
-    :param slot: by which of the tenant's live search salts a value is hashed; 0 is the active one.
+    :param nth: by which of the tenant's live search salts a value is hashed; 0 is the active one.
     """
 
     impl = LargeBinary
     cache_ok = True
 
-    def __init__(self, source: Encrypted[Any], slot: int = 0) -> None:
+    def __init__(self, source: Encrypted[Any], nth: int = 0) -> None:
         super().__init__(32)
         self.source = source
-        self.slot = slot
-        self._slots: dict[int, SearchHash] = {slot: self}
+        self.nth = nth
+        self._by_salt: dict[int, SearchHash] = {nth: self}
 
     @property
     def spec(self) -> HashSpec:
         """How the hashes are made."""
         return self.source.spec
 
-    def at(self, slot: int) -> SearchHash:
+    @property
+    def column_id(self) -> str | None:
+        """The id of the encrypted column."""
+        return self.source.column_id
+
+    @property
+    def owner(self) -> str | None:
+        """Whose keys the column takes; None: the tenant's of the statement."""
+        return self.source.owner
+
+    def at(self, nth: int) -> SearchHash:
         """The same type by another of the live search salts; kept, since SQLAlchemy keeps its processors with it."""
-        found = self._slots.get(slot)
+        found = self._by_salt.get(nth)
         if found is None:
-            found = self._slots.setdefault(slot, SearchHash(self.source, slot))
+            found = self._by_salt.setdefault(nth, SearchHash(self.source, nth))
         return found
 
     def kept(self, digest: Digest) -> Digest:
@@ -361,18 +371,18 @@ class SearchHash(TypeDecorator[Digest]):
         source = self.source
         if source.column_id is None:
             return _unbound
-        slot, column = slot_of(dialect), source.column_id
+        attachment, column = attachment_of(dialect), source.column_id
         to_plain, codec, _ = _plain(source.type_, dialect)
-        current = slot.binding_of(source.owner)
+        current = binding_ring(attachment, source.owner)
         to_hash = hash_with(
             current,
-            lambda: slot.nobody(column, source.owner),
+            lambda: attachment.nobody(column),
             column,
             codec,
             source.hash,
             source.scope,
             source.normalize,
-            self.slot,
+            self.nth,
         )
         process = _chain(_checked(to_plain, column, EncodeError), to_hash)
 

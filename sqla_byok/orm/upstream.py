@@ -6,14 +6,15 @@ lines, 2.0 and 2.1, are tested against what stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import Table, UniqueConstraint, and_
+from sqlalchemy import Engine, Table, UniqueConstraint, and_
 from sqlalchemy.orm import QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
+from sqlalchemy.sql.compiler import WARN_LINTING
 from sqlalchemy.sql.elements import (
     ClauseElement,
     TableValuedColumn,
@@ -24,7 +25,13 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
+from sqlalchemy.util.concurrency import await_only
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
+
+from sqla_byok.orm.current import RUNNING
+
+if TYPE_CHECKING:
+    from sqla_byok.orm.statements import Statements
 
 __all__ = [
     "FanOut",
@@ -32,7 +39,6 @@ __all__ = [
     "Parts",
     "children",
     "compared",
-    "compared_owned",
     "conflict_columns",
     "conflict_criteria",
     "conflict_elements",
@@ -40,6 +46,7 @@ __all__ = [
     "conflicts",
     "criteria",
     "executed",
+    "fanned_out",
     "held",
     "held_to",
     "hold",
@@ -52,14 +59,10 @@ __all__ = [
     "note_compared",
     "ordering",
     "parts",
+    "pass_through",
     "plain_table",
-    "processors",
     "proxied",
     "referred",
-    "remember",
-    "remember_owned",
-    "remembered",
-    "remembered_owned",
     "render_again",
     "resolved",
     "restated",
@@ -67,6 +70,7 @@ __all__ = [
     "returning",
     "row_of",
     "rows_of_values",
+    "run_or_await",
     "searched",
     "select_names",
     "selected_by",
@@ -87,14 +91,22 @@ Item = tuple[Any, Any]
 class FanOut(CompileStateOption):
     """An option that does nothing but enter a statement's cache key.
 
-    :param live: how many search salts the compiled statement looks up, and whose.
+    :param live: how many search salts the compiled statement looks up, by whose they are, as pairs.
     """
 
     propagate_to_loaders = False
     _cache_key_traversal = [("live", InternalTraversal.dp_plain_obj)]  # noqa: RUF012 - SQLAlchemy's declaration
 
-    def __init__(self, live: Hashable) -> None:
+    def __init__(self, live: tuple[tuple[str | None, int], ...]) -> None:
         self.live = live
+
+
+def fanned_out(compiler: Any) -> Mapping[str | None, int]:
+    """How many search salts a statement that is being compiled looks up, by whose they are; 1 where nothing is said."""
+    for option in getattr(compiler.statement, "_with_options", ()):
+        if isinstance(option, FanOut):
+            return dict(option.live)
+    return {}
 
 
 def note_compared(compiler: Any, live: int, owner: str | None, specs: Iterable[Any] = ()) -> None:
@@ -103,23 +115,14 @@ def note_compared(compiler: Any, live: int, owner: str | None, specs: Iterable[A
     :param owner: whose they are, where they are not the statement's tenant's.
     :param specs: how the hashes are made that it compares.
     """
-    if owner is None:
-        compiler._sqla_byok_live = live
-    else:
-        compiler.__dict__.setdefault("_sqla_byok_owned", {})[owner] = live
+    compiler.__dict__.setdefault("_sqla_byok_live", {})[owner] = live
     compiler.__dict__.setdefault("_sqla_byok_searched", {}).setdefault(owner, set()).update(specs)
 
 
-def compared(compiled: Any) -> int:
-    """By how many search salts a compiled statement compares; 0 where it compares no search hashes."""
-    live: int = compiled.__dict__.get("_sqla_byok_live", 0)
+def compared(compiled: Any) -> Mapping[str | None, int]:
+    """By how many search salts a compiled statement compares hashes, by whose they are."""
+    live: Mapping[str | None, int] = compiled.__dict__.get("_sqla_byok_live", {})
     return live
-
-
-def compared_owned(compiled: Any) -> Mapping[str, int]:
-    """Likewise for each owner of single columns by whose salts it compares."""
-    owned: Mapping[str, int] = compiled.__dict__.get("_sqla_byok_owned", {})
-    return owned
 
 
 def searched(compiled: Any) -> dict[str | None, frozenset[Any]]:
@@ -153,6 +156,14 @@ def in_greenlet() -> bool:
     SQLAlchemy 2.1 does not install greenlet, and raises where it is asked without one.
     """
     return _HAS_GREENLET and _in_greenlet()
+
+
+def run_or_await(run: Callable[[], T], coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What takes long: run here, or awaited where this runs under asyncio."""
+    if not in_greenlet():
+        return run()
+    awaited: T = await_only(coroutine())
+    return awaited
 
 
 def resolved(clause: Any) -> Any:
@@ -230,13 +241,17 @@ def conflict_elements(conflict: Any) -> Sequence[Any]:
     return getattr(conflict, "inferred_target_elements", None) or ()
 
 
-def conflict_columns(table: Any, conflict: Any) -> Iterator[Any]:
-    """The same as columns of the table; where it names a constraint, those that may be in it."""
+def conflict_columns(table: Any, conflict: Any, *, untargeted: bool = False) -> Iterator[Any]:
+    """The same as columns of the table; where it names a constraint, those that may be in it.
+
+    :param untargeted: where it names nothing, those of any constraint.
+    """
     for element in conflict_elements(conflict):
         column = table.c.get(element) if isinstance(element, str) else element
         if hasattr(column, "type"):
             yield column
-    if getattr(conflict, "constraint_target", None) is not None:
+    any_constraint = untargeted and not conflict_elements(conflict)
+    if any_constraint or getattr(conflict, "constraint_target", None) is not None:
         yield from unique_columns(table)  # its name may be the database's
 
 
@@ -283,37 +298,13 @@ def result_types(compiled: Any) -> Iterator[Any]:
     return (column.type for column in getattr(compiled, "_result_columns", None) or ())
 
 
-def processors(result: Any) -> Sequence[Any]:
-    """What each column of a result's raw rows passes through, in the order of the rows; None where nothing does."""
-    return result._metadata._processors or ()
-
-
 def known(compiled: Any, ask: Callable[[Any], T]) -> T:
     """What ``ask`` says of a compiled statement, asked once and kept with it."""
-    found: T | None = compiled.__dict__.get("_sqla_byok")
-    if found is None:
-        found = compiled._sqla_byok = ask(compiled)
+    kept = compiled.__dict__
+    if "_sqla_byok" not in kept:
+        kept["_sqla_byok"] = ask(compiled)
+    found: T = kept["_sqla_byok"]
     return found
-
-
-def remember(context: Any, ring: Any) -> None:
-    """Keep a statement's keyring with its execution."""
-    context._sqla_byok = ring
-
-
-def remembered(context: Any) -> Any:
-    """The keyring that the statement was executed with."""
-    return context._sqla_byok
-
-
-def remember_owned(context: Any, owned: Any) -> None:
-    """Keep the keyrings of the owners of single columns with a statement's execution."""
-    context._sqla_byok_owned = owned
-
-
-def remembered_owned(context: Any) -> Any:
-    """Those keyrings; None where it has no such column."""
-    return context.__dict__.get("_sqla_byok_owned")
 
 
 def hold(connection: Any, ring: Any) -> None:
@@ -335,6 +326,125 @@ def met(connection: Any) -> list[Any]:
         known = connection._sqla_byok = (transaction, [])
     tenants: list[Any] = known[1]
     return tenants
+
+
+# -- how a statement is executed ---------------------------------------------------------------------------------------
+
+
+def pass_through(engine: Engine, statements: Statements, reader: type) -> None:
+    """Have all executions on an engine pass ``statements``, those of its views and of open connections too.
+
+    SQLAlchemy makes an execution context for each execution, of a class that the dialect names. A subclass of it sees
+    the compiled statement before parameters are bound, which no event does, and costs a bystander next to nothing.
+
+    :param reader: the class of the result processors that open values at the fetch.
+    """
+    engine.dialect.execution_ctx_cls = _context_class(engine.dialect.execution_ctx_cls, statements, reader)
+    engine.clear_compiled_cache()  # what was compiled and read before keeps result processors that are not ours
+
+
+def _context_class(plain: Any, statements: Statements, reader: type) -> Any:
+    class Context(plain):  # type: ignore[misc] # whatever class the dialect has
+        # The needs and the turn of a statement that has some.
+        _byok: tuple[Any, Any] | None = None
+
+        @classmethod
+        def _init_statement(
+            cls, dialect: Any, conn: Any, dbapi: Any, options: Any, text: str, parameters: Any
+        ) -> Any:
+            statements.judge_text(text)
+            return super()._init_statement(dialect, conn, dbapi, options, text, parameters)
+
+        @classmethod
+        def _init_ddl(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any) -> Any:
+            statements.judge_ddl(compiled)
+            return super()._init_ddl(dialect, conn, dbapi, options, compiled)
+
+        @classmethod
+        def _init_compiled(
+            cls, dialect: Any, conn: Any, dbapi: Any, options: Any,
+            compiled: Any, parameters: Any, clause: Any, extracted: Any, **more: Any,
+        ) -> Any:  # fmt: skip
+            needs = statements.needs(compiled)
+            if needs is None:
+                return super()._init_compiled(
+                    dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
+                )
+            turn = statements.begin(conn, options, needs)
+            fan_out = statements.fan_out(needs, turn, precompiled=clause is None)
+            if fan_out is not None:
+                clause = resolved(clause).options(fan_out)
+                compiled, extracted, more = _compiled_anew(conn, clause, parameters, options)
+            token = RUNNING.set(turn)
+            try:
+                self = super()._init_compiled(
+                    dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
+                )
+            finally:
+                RUNNING.reset(token)
+            self._byok = needs, turn
+            statements.bound(self, needs, turn)
+            return self
+
+        def pre_exec(self) -> None:
+            super().pre_exec()
+            if self._byok is not None:
+                try:
+                    statements.send(self.root_connection, self, *self._byok)
+                except BaseException:
+                    self.cursor.close()
+                    raise
+
+        def get_result_processor(self, type_: Any, colname: str, coltype: Any) -> Any:
+            process = super().get_result_processor(type_, colname, coltype)
+            if self._byok is None:
+                return process
+            # Asked for each column of the cursor, in order, where the statement is executed first.
+            is_reader = isinstance(process, reader)
+            self.__dict__.setdefault("_byok_columns", []).append(process if is_reader else None)
+            return None if is_reader and not self._is_implicit_returning else process
+
+        def _setup_result_proxy(self) -> Any:
+            if self._byok is None:
+                return super()._setup_result_proxy()
+            _, turn = self._byok
+            token = RUNNING.set(turn)  # for what it reads itself: RETURNING beside server defaults
+            try:
+                result = super()._setup_result_proxy()
+            finally:
+                RUNNING.reset(token)
+            readers = self._byok_readers()
+            if readers and not result._soft_closed and not self._is_implicit_returning:
+                result.cursor_strategy = statements.fetch(result.cursor_strategy, turn, readers)
+            return result
+
+        def _byok_readers(self) -> Any:
+            """The places of the columns that are opened at the fetch, and what opens each."""
+            columns, kept = self.__dict__.get("_byok_columns"), self.compiled.__dict__
+            if columns is not None:
+                kept["_sqla_byok_readers"] = [
+                    (place, process) for place, process in enumerate(columns) if process is not None
+                ]
+            return kept.get("_sqla_byok_readers", ())
+
+    Context.__name__, Context.__qualname__ = plain.__name__, plain.__qualname__
+    return Context
+
+
+def _compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """What SQLAlchemy makes of a statement before it is executed: compiled or found compiled."""
+    compiled, extracted, *rest = clause._compile_w_cache(
+        dialect=conn.dialect,
+        compiled_cache=options.get("compiled_cache", conn.engine._compiled_cache),
+        column_keys=sorted(parameters[0]) if parameters else [],
+        for_executemany=bool(parameters) and len(parameters) > 1,
+        schema_translate_map=options.get("schema_translate_map"),
+        linting=conn.dialect.compiler_linting | WARN_LINTING,
+    )
+    more = {"cache_hit": rest[-1]}
+    if len(rest) > 1:  # 2.1
+        more["param_dict"] = rest[0]
+    return compiled, extracted, more
 
 
 # -- what the guard reads of a statement -------------------------------------------------------------------------------

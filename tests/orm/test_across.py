@@ -29,7 +29,7 @@ from sqla_byok import (
     UnsupportedQueryError,
 )
 from sqla_byok.audit import AcrossOpened, Event
-from sqla_byok.orm.isolation import Across, AcrossRing
+from sqla_byok.orm.rings import Across, AcrossRing
 
 WHO = {"actor": "ada", "reason": "ticket 4711"}
 TENANTS = ("t1", "t2", "t3")
@@ -257,7 +257,7 @@ def test_entering_is_told_to_the_audit(byok: Byok, data: Engine) -> None:
             wrong()
     with pytest.raises(UnknownTenantError, match="t9"), byok.across(["t1", "t9"], **WHO):
         pass
-    assert byok._scopes.current() is None
+    assert byok._blocks.current() is None
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_one_dark_tenant_keeps_the_block_shut(
     monkeypatch.setattr(CountingKms, "on_unwrap", staticmethod(refuse))
     with pytest.raises(KeyDisabledError), byok.across(["t1", "t2"], **WHO):
         pass
-    assert byok._scopes.current() is None
+    assert byok._blocks.current() is None
 
 
 # -- whose turn it is ------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_threads_do_not_meet(byok: Byok, data: Engine) -> None:
     for thread in threads:
         thread.join(60)
     assert wrong == []
-    assert byok._scopes.current() is None
+    assert byok._blocks.current() is None
 
 
 def test_steady_sql_is_as_it_was(byok: Byok, data: Engine) -> None:
@@ -445,4 +445,4 @@ async def test_under_asyncio(abyok: Byok, async_engine: AsyncEngine) -> None:
                 assert (await session.scalars(query)).all() == ["t2 1"]
 
     await asyncio.gather(across(), single(), across())
-    assert abyok._scopes.current() is None
+    assert abyok._blocks.current() is None

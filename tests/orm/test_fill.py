@@ -40,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ObjectNotExecutableError
 from sqlalchemy.orm import Session
 
-import sqla_byok.orm.fill
+import sqla_byok.orm.writes
 from sqla_byok import Byok, EncodeError, Encrypted, UnsupportedQueryError
 
 
@@ -226,7 +226,7 @@ def test_a_table_that_is_gone_is_not_kept_in_memory() -> None:
         table = Table(
             "short_lived", MetaData(), Column("id", Integer), Column("c", Encrypted(String, searchable=True))
         )
-        assert sqla_byok.orm.fill.fill(table.insert(), [{"c": "x"}]) is not None
+        assert sqla_byok.orm.writes.fill(table.insert(), [{"c": "x"}]) is not None
         return weakref.ref(table)
 
     gone = use()

@@ -1,6 +1,6 @@
-"""Whose turn it is where it is not simply one tenant's: several tenants by name, or nobody's keys at all.
+"""What stands in the place of one tenant's keyring: several tenants' by name, or nobody's.
 
-The statement hooks and the processors work with one keyring a statement. Two things stand in the place of one here:
+A statement and its processors work with one keyring a tenant. Two things stand in the place of one here:
 :data:`SEALED`, which has no keys, so that encrypted values are read as :class:`~sqla_byok.orm.sealed.Sealed`; and
 :class:`AcrossRing`, which opens the rows of several tenants and writes none.
 """
@@ -8,34 +8,16 @@ The statement hooks and the processors work with one keyring a statement. Two th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from math import inf
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
-from sqla_byok.audit import Actor
 from sqla_byok.crypto.formats import Secret
 from sqla_byok.crypto.values import Opener
 from sqla_byok.errors import NoTenantError, SealedError
 from sqla_byok.keys.keyring import Keyring
 
-__all__ = [
-    "ALL_SEALED",
-    "NOT_OPEN",
-    "SEALED",
-    "SEALED_OPTION",
-    "TENANT_OPTION",
-    "Across",
-    "AcrossRing",
-    "Owned",
-    "Scope",
-    "Scopes",
-    "Statements",
-    "Whose",
-    "one_tenant",
-    "shown",
-    "whose",
-]
+__all__ = ["SEALED", "Across", "AcrossRing", "SealedRing", "StatementRing"]
 
 
 # -- nobody's keys ---------------------------------------------------------------------------------------------------
@@ -54,7 +36,7 @@ class _NoSalts(Mapping[Any, bytes]):
         return 0
 
 
-class _SealedRing:
+class SealedRing:
     """The keyring of a statement that runs sealed, and what stands for its tenant."""
 
     __slots__ = ()
@@ -64,7 +46,7 @@ class _SealedRing:
     cleared = one_unit = False
 
     @property
-    def lease(self) -> _SealedRing:
+    def lease(self) -> SealedRing:
         """What is nobody's lasts for ever."""
         return self
 
@@ -100,7 +82,7 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
-SEALED = _SealedRing()
+SEALED = SealedRing()
 """Both the tenant and the keyring of a statement that runs sealed."""
 
 
@@ -220,118 +202,5 @@ class AcrossRing(Secret):
         next((ring for ring in self.rings if ring.cleared), self.rings[0]).expired()
 
 
-# -- whose turn it is ------------------------------------------------------------------------------------------------
-
-Whose = str | Across | _SealedRing
-"""The tenant of a statement: one, several, or nobody."""
-
-Statements = Keyring | AcrossRing | _SealedRing
-"""The keyring of a statement."""
-
-
-TENANT_OPTION = "byok_tenant"
-"""The execution option that says whose data a session, connection or engine works on."""
-
-SEALED_OPTION = "byok_sealed"
-"""The execution option that has a session, connection or engine work without keys; it goes before any tenant."""
-
-
-class Owned(dict[str, Statements]):
-    """The keyrings of the owners of single columns, by their names."""
-
-
-class _AllSealed(Owned):
-    """The same for a statement that runs sealed."""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return SEALED
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-NOT_OPEN, ALL_SEALED = Owned(), _AllSealed()
-
-
-class Scope(NamedTuple):
-    """Whose turn it is in a thread or task, and whose it is again afterwards.
-
-    :param block: what began it.
-    :param before: who was acting outside it.
-    """
-
-    tenant: Whose
-    outer: Scope | None
-    block: object
-    before: Actor
-
-
-class Scopes:
-    """The blocks that a thread or task is in.
-
-    :param single: the tenant outside them, where an application serves only one.
-    :ivar innermost: the block that was entered last.
-    """
-
-    __slots__ = ("innermost", "single")
-
-    def __init__(self, single: str | None) -> None:
-        self.single = single
-        self.innermost: ContextVar[Scope | None] = ContextVar("byok_tenant", default=None)
-
-    def current(self) -> Whose | None:
-        """Whose turn it is."""
-        scope = self.innermost.get()
-        return self.single if scope is None else scope.tenant
-
-    def begin(self, tenant: Whose, block: object, before: Actor) -> None:
-        """Enter a block."""
-        self.innermost.set(Scope(tenant, self.innermost.get(), block, before))
-
-    def end(self, block: object) -> None:
-        """Leave a block, which need not be the one that was entered last.
-
-        Generators can leave blocks in another order than they entered them, or in another task.
-        """
-        self.innermost.set(_without(block, self.innermost.get()))
-
-
-def _without(block: object, scope: Scope | None) -> Scope | None:
-    if scope is None or scope.block is block:
-        return None if scope is None else scope.outer
-    return scope._replace(outer=_without(block, scope.outer))
-
-
-def whose(options: Mapping[str, Any], scopes: Scopes) -> Whose | None:
-    """The tenant of a statement with these execution options.
-
-    :param scopes: the blocks around it. A sealed one holds for sessions with a tenant of their own too.
-    """
-    tenant: Whose | None = options.get(TENANT_OPTION)
-    scope = scopes.innermost.get()
-    if scope is None:
-        if tenant is None:
-            tenant = scopes.single
-    elif tenant is None or scope.tenant is SEALED:
-        tenant = scope.tenant
-    return SEALED if options.get(SEALED_OPTION) else tenant
-
-
-def one_tenant(whose: Whose | None) -> str | None:
-    """The tenant, for what needs a single one.
-
-    :raises SealedError: if it runs sealed.
-    :raises NoTenantError: if there are several.
-    """
-    if whose is SEALED:
-        SEALED.end()
-    if isinstance(whose, Across):
-        raise NoTenantError(
-            f"this is done for one tenant, not {whose!r}; do it within 'with byok.tenant(tenant)'"
-        )
-    return whose  # type: ignore[return-value]  # what remains
-
-
-def shown(whose: Whose | None) -> str | None:
-    """What an exception carries as its tenant, which has to survive pickling."""
-    return whose if whose is None or isinstance(whose, str) else repr(whose)
+StatementRing = Keyring | AcrossRing | SealedRing
+"""The keys that a statement works with for one tenant, for several or for nobody."""

@@ -27,7 +27,7 @@ from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
-__all__ = ["fill", "refuse_compiled", "refuse_embedded"]
+__all__ = ["fill", "refuse_compiled", "refuse_embedded", "written"]
 
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
@@ -35,20 +35,16 @@ Copies = dict[str, Callable[[Row], Any]]
 _OURS = (Encrypted, SearchHash)
 
 
-def fill(
-    clause: Any, rows: Sequence[Row]
-) -> tuple[Any, Sequence[Row], Sequence[Mapping[str | None, Written]]] | None:
+def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
     """Complete an INSERT or UPDATE.
 
     :param clause: the statement.
     :param rows: its parameters, none of which is changed.
-    :returns: the statement and parameters to run instead, and what is to be known of each table that it writes to, by
-        the owners of its columns; None where no encrypted column is concerned.
+    :returns: the statement and parameters to run instead; None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
     table, one_of_several = upstream.target(clause)
-    while isinstance(table, Join):
-        table = table.left  # where a key without a table belongs, in an UPDATE of several
+    table = _first(table)
     plan = _plan_of(table)
     if not (plan.encrypted or clause.is_update):
         return None
@@ -76,9 +72,23 @@ def fill(
         rows = [{**row, **_copies(row, copied)} for row in rows]
     if plan.searchable:
         rows = _fill_rows(clause, table, plan, rows)
+    return clause, rows
+
+
+def written(clause: Any) -> list[Mapping[str | None, Written]]:
+    """What an INSERT or UPDATE makes known of each table that it writes to, by the owners of its columns."""
+    clause = upstream.resolved(clause)
+    table, _ = upstream.target(clause)
     # MySQL's UPDATE of several tables sets columns of any of them.
-    others = {key.table for key, _ in items if getattr(key, "table", None) is not None} - {table}
-    return clause, rows, [plan.written, *(_plan_of(other).written for other in others)]
+    others = {key.table for key, _ in upstream.values(clause) if getattr(key, "table", None) is not None}
+    return [_plan_of(each).written for each in {_first(table), *others}]
+
+
+def _first(table: Any) -> Any:
+    """Where a key without a table belongs, in an UPDATE of several."""
+    while isinstance(table, Join):
+        table = table.left
+    return table
 
 
 def refuse_embedded(ctes: Iterable[Any]) -> None:

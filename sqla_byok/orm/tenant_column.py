@@ -13,17 +13,17 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Alias, Column, Join, Table, event, inspect, or_
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
-from sqla_byok.orm.isolation import SEALED, Across, Whose, shown, whose
-from sqla_byok.orm.sealed import Sealed
-from sqla_byok.orm.slots import slot_of
+from sqla_byok.orm.current import attachment_of
+from sqla_byok.orm.rings import SEALED, Across
+from sqla_byok.orm.turns import Whose, shown, whose
 from sqla_byok.orm.types import Encrypted
 
-__all__ = ["TENANT_COLUMN", "check", "check_defaults", "used"]
+__all__ = ["TENANT_COLUMN", "check", "check_defaults", "has_one", "used"]
 
 TENANT_COLUMN = "byok_tenant"
 """The key in a table's ``info`` that names its tenant's column, where no mapped class does by ``__byok_tenant__``."""
@@ -83,10 +83,10 @@ def _python_type(column: Any) -> type[Any] | None:
 
 
 def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
-    slot = slot_of(connection.dialect)
-    if slot.scopes is None:
+    blocks = attachment_of(connection.dialect).blocks
+    if blocks is None:
         return
-    tenant = whose(connection.get_execution_options(), slot.scopes)
+    tenant = whose(connection.get_execution_options(), blocks)
     for table in mapper.tables:
         key = _columns.get(table)
         if key is None:
@@ -97,51 +97,6 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         for value in (*history.added, *history.unchanged, *history.deleted):
             if names is not None and (value is not None or inspect(target).persistent):
                 _check_value(table.c[key], value, names)
-
-
-_MET = "byok_met"
-
-
-@event.listens_for(Session, "after_begin")
-def _check_session(session: Session, transaction: Any, connection: Any) -> None:
-    """Refuse a session that still holds one tenant's values when it begins a transaction for another.
-
-    It would write what changed in them under the other's keys. With ``expire_on_commit=True`` it holds none, nor after
-    ``expunge_all()`` and ``close()``.
-    """
-    scopes = slot_of(connection.dialect).scopes
-    if scopes is None:
-        return
-    met: dict[Any, list[Whose | None]] = session.info.setdefault(_MET, {})
-    tenant, tenants = whose(connection.get_execution_options(), scopes), upstream.met(connection)
-    others = [each for each in met.get(connection.engine, ()) if each != tenant]
-    if others:
-        first = next((each for each in others if each is not SEALED), None)
-        if tenant is not None and tenant is not SEALED and first is not None and _holds(session, plain=True):
-            raise TenantMismatchError(
-                f"this session holds values of tenant {shown(first)!r} that its last commit did not expire, and would "
-                f"now work for {shown(tenant)!r}; give each tenant a session of its own, or close() it in between",
-                tenant=shown(tenant),
-                owner=shown(first),
-            )
-        if _holds(session, plain=False):
-            tenants.extend(others)  # so that nothing is updated
-    met[connection.engine] = tenants
-
-
-def _holds(session: Session, *, plain: bool) -> bool:
-    """Whether a session has values of its tenant's encrypted columns; decrypted ones, or sealed ones too.
-
-    Those of a column with an owner are the owner's, whoever's turn it is.
-    """
-    return any(
-        isinstance(type_ := attribute.columns[0].type, Encrypted)
-        and type_.owner is None
-        and attribute.key in state.dict
-        and not (plain and type(state.dict[attribute.key]) is Sealed)
-        for state in session.identity_map.all_states()
-        for attribute in state.mapper.column_attrs
-    )
 
 
 # -- statements ------------------------------------------------------------------------------------------------------
@@ -180,6 +135,11 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
 def _held(column: Any, names: tuple[str, ...]) -> Any:
     """True of the tenants' own rows."""
     return or_(*(column == _typed(column, name) for name in names))
+
+
+def has_one(compiled: Any) -> bool:
+    """Whether a compiled INSERT writes to a table with a tenant's column."""
+    return compiled.statement.table in _columns
 
 
 def check_defaults(context: Any, tenant: Whose | None) -> None:
