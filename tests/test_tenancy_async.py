@@ -98,7 +98,7 @@ async def test_a_foreign_row_and_no_tenant(abyok: Byok, data: AsyncEngine) -> No
         await session.rollback()
         assert await session.scalar(select(func.count(Patient.id))) == 2 * ROWS
         with pytest.raises(UnknownTenantError):
-            await session.execute(select(Patient.id), execution_options={"byok_tenant": "t3"})
+            await session.execute(select(Patient.mrn), execution_options={"byok_tenant": "t3"})
 
 
 async def test_a_cold_tenant_in_the_middle_of_everything(abyok: Byok, data: AsyncEngine) -> None:
