@@ -44,6 +44,7 @@ __all__ = [
     "Opener",
     "Opening",
     "Ring",
+    "Taker",
     "ValueKey",
     "hash_with",
     "open_bytes",
@@ -119,9 +120,37 @@ class Ring(Protocol):
     def off(self) -> Callable[[str], bool] | None: ...
 
 
+class Running(Protocol):
+    """The turn of a statement: whose keyrings it uses."""
+
+    @property
+    def attachment(self) -> object: ...
+    @property
+    def rings(self) -> Mapping[str | None, Ring]: ...
+
+
+class Taker(NamedTuple):
+    """Where a column's processors find the keyring that they work with. They look by themselves: it is a call less.
+
+    :param running: gives the turn of the running statement.
+    :param attachment: what the turn has to belong to.
+    :param owner: whose keyring of the turn it is.
+    :param nobody: raises the error where there is none.
+    """
+
+    running: Callable[[], Running | None]
+    attachment: object
+    owner: str | None
+    nobody: Callable[[], NoReturn]
+
+    def ring(self) -> Ring | None:
+        """The keyring; None where there is none."""
+        turn = self.running()
+        return None if turn is None or turn.attachment is not self.attachment else turn.rings.get(self.owner)
+
+
 def seal_with(
-    current: Callable[[], Ring | None],
-    nobody: Callable[[], NoReturn],
+    taker: Taker,
     column: str,
     codec: Codec,
     limit: int | None = None,
@@ -130,8 +159,7 @@ def seal_with(
 ) -> Callable[[Any], bytes | None]:
     """Build the function that turns a Python value into a stored value.
 
-    :param current: gives the keyring of the running statement.
-    :param nobody: raises the error for a statement without one.
+    :param taker: finds the keyring of the running statement.
     :param column: the column id, bound into each value.
     :param limit: the longest text in characters that needs no further check.
     :param pad_to: pad the plaintext to a multiple of so many bytes.
@@ -143,12 +171,13 @@ def seal_with(
     encode = codec.encode
     longest = (sys.maxsize if limit is None else limit) if codec.name == "str" else -1
     kept_type, keep = kept or (None, None)
+    running, attachment, owner, nobody = taker
 
     def seal(value: Any) -> bytes | None:
         if value is None:
             return None
-        ring = current()
-        if ring is None:
+        turn = running()
+        if turn is None or turn.attachment is not attachment or (ring := turn.rings.get(owner)) is None:
             nobody()
         plaintext, unfit = b"", None
         try:
@@ -300,8 +329,7 @@ def open_bytes(ring: R, sealed: bytes, purpose: str, refuse: Callable[[R, bytes,
 
 
 def hash_with(
-    current: Callable[[], Ring | None],
-    nobody: Callable[[], NoReturn],
+    taker: Taker,
     column: str,
     codec: Codec,
     algorithm: str,
@@ -319,12 +347,13 @@ def hash_with(
     if codec.text is None:
         raise TypeError(f"codec {codec.name} has no search text")
     text_of = codec.text
+    running, attachment, owner, nobody = taker
 
     def hash_(value: Any) -> bytes | None:
         if value is None:
             return None
-        ring = current()
-        if ring is None:
+        turn = running()
+        if turn is None or turn.attachment is not attachment or (ring := turn.rings.get(owner)) is None:
             nobody()
         off = ring.off
         if off is not None and off(column):

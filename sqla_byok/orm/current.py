@@ -9,16 +9,17 @@ their result keeps. A turn belongs to what its engine is attached to: two engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import NoReturn, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect
 
 from sqla_byok.crypto.formats import HEADER_SIZE, is_direct
-from sqla_byok.crypto.values import DECRYPT_FAILURES, Ring, explain_foreign
+from sqla_byok.crypto.values import DECRYPT_FAILURES, Ring, Taker, explain_foreign
 from sqla_byok.errors import (
     DecryptError,
     KeystoreUnavailableError,
@@ -38,11 +39,10 @@ __all__ = [
     "Attachment",
     "Turn",
     "attachment_of",
-    "binding_ring",
     "check_time",
-    "reading_ring",
     "refuse_foreign",
     "running",
+    "taker_of",
 ]
 
 
@@ -176,30 +176,12 @@ def attachment_of(dialect: Dialect) -> Attachment:
     return found
 
 
-def binding_ring(attachment: Attachment, owner: str | None) -> Callable[[], StatementRing | None]:
-    """What gives the keyring for the parameters of a column.
+def taker_of(attachment: Attachment, column: str, owner: str | None) -> Taker:
+    """What finds the keyring that a column's processors work with, in the turn of the running statement.
 
     :param owner: whose keys the column takes; None: those of the statement's own tenant.
     """
-
-    def current() -> StatementRing | None:
-        turn = RUNNING.get()
-        return turn.rings.get(owner) if turn is not None and turn.attachment is attachment else None
-
-    return current
-
-
-def reading_ring(attachment: Attachment, owner: str | None) -> Callable[[], StatementRing | None]:
-    """The same for a value that SQLAlchemy reads before it gives a result away; looks at the deadline each time."""
-    current = binding_ring(attachment, owner)
-
-    def in_time() -> StatementRing | None:
-        ring = current()
-        if ring is not None and attachment.keyrings is not None:
-            check_time(attachment.keyrings, ring)
-        return ring
-
-    return in_time
+    return Taker(RUNNING.get, attachment, owner, partial(attachment.nobody, column))
 
 
 def check_time(keyrings: Keyrings, ring: StatementRing) -> None:

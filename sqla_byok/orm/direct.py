@@ -19,13 +19,13 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from sqla_byok.crypto.formats import HEADER_SIZE, PLAIN, VALUE_MAGIC, is_direct, value_header
-from sqla_byok.crypto.values import Opening
+from sqla_byok.crypto.values import Opening, Taker
 from sqla_byok.errors import ConfigurationError, EncodeError, NotAttachedError
 from sqla_byok.keys.direct import Cell, adecrypt, aencrypt, decrypt, encrypt
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm import upstream
-from sqla_byok.orm.current import Attachment, Turn, attachment_of, binding_ring
+from sqla_byok.orm.current import Attachment, Turn, attachment_of
 from sqla_byok.orm.rings import SEALED, AcrossRing, StatementRing
 from sqla_byok.orm.sealed import Sealed
 
@@ -53,18 +53,18 @@ class Pending:
         raise TypeError(f"{self!r} is not for the database")  # PyMySQL sends str() of what it does not know
 
 
-def writer(attachment: Attachment, column: str, seal: _Process, final: _Process | None) -> _Process:
+def writer(
+    attachment: Attachment, column: str, taker: Taker, seal: _Process, final: _Process | None
+) -> _Process:
     """Build the bind processor of a direct column.
 
     :param seal: from a Python value to what another column would store.
     :param final: what the driver wants around bytes.
     """
 
-    current = binding_ring(attachment, None)
-
     def bind(value: Any) -> Any:
         if type(value) is Sealed:
-            stored = resealed(attachment, column, current(), value)
+            stored = resealed(attachment, column, taker.ring(), value)
             return stored if final is None else final(stored)
         inner = seal(value)
         return None if inner is None else Pending(Cell(column, inner), final)

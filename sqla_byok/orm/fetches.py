@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqla_byok.crypto.values import Opening
-from sqla_byok.orm.current import Attachment, Turn, check_time, reading_ring
+from sqla_byok.crypto.values import Opening, Taker
+from sqla_byok.orm.current import Turn, check_time
 from sqla_byok.orm.direct import Cells, decrypted
 from sqla_byok.orm.rings import StatementRing
 
@@ -27,31 +27,31 @@ _MANY = 4
 class Reader:
     """Reads one encrypted column; SQLAlchemy takes it for the column's result processor.
 
-    :param attachment: what the engine is attached to.
-    :param owner: whose keys the column takes; None: those of the statement's tenant.
+    :param taker: finds the keyring of the running statement.
     :param opening: makes Python values of stored ones.
     :param own_code: whether it runs code of the application for each value.
     :param cells: of a direct column: what the KMS has to decrypt first.
     """
 
-    __slots__ = ("_current", "cells", "many", "one", "own_code", "owner")
+    __slots__ = ("_taker", "cells", "many", "one", "own_code", "owner")
 
     def __init__(
         self,
-        attachment: Attachment,
-        owner: str | None,
+        taker: Taker,
         opening: Opening,
         *,
         own_code: bool,
         cells: Cells | None = None,
     ) -> None:
-        self._current = reading_ring(attachment, owner)
-        self.owner, self.cells, self.own_code = owner, cells, own_code
+        self._taker = taker
+        self.owner, self.cells, self.own_code = taker.owner, cells, own_code
         self.one, self.many = opening if cells is None else cells.opening(opening)
 
     def __call__(self, value: Any) -> Any:
         """Open a value that SQLAlchemy reads before it gives the result away, as RETURNING beside server defaults."""
-        ring = self._current()
+        ring: Any = self._taker.ring()
+        if ring is not None:
+            check_time(self._taker.attachment.keyrings, ring)  # type: ignore[attr-defined] # an Attachment
         if self.cells is not None:
             value = self.cells.decrypted(ring, value)
         return self.one(ring, value)

@@ -32,7 +32,7 @@ from sqla_byok.errors import (
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.normalize import identity, returned
 from sqla_byok.orm import direct
-from sqla_byok.orm.current import attachment_of, binding_ring
+from sqla_byok.orm.current import attachment_of, taker_of
 from sqla_byok.orm.fetches import Reader
 from sqla_byok.orm.sealed import Sealed
 
@@ -265,21 +265,20 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         if self.column_id is None:
             return _unbound
         attachment, column = attachment_of(dialect), self.column_id
-        current = binding_ring(attachment, self.owner)
+        taker = taker_of(attachment, column, self.owner)
         to_plain, codec, _ = _plain(self.type_, dialect)
         length = getattr(_undecorated(self.type_, dialect), "length", None)
         seal = seal_with(
-            current,
-            lambda: attachment.nobody(column),
+            taker,
             column,
             codec,
             limit=length,
             pad_to=self.pad_to,
-            kept=(Sealed, lambda value: direct.resealed(attachment, column, current(), value)),
+            kept=(Sealed, lambda value: direct.resealed(attachment, column, taker.ring(), value)),
         )
         checked = _checked(to_plain, column, EncodeError)
         if self.mode == "direct":
-            return direct.writer(attachment, column, _chain(checked, seal), _driver_binary(dialect))
+            return direct.writer(attachment, column, taker, _chain(checked, seal), _driver_binary(dialect))
         return _chain(checked, seal, _driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
@@ -288,10 +287,11 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         attachment, opening = attachment_of(dialect), self.opening(dialect)
         to_bytes = _driver_bytes(dialect, coltype)
         own_code = any(_decorators(self.type_, "process_result_value"))
+        taker = taker_of(attachment, self.column_id, self.owner)
         if self.mode == "direct":
             cells = direct.Cells(attachment, self.column_id, to_bytes, is_async=dialect.is_async)
-            return Reader(attachment, self.owner, opening, own_code=own_code, cells=cells)
-        return Reader(attachment, self.owner, opening.after(to_bytes), own_code=own_code)
+            return Reader(taker, opening, own_code=own_code, cells=cells)
+        return Reader(taker, opening.after(to_bytes), own_code=own_code)
 
     def opening(self, dialect: Dialect) -> Opening:
         """What makes Python values of stored values' bytes."""
@@ -373,10 +373,9 @@ class SearchHash(TypeDecorator[Digest]):
             return _unbound
         attachment, column = attachment_of(dialect), source.column_id
         to_plain, codec, _ = _plain(source.type_, dialect)
-        current = binding_ring(attachment, source.owner)
+        taker = taker_of(attachment, column, source.owner)
         to_hash = hash_with(
-            current,
-            lambda: attachment.nobody(column),
+            taker,
             column,
             codec,
             source.hash,
@@ -390,7 +389,7 @@ class SearchHash(TypeDecorator[Digest]):
             if type(value) is not Digest:
                 hashed: bytes | None = process(value)
                 return hashed
-            ring = current()
+            ring = taker.ring()
             if ring is not None and len(ring.live_salts) > 1:
                 raise UnsupportedQueryError(
                     f"{column}: a search hash cannot be looked up while the search salts are being rotated, since "
