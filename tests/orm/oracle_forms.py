@@ -295,6 +295,9 @@ def queries(draw: Any) -> Query:
     if not simple and draw(_bools):
         join = draw(_joins)
     where = draw(_criterion("PV" if join and join[1] != "self" else "P", 3, simple))
+    inner = (None, None)
+    if source not in ("table", "alias"):
+        inner = draw(_criterion("P", 1)), draw(_criterion("P", 1))
     scoped = True
     if draw(_bools):
         name = draw(_columns["P"])
@@ -302,10 +305,9 @@ def queries(draw: Any) -> Query:
             where = "and", ("==", "P", name, draw(_present["P", name]), draw(_hows)), where
         else:
             where = "and", ("in", "P", name, tuple(draw(_lists["P", name])), draw(_bools)), where
-        scoped = any(op in ("in select", "scalar") for op in _operators(where))
-    inner = (None, None)
-    if source not in ("table", "alias"):
-        inner = draw(_criterion("P", 1)), draw(_criterion("P", 1))
+        # A subquery that gives values would give another tenant's, from within the source too.
+        criteria = [where, *(criterion for criterion in inner if criterion is not None)]
+        scoped = any(op in ("in select", "scalar") for criterion in criteria for op in _operators(criterion))
     if what in ("entity", "distinct") and style not in ("core", "lambda") and draw(_bools):
         option = draw(_options), draw(_values["P", "nick"])
     if what in ("entity", "id", "columns", "distinct") and draw(_bools):
