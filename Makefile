@@ -39,7 +39,7 @@ test: $(VENV)/test.stamp ## run the tests on the newest SQLAlchemy
 # The oracle and the machine bring keys of their own.
 test-kms: $(VENV)/test.stamp ## run the ORM's tests with tenants whose keys are in AWS KMS and Azure Key Vault
 	$(VENV)/bin/python -m pytest --kms=clouds tests/orm tests/test_tenancy.py tests/test_tenancy_async.py \
-		tests/test_isolation.py tests/test_threads.py $(foreach name,oracle machine, \
+		tests/test_isolation.py tests/test_threads.py $(foreach name,oracle oracle_processes machine, \
 		--ignore tests/orm/test_$(name).py) $(ARGS)
 
 test-2.0: $(VENV_20)/test.stamp ## run the tests on SQLAlchemy 2.0
