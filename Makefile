@@ -23,7 +23,7 @@ comma := ,
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kms test-2.0 check format bench bench-kms plots docs smoke clean
+.PHONY: help demo test test-kms test-2.0 oracle check format bench bench-kms walk plots docs smoke clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -39,11 +39,14 @@ test: $(VENV)/test.stamp ## run the tests on the newest SQLAlchemy
 # The oracle and the machine bring keys of their own.
 test-kms: $(VENV)/test.stamp ## run the ORM's tests with tenants whose keys are in AWS KMS and Azure Key Vault
 	$(VENV)/bin/python -m pytest --kms=clouds tests/orm tests/test_tenancy.py tests/test_tenancy_async.py \
-		tests/test_isolation.py tests/test_threads.py $(foreach name,oracle machine, \
+		tests/test_isolation.py tests/test_threads.py $(foreach name,oracle oracle_processes machine, \
 		--ignore tests/orm/test_$(name).py) $(ARGS)
 
 test-2.0: $(VENV_20)/test.stamp ## run the tests on SQLAlchemy 2.0
 	$(VENV_20)/bin/python -m pytest $(ARGS)
+
+oracle: $(VENV)/test.stamp ## 20,000 random queries beside plaintext on each database, while keys rotate (half an hour)
+	$(VENV)/bin/python -m pytest tests/orm/test_oracle_processes.py --require-all --comparisons 20000 $(ARGS)
 
 check: $(VENV)/test.stamp $(VENV)/check.stamp ## format, lint, types, import rules
 	$(VENV)/bin/ruff format --check .
@@ -63,6 +66,9 @@ bench: $(VENV)/test.stamp ## measure, side by side with plain SQLAlchemy
 
 bench-kms: $(VENV)/test.stamp ## count KMS calls and their time, envelope beside direct mode
 	$(VENV)/bin/python benchmarks/kms.py $(ARGS)
+
+walk: $(VENV)/test.stamp $(VENV)/check.stamp ## count how a statement walks through the code, and the code's size
+	$(VENV)/bin/python benchmarks/walk.py $(ARGS)
 
 plots: $(VENV)/docs.stamp ## draw the plots of the documentation again
 	$(VENV)/bin/python benchmarks/plot.py

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from models import TENANT, Databases, urls, value
 from rich.console import Console
 from rich.table import Table
-from run import TENANT, Databases, engines, value
-from sqlalchemy import Engine, String, delete, select
+from sqlalchemy import Engine, String, create_engine, delete, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_byok import Byok, Encrypted, LocalKms
@@ -138,7 +138,8 @@ def main() -> int:
         column.justify = "right"
     databases = Databases()
     try:
-        with engines(databases) as found, tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
+            found = urls(Path(folder), databases)
             byok = Byok(keystore=f"sqlite:///{folder}/keystore.db", keystore_key=f"env:{KEYSTORE_KEY}")
             byok.create_keystore()
             # longer than the run, so that no refresh is counted
@@ -146,7 +147,7 @@ def main() -> int:
             for kind in ("sqlite", "postgresql"):
                 if kind not in found:
                     continue
-                engine = found[kind][0]
+                engine = create_engine(found[kind])
                 byok.attach(engine)
                 Base.metadata.create_all(engine)
                 for model in (Envelope, Direct):
@@ -154,6 +155,7 @@ def main() -> int:
                         # Once is enough where the time is the KMS's: 10,000 calls, eight at a time, take 25 seconds.
                         if model is Envelope or rows < SIZES[-1] or kind == "sqlite":
                             measure(table, byok, engine, model, rows)
+                engine.dispose()
             byok.close()
     finally:
         databases.close()

@@ -1,444 +1,536 @@
-"""The first benchmark: the encrypted model beside the same model in plaintext, in one run, against the budgets.
+"""Measures the encrypted models beside the same models in plaintext, in one run, against the budgets.
 
-The two take turns, in alternating order, and of each the fastest round counts, so that whatever else the machine does
-falls on neither. ``--full`` adds the look-up over a million rows.
+Whatever is compared takes turns, in alternating order, and of each the fastest round counts. ``--only NAME`` runs one
+of the measurements, ``--full`` adds the look-up over a million rows, ``--json`` prints the figures as JSON. What is
+over its budget is red, and no failure: another machine has other figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import asyncio
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from rich.console import Console
-from rich.table import Table
-from sqlalchemy import Engine, Integer, String, create_engine, event, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from measure import Clock, Figure, Report, Work, fastest, repeat
+from models import (
+    ASYNC,
+    COLUMNS,
+    STORED,
+    SYNC,
+    TENANT,
+    Base,
+    Databases,
+    Plain,
+    PlainEntity,
+    PlainLookUp,
+    Secret,
+    SecretEntity,
+    SecretLookUp,
+    fill,
+    urls,
+    value,
+    values,
+)
+from sqlalchemy import (
+    URL,
+    Dialect,
+    Engine,
+    Integer,
+    TypeDecorator,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    literal,
+    select,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from databases import SYNC, Databases, NotFoundError
-
-from sqla_byok import Byok, Encrypted, LocalKms
+from sqla_byok import Byok, LocalKms
 
 ROWS = 5_000
-TENANT = "org-42"
+ENTITIES = 300  # of those of which one is looked up
+SESSIONS = 200  # at once
+POOL = 20  # connections for them
+TENANTS = 2_000  # for an open one's memory
+CPU: Clock = time.process_time
 
 
-class Base(DeclarativeBase):
-    pass
+class Bench:
+    """A Byok with one tenant, and for each database an engine that is attached and one that is not."""
+
+    def __init__(self, folder: Path, databases: Databases, full: bool) -> None:
+        self.folder, self.full, self.report = folder, full, Report()
+        self.loop = asyncio.new_event_loop()
+        self._close = ExitStack()
+        self._close.callback(self.loop.close)
+        self.customer_key = folder / "customer.key"
+        self.keystore = f"sqlite:///{folder}/keystore.db"
+        self.byok = Byok(keystore=self.keystore)
+        self._close.callback(self.byok.close)
+        self.byok.create_keystore()
+        # longer than the run, so that no refresh falls into a measurement
+        self.byok.onboard(TENANT, LocalKms.create(self.customer_key), revoke_within=3_600)
+        self.engines, self.async_engines = cache(self._engines), cache(self._async_engines)
+        self.urls = urls(folder, databases)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The databases that are there."""
+        return list(self.urls)
+
+    def _engines(self, kind: str) -> tuple[Engine, Engine]:
+        attached, other = (create_engine(self.urls[kind].set(drivername=SYNC[kind])) for _ in range(2))
+        self.byok.attach(attached)
+        Base.metadata.create_all(attached)
+        for engine in (attached, other):
+            self._close.callback(engine.dispose)
+        return attached, other
+
+    def _async_engines(self, kind: str) -> tuple[AsyncEngine, AsyncEngine]:
+        self.engines(kind)  # which makes the tables
+        url = self.urls[kind].set(drivername=ASYNC[kind])
+        attached, other = (create_async_engine(url, pool_size=POOL, max_overflow=0) for _ in range(2))
+        self.byok.attach(attached)
+        for engine in (attached, other):
+            self._close.callback(lambda engine=engine: self.run(engine.dispose()))
+        return attached, other
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> None:
+        self.loop.run_until_complete(work)
+
+    def close(self) -> None:
+        self._close.close()
 
 
-class Plain(Base):
-    __tablename__ = "bench_plain"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(Integer)
-    a: Mapped[str] = mapped_column(String(40), index=True)
-    b: Mapped[str] = mapped_column(String(40))
-    c: Mapped[str] = mapped_column(String(40))
-    d: Mapped[str] = mapped_column(String(40))
-    e: Mapped[str] = mapped_column(String(40))
+# -- values --------------------------------------------------------------------------------------------------------
 
 
-class Secret(Base):
-    __tablename__ = "bench_encrypted"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(Integer)
-    a: Mapped[str] = mapped_column(Encrypted(String(40)))
-    b: Mapped[str] = mapped_column(Encrypted(String(40)))
-    c: Mapped[str] = mapped_column(Encrypted(String(40)))
-    d: Mapped[str] = mapped_column(Encrypted(String(40)))
-    e: Mapped[str] = mapped_column(Encrypted(String(40)))
+class Running(TypeDecorator[int]):
+    """Does some work where a statement's parameters are processed, and so with the keys of its tenant."""
+
+    impl = Integer
+    cache_ok = False
+
+    def __init__(self, work: Callable[[Dialect], None]) -> None:
+        super().__init__()
+        self.work = work
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        self.work(dialect)
+        return value
 
 
-class PlainLookUp(Base):
-    __tablename__ = "bench_plain_look_up"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    mrn: Mapped[str] = mapped_column(String(40), index=True)
+def measure_value_in(bench: Bench) -> None:
+    """A text of 32 bytes through the bind processor, beside AES-GCM with its nonce and a key object at hand."""
+    attached, _ = bench.engines("sqlite")
+    cipher, text, aad, times = AESGCM(os.urandom(32)), value(1, "a"), os.urandom(60), 2_000
+    plaintext, found = text.encode(), list[list[float]]()
+
+    def bare() -> bytes:
+        nonce = os.urandom(12)
+        return nonce + cipher.encrypt(nonce, plaintext, aad)
+
+    def work(dialect: Dialect) -> None:
+        seal = Secret.__table__.c.a.type.bind_processor(dialect)
+        assert seal is not None
+        found.append(fastest([repeat(lambda: seal(text), times), repeat(bare, times)], 2, CPU))
+
+    # A statement that needs the keys for its parameters. Several, since each has to end soon after it began.
+    for _ in range(40):
+        with bench.byok.session(TENANT, attached) as session:
+            session.execute(
+                select(SecretLookUp.id).where(SecretLookUp.mrn == text, literal(1, Running(work)) == 1)
+            )
+    mine, theirs = (min(each) / times for each in zip(*found, strict=True))
+    bench.report.ratio("a value in ÷ AES-GCM with its nonce", mine, theirs, 1.3, "value")
 
 
-class SecretLookUp(Base):
-    __tablename__ = "bench_encrypted_look_up"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    mrn: Mapped[str] = mapped_column(Encrypted(String(40), searchable=True))
+def measure_value_out(bench: Bench) -> None:
+    """A value of 32 bytes: what a fetch of 25,000 takes longer than one of the bytes, beside AES-GCM alone."""
+    attached, other = bench.engines("sqlite")
+    fill(bench.byok, attached, Secret, ROWS)
+    number = ROWS * len(COLUMNS)
+    statement = select(*(Secret.__table__.c[name] for name in COLUMNS))
+    cipher, nonce, aad = AESGCM(os.urandom(32)), os.urandom(12), os.urandom(60)
+    body = cipher.encrypt(nonce, value(1, "a").encode(), aad)
+    with (
+        attached.execution_options(byok_tenant=TENANT).connect() as one,
+        other.connect() as another,
+    ):
+        stored = another.execute(select(STORED)).all()
+        bench.report.add(
+            Figure(
+                "bytes stored beside the plaintext's", len(stored[0].a) - len(body) + 16, "bytes", budget=46
+            )
+        )
+        opened, fetched, bare = fastest(
+            [
+                lambda: one.execute(statement).all(),
+                lambda: another.execute(select(STORED)).all(),
+                repeat(lambda: cipher.decrypt(nonce, body, aad), number),
+            ],
+            30,
+            CPU,
+        )
+    bench.report.ratio(
+        "a value out, of a fetch of many ÷ AES-GCM", (opened - fetched) / number, bare / number, 1.4, "value"
+    )
 
 
-def value(row: int, column: str) -> str:
-    """A text of 32 characters."""
-    return f"{column}-{row:030d}"
+# -- many rows -----------------------------------------------------------------------------------------------------
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------
+def measure_insert(bench: Bench) -> None:
+    """Flush INSERT of 5,000 entities."""
+    for kind in bench.kinds:
+        attached, other = bench.engines(kind)
+        for model in (Secret, Plain):
+            fill(bench.byok, attached, model, 0)
+
+        def add(session: Session, model: Any) -> None:
+            session.add_all(model(**values(model, row)) for row in range(ROWS))
+            session.flush()
+            session.rollback()
+
+        def mine(attached: Engine = attached) -> None:
+            with bench.byok.session(TENANT, attached) as session:
+                add(session, Secret)
+
+        def theirs(other: Engine = other) -> None:
+            with Session(other) as session:
+                add(session, Plain)
+
+        budget = {"sqlite": 1.38, "postgresql": 1.06}.get(kind)
+        _of_rows(bench, f"flush INSERT, {attached.dialect.driver}", [mine, theirs], budget)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
+def measure_select(bench: Bench) -> None:
+    """SELECT of 5,000 entities."""
+    for kind in bench.kinds:
+        attached, other = bench.engines(kind)
+        for model in (Secret, Plain):
+            fill(bench.byok, attached, model, ROWS)
+
+        def mine(attached: Engine = attached) -> None:
+            with bench.byok.session(TENANT, attached) as session:
+                assert len(session.scalars(select(Secret)).all()) == ROWS
+
+        def theirs(other: Engine = other) -> None:
+            with Session(other) as session:
+                assert len(session.scalars(select(Plain)).all()) == ROWS
+
+        budget = {"sqlite": 2.0, "postgresql": 1.9, "mariadb": 1.5}[kind]
+        _of_rows(bench, f"SELECT of entities, {attached.dialect.driver}", [mine, theirs], budget)
+        if kind == "postgresql":
+            _of_rows(bench, "SELECT of entities, asyncpg", _async_selects(bench), budget)
 
 
-def ratio(
-    encrypted: Callable[[], object], plain: Callable[[], object], rounds: int
-) -> tuple[float, float, float]:
-    """The fastest of the rounds of each, as a ratio and in seconds; the two take turns, in alternating order."""
-    mine, theirs = [seconds(encrypted)], [seconds(plain)]
-    for number in range(rounds):
-        first, second = (mine, encrypted), (theirs, plain)
-        for times, work in (first, second) if number % 2 else (second, first):
-            times.append(seconds(work))
-    return min(mine) / min(theirs), min(mine), min(theirs)
+def _async_selects(bench: Bench) -> list[Work]:
+    attached, other = bench.async_engines("postgresql")
+
+    async def mine() -> None:
+        async with bench.byok.asession(TENANT, attached) as session:
+            assert len((await session.scalars(select(Secret))).all()) == ROWS
+
+    async def theirs() -> None:
+        async with AsyncSession(other) as session:
+            assert len((await session.scalars(select(Plain))).all()) == ROWS
+
+    return [lambda: bench.run(mine()), lambda: bench.run(theirs())]
 
 
-def repeat(work: Callable[[], object], times: int) -> Callable[[], None]:
+def _of_rows(bench: Bench, what: str, works: list[Work], budget: float | None) -> None:
+    mine, theirs = fastest(works, 15)
+    bench.report.ratio(what, mine / ROWS, theirs / ROWS, budget, "row")
+
+
+# -- one row -------------------------------------------------------------------------------------------------------
+
+
+def measure_look_up(bench: Bench) -> None:
+    """One row by equality, beside one by a plaintext indexed column, in a table of so many rows."""
+    if "postgresql" not in bench.kinds:
+        return
+    attached, _ = bench.engines("postgresql")
+    for rows in (10_000, 100_000, *([1_000_000] if bench.full else [])):
+        for model in (SecretLookUp, PlainLookUp):
+            fill(bench.byok, attached, model, rows)
+        wanted = [value(1 + row * 7919 % rows, "mrn") for row in range(ENTITIES)]
+        with bench.byok.session(TENANT, attached) as session:
+
+            def look_up(model: Any, session: Session = session, wanted: list[str] = wanted) -> Work:
+                def run() -> None:
+                    for mrn in wanted:
+                        session.execute(select(model.id).where(model.mrn == mrn)).one()
+
+                return run
+
+            mine, theirs = fastest([look_up(SecretLookUp), look_up(PlainLookUp)], 21)
+        what = f"look-up by hash among {rows:,} rows, psycopg"
+        bench.report.ratio(what, mine / ENTITIES, theirs / ENTITIES, 1.12, "query")
+
+
+def measure_request(bench: Bench) -> None:
+    """An entity of five encrypted columns by hash, in CPU time: in an open session, and a whole request."""
+    for kind in ("sqlite", "postgresql"):
+        if kind not in bench.kinds:
+            continue
+        attached, other = bench.engines(kind)
+        for model in (SecretEntity, PlainEntity):
+            fill(bench.byok, attached, model, 1_000)
+        with bench.byok.session(TENANT, attached) as mine, Session(other) as theirs:
+            opened = [_prepared(mine, SecretEntity), _prepared(theirs, PlainEntity)]
+            what = f"an entity of 5 values by hash, CPU, all open, {attached.dialect.driver}"
+            _of_entities(bench, what, opened, 1.3 if kind == "sqlite" else None)
+        requests = [
+            _requests(lambda attached=attached: bench.byok.session(TENANT, attached), SecretEntity),
+            _requests(lambda other=other: Session(other), PlainEntity),
+        ]
+        what = f"an entity of 5 values by hash, CPU, a whole request, {attached.dialect.driver}"
+        _of_entities(bench, what, requests, 1.35 if kind == "sqlite" else None)
+
+
+def _of_entities(bench: Bench, what: str, works: list[Work], budget: float | None) -> None:
+    mine, theirs = fastest(works, 40, CPU)
+    bench.report.ratio(what, mine / ENTITIES, theirs / ENTITIES, budget, "entity")
+
+
+def _prepared(session: Session, model: Any) -> Work:
+    statement = select(model).where(model.a == bindparam("wanted"))
+    wanted = [{"wanted": value(row + 1, "a")} for row in range(ENTITIES)]
+
     def run() -> None:
-        for _ in range(times):
-            work()
+        for one in wanted:
+            assert session.scalars(statement, one).one().e
 
     return run
 
 
-class Report:
-    """Gathers a line for each figure and says whether it is within its budget."""
+def _requests(session_of: Callable[[], Any], model: Any) -> Work:
+    wanted = [value(row + 1, "a") for row in range(ENTITIES)]
 
-    def __init__(self) -> None:
-        self.table = Table(
-            "what", "encrypted", "plain", "measured", "budget", title="sqla_byok beside plaintext"
-        )
-        self.over: list[str] = []
+    def run() -> None:
+        for one in wanted:
+            with session_of() as session:
+                assert session.scalars(select(model).where(model.a == one)).one().e
 
-    def ratio(
-        self, what: str, measured: tuple[float, float, float], budget: float, per: int, unit: str
-    ) -> None:
-        quotient, mine, theirs = measured
-        self.add(
-            what,
-            f"{mine / per * 1e6:.2f} µs/{unit}",
-            f"{theirs / per * 1e6:.2f} µs/{unit}",
-            quotient,
-            budget,
+    return run
+
+
+def measure_concurrent(bench: Bench) -> None:
+    """200 sessions at once on asyncpg, of which each looks one row up by hash."""
+    if "postgresql" not in bench.kinds:
+        return
+    for model in (SecretEntity, PlainEntity):
+        fill(bench.byok, bench.engines("postgresql")[0], model, 1_000)
+    attached, other = bench.async_engines("postgresql")
+
+    async def look_up(opened: Any, model: Any, wanted: str) -> None:
+        async with opened as session:
+            assert (await session.scalars(select(model).where(model.a == wanted))).one().e
+
+    async def all_(session_of: Callable[[], Any], model: Any) -> None:
+        wanted = [value(row + 1, "a") for row in range(SESSIONS)]
+        await asyncio.gather(*(look_up(session_of(), model, one) for one in wanted))
+
+    mine, theirs = fastest(
+        [
+            lambda: bench.run(all_(lambda: bench.byok.asession(TENANT, attached), SecretEntity)),
+            lambda: bench.run(all_(lambda: AsyncSession(other), PlainEntity)),
+        ],
+        40,
+    )
+    bench.report.add(
+        Figure(
+            f"throughput of {SESSIONS} sessions at once, asyncpg",
+            theirs / mine,
             "×",
+            f"{SESSIONS / mine:,.0f} a second",
+            f"{SESSIONS / theirs:,.0f} a second",
+            0.85,
+            at_least=True,
         )
-
-    def add(self, what: str, mine: str, theirs: str, measured: float, budget: float, unit: str) -> None:
-        fits = measured <= budget
-        if not fits:
-            self.over.append(what)
-        colour = "green" if fits else "red"
-        shown = f"{measured:.2f}" if measured < 100 else f"{measured:,.0f}"
-        self.table.add_row(what, mine, theirs, f"[{colour}]{shown} {unit}[/]", f"≤ {budget:g} {unit}")
-
-
-# -- what is measured ----------------------------------------------------------------------------------------------
-
-
-def measure_values(report: Report, byok: Byok, engine: Engine) -> None:
-    """One 32-byte value through the processors, beside AES-GCM alone with a key object at hand."""
-    from sqla_byok.orm.slots import slot_of
-
-    type_ = Secret.__table__.c.a.type
-    seal, unseal = type_.bind_processor(engine.dialect), type_.result_processor(engine.dialect, None)
-    slot, text_ = slot_of(engine.dialect), value(1, "a")
-    cipher, plaintext, aad = AESGCM(os.urandom(32)), text_.encode(), b"x" * 60
-
-    def bare_seal() -> bytes:
-        nonce = os.urandom(12)
-        return nonce + cipher.encrypt(nonce, plaintext, aad)
-
-    with byok.tenant(TENANT):
-        ring = byok._keyrings.get(TENANT)
-        slot.binding.set(ring)
-        slot.reading.set(ring)
-        stored, bare = seal(text_), bare_seal()
-        nonce, body = bare[:12], bare[12:]
-        times = 5_000
-        measured = ratio(repeat(lambda: seal(text_), times), repeat(bare_seal, times), 60)
-        report.ratio("value, bind ÷ AESGCM with its nonce", measured, 1.5, times, "value")
-        report.ratio(
-            "value, result ÷ AESGCM",
-            ratio(repeat(lambda: unseal(stored), times), repeat(lambda: cipher.decrypt(nonce, body, aad), times), 60),
-            1.5, times, "value",
-        )  # fmt: skip
-        report.add("stored bytes over the plaintext", "", "", len(stored) - len(plaintext), 46, "bytes")
-        slot.binding.set(None)
-        slot.reading.set(None)
-
-
-def measure_rows(report: Report, byok: Byok, engine: Engine, budgets: tuple[float, float]) -> None:
-    """5,000 rows of five columns: flush INSERT, and SELECT of entities."""
-
-    def add(model: Any) -> None:
-        with byok.session(TENANT, engine) as session:
-            session.add_all(
-                model(number=row, **{column: value(row, column) for column in "abcde"}) for row in range(ROWS)
-            )
-            session.flush()
-            session.rollback()
-
-    def load(model: Any) -> None:
-        with byok.session(TENANT, engine) as session:
-            assert len(session.scalars(select(model)).all()) == ROWS
-
-    rounds = 15
-    insert_budget, select_budget = budgets
-    name = engine.dialect.name
-    report.ratio(
-        f"flush INSERT, {name}",
-        ratio(lambda: add(Secret), lambda: add(Plain), rounds),
-        insert_budget,
-        ROWS,
-        "row",
-    )
-    for model in (Secret, Plain):
-        fill(byok, engine, model, ROWS)
-    report.ratio(
-        f"SELECT of entities, {name}",
-        ratio(lambda: load(Secret), lambda: load(Plain), rounds),
-        select_budget,
-        ROWS,
-        "row",
     )
 
 
-def fill(byok: Byok, engine: Engine, model: Any, rows: int) -> None:
-    columns = [
-        column.key
-        for column in model.__table__.c
-        if column.key not in ("id", "number") and column.key[-5:] != "_hash"
-    ]
-    with byok.tenant(TENANT), engine.begin() as connection:
-        for start in range(0, rows, 10_000):
-            batch = [
-                {"id": row, **({"number": row} if "number" in model.__table__.c else {})}
-                | {column: value(row, column) for column in columns}
-                for row in range(start, min(start + 10_000, rows))
-            ]
-            connection.execute(insert(model.__table__), batch)
+# -- what has nothing to do with us --------------------------------------------------------------------------------
 
 
-def measure_look_up(report: Report, byok: Byok, engine: Engine, rows: int) -> None:
-    """An equality look-up by hash beside one on a plaintext indexed column, ``rows`` rows each."""
-    for model in (SecretLookUp, PlainLookUp):
-        with engine.begin() as connection:
-            connection.execute(model.__table__.delete())
-        fill(byok, engine, model, rows)
-    analyze(engine)
-    with byok.session(TENANT, engine) as session:
-        wanted = [value(row * 7919 % rows, "mrn") for row in range(300)]
+def measure_bystander(bench: Bench) -> None:
+    """A statement without encrypted columns on an attached engine, with and without a tenant, in CPU time.
 
-        def look_up(model: Any) -> Callable[[], None]:
-            def run() -> None:
-                for mrn in wanted:
-                    session.execute(select(model.id).where(model.mrn == mrn)).one()
-
-            return run
-
-        report.ratio(
-            f"equality look-up, {engine.dialect.name}, {rows:,} rows",
-            ratio(look_up(SecretLookUp), look_up(PlainLookUp), 21), 1.12, len(wanted), "query",
-        )  # fmt: skip
-
-
-def measure_bystander(report: Report, attached: Engine, other: Engine) -> None:
-    """A statement without encrypted columns: on an attached engine, on one not attached, on one with idle listeners."""
-    times, kind = 200, attached.dialect.name
-    idle = create_engine(other.url)
-    event.listen(
-        idle, "before_execute", lambda _, clause, multi, params, options: (clause, multi, params), retval=True
-    )
-    event.listen(idle, "before_cursor_execute", lambda *arguments: arguments[2:4], retval=True)
-    event.listen(idle, "after_execute", lambda *arguments: None)
-
-    def one(engine: Engine) -> Callable[[], None]:
-        def run() -> None:
-            with engine.connect() as connection:
-                for row in range(times):
-                    connection.execute(select(Plain.number).where(Plain.id == row)).all()
-
-        return run
-
-    measured = ratio(one(attached), one(other), 40)
-    if kind == "postgresql":
-        report.ratio("bystander statement, postgresql", measured, 1.05, times, "query")
-    for what, (_, mine, theirs) in (
-        ("bystander statement", measured),
-        ("… over idle listeners", ratio(one(attached), one(idle), 40)),
-    ):
-        shown = (f"{mine / times * 1e6:.2f} µs/query", f"{theirs / times * 1e6:.2f} µs/query")
-        report.add(f"{what}, {kind}", *shown, (mine - theirs) / times * 1e6, 4.0, "µs")
-    idle.dispose()
+    Beside it: an engine that is not attached, and one with listeners that do nothing, which cost something in
+    themselves.
+    """
+    for kind in ("sqlite", "postgresql"):
+        if kind not in bench.kinds:
+            continue
+        attached, other = bench.engines(kind)
+        with idle_listeners(other.url) as idle:
+            times, owned = 100, attached.execution_options(byok_tenant=TENANT)
+            works = [_reading(engine, times) for engine in (attached, owned, idle, other)]
+            without, with_, listeners, bare = (each / times for each in fastest(works, 150, CPU))
+        driver, report = attached.dialect.driver, bench.report
+        report.difference(f"bystander, CPU, over no listeners, {driver}", without, bare, 13, "query")
+        report.difference(f"bystander, CPU, over idle listeners, {driver}", without, listeners, 6, "query")
+        report.difference(
+            f"bystander with a tenant, CPU, over no listeners, {driver}", with_, bare, 13, "query"
+        )
+        report.difference(
+            f"bystander with a tenant, CPU, over idle listeners, {driver}", with_, listeners, 6, "query"
+        )
+        report.difference(f"idle listeners themselves, CPU, {driver}", listeners, bare, None, "query")
 
 
-def measure_guard(report: Report, attached: Engine) -> None:
-    """The guard's walk, once for each compiled statement, beside compiling it; a cached one is asked what was found."""
-    from sqla_byok.orm import upstream
+def _reading(engine: Engine, times: int) -> Work:
+    statement = select(Plain.__table__.c.number).where(Plain.__table__.c.id == bindparam("wanted"))
+
+    def run() -> None:
+        with engine.connect() as connection:
+            for row in range(times):
+                connection.execute(statement, {"wanted": row}).all()
+
+    return run
+
+
+@contextmanager
+def idle_listeners(url: URL) -> Iterator[Engine]:
+    """An engine with the listeners that an attached one has, which do nothing."""
+    engine = create_engine(url)
+
+    @event.listens_for(engine, "before_execute", retval=True)
+    def before_execute(_: Any, clause: Any, multi: Any, params: Any, options: Any) -> Any:
+        return clause, multi, params
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def before_cursor_execute(
+        _: Any, cursor: Any, statement: Any, params: Any, context: Any, many: Any
+    ) -> Any:
+        return statement, params
+
+    event.listen(engine, "after_execute", lambda *arguments: None)
+    yield engine
+    engine.dispose()
+
+
+def measure_guard(bench: Bench) -> None:
+    """The guard's walk, once for each compiled statement, beside compiling that."""
     from sqla_byok.orm.guard import Findings, Guard
 
+    attached, _ = bench.engines("sqlite")
     guard, times = Guard("raise", "warn", Findings()), 200
     statement = (
-        select(SecretLookUp).where(SecretLookUp.mrn == "x", SecretLookUp.id > 1).order_by(SecretLookUp.id)
+        select(SecretEntity).where(SecretEntity.a == "x", SecretEntity.id > 1).order_by(SecretEntity.id)
     )
     compiled = statement.compile(attached)
-    measured = ratio(
-        repeat(lambda: guard.judge(compiled), times), repeat(lambda: statement.compile(attached), times), 15
+    walk, compiling = fastest(
+        [repeat(lambda: guard.judge(compiled), times), repeat(lambda: statement.compile(attached), times)], 15
     )
-    report.ratio("the guard's walk ÷ compiling the statement", measured, 0.6, times, "statement")
-    times = 20_000
-    _, asked, nothing = ratio(
-        repeat(lambda: upstream.known(compiled, guard.judge), times), repeat(lambda: None, times), 15
-    )
-    cost = (asked - nothing) / times * 1e6
-    report.add("the guard for a cached statement", f"{cost:.2f} µs/statement", "", cost, 1.0, "µs")
+    bench.report.ratio("the guard's walk ÷ compiling", walk / times, compiling / times, 0.6, "statement")
 
 
-def analyze(engine: Engine) -> None:
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for model in (SecretLookUp, PlainLookUp):
-            name = model.__tablename__
-            connection.execute(
-                text(
-                    f"ANALYZE TABLE {name}"
-                    if engine.dialect.name in ("mysql", "mariadb")
-                    else f"ANALYZE {name}"
-                )
-            )
+# -- tenants -------------------------------------------------------------------------------------------------------
 
 
-def measure_tenants(report: Report, byok: Byok) -> None:
+def measure_tenants(bench: Bench) -> None:
     """Entering a warm tenant, and the memory that an open one takes."""
     times = 2_000
 
     def enter() -> None:
-        with byok.tenant(TENANT):
+        with bench.byok.tenant(TENANT):
             pass
 
-    enter()
-    took = min(seconds(repeat(enter, times)) for _ in range(15)) / times
-    report.add("entering a warm tenant", f"{took * 1e6:.2f} µs", "", took * 1e6, 5.0, "µs")
-    report.add("memory of an open tenant", "", "", memory_of_a_tenant(), 16 * 1024, "bytes")
-
-
-def memory_of_a_tenant(tenants: int = 2_000) -> float:
-    """Resident bytes for each keyring with 40 column salts, counted in a process of its own."""
-    import subprocess
-
-    code = f"""
-import os, resource
-from sqla_byok.crypto.formats import *
-from sqla_byok.crypto.hashes import Scope
-from sqla_byok.keys.keyring import Keyring, SealedRecord
-
-def ring(number):
-    tenant = f"tenant-{{number}}"
-    key = TenantKey(os.urandom(32), tenant, 1)
-    records = [SealedRecord(kind, 1, *[key.seal(kind, 1, secret)][0][:1], ACTIVE, b"") for kind, secret in ()]
-    for kind, secret in ((DATA_KEY, new_key()), (SEARCH_SALT, new_search_salt())):
-        id_, sealed = key.seal(kind, 1, secret)
-        records.append(SealedRecord(kind, 1, id_, ACTIVE, sealed))
-    ring = Keyring(key, 1, records)
-    for column in range(1_000):
-        ring.salts["sha256", SCOPES[column]]
-    return ring
-
-SCOPES = [Scope("column", f"table.column{{n}}") for n in range(1_000)]
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-kept = [ring(n) for n in range(100)]
-before = resident()
-kept += [ring(n) for n in range({tenants})]
-print((resident() - before) / {tenants})
-"""
-    return float(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    (took,) = fastest([repeat(enter, times)], 15)
+    bench.report.add(Figure("entering a warm tenant", took / times * 1e6, "µs", budget=5))
+    kms = LocalKms.create(bench.folder / "of-all.key")
+    for number in range(TENANTS + 100):
+        bench.byok.onboard(f"tenant-{number}", kms, revoke_within=3_600)
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("memory.py"), bench.keystore],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    bench.report.add(Figure("memory of an open tenant", float(run.stdout), "bytes", budget=16 * 1024))
+
+
+def measure_kms_calls(bench: Bench) -> None:
+    """KMS calls of a tenant, with no keys in memory and with them: LocalKms opens its file for each."""
+    attached, _ = bench.engines("sqlite")
+    calls: list[str] = []
+
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "open" and str(arguments[0]) == str(bench.customer_key):
+            calls.append(name)
+
+    def work() -> int:
+        calls.clear()
+        with bench.byok.session(TENANT, attached) as session:
+            for row in range(100):
+                session.add(SecretEntity(**values(SecretEntity, row)))
+                session.flush()
+                session.scalars(select(SecretEntity).where(SecretEntity.a == value(row, "a"))).all()
+            session.execute(delete(SecretEntity))
+        return len(calls)
+
+    sys.addaudithook(hook)  # stays for the process's life: this comes last
+    bench.byok.forget_keys()
+    bench.report.add(Figure("KMS calls of a tenant, cold", work(), "calls", budget=1))
+    bench.report.add(Figure("KMS calls of a tenant, warm", work(), "calls", budget=0))
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
 
-
-@contextmanager
-def engines(databases: Databases) -> Iterator[dict[str, tuple[Engine, Engine]]]:
-    """For each database found, an engine to attach and one to leave alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, tuple[Engine, Engine]] = {}
-        for kind in SYNC:
-            if kind == "sqlite":
-                url: Any = f"sqlite:///{folder}/bench.db"
-            else:
-                try:
-                    url = databases.get(kind).url.set(drivername=SYNC[kind])
-                except NotFoundError as error:
-                    Console().print(f"[yellow]without {kind}: {error}[/]")
-                    continue
-            found[kind] = (create_engine(url), create_engine(url))
-        yield found
-        for pair in found.values():
-            for engine in pair:
-                engine.dispose()
+MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+    "value-in": measure_value_in,
+    "value-out": measure_value_out,
+    "insert": measure_insert,
+    "select": measure_select,
+    "look-up": measure_look_up,
+    "request": measure_request,
+    "concurrent": measure_concurrent,
+    "bystander": measure_bystander,
+    "guard": measure_guard,
+    "tenants": measure_tenants,
+    "kms-calls": measure_kms_calls,
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Measures encrypted models beside the same in plaintext.")
+    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="run this one; may be repeated")
     parser.add_argument("--full", action="store_true", help="look up over a million rows too (some minutes)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
-    report, databases, calls = Report(), Databases(), count_kms_calls()
+    databases = Databases()
     try:
-        with engines(databases) as found, tempfile.TemporaryDirectory() as folder:
-            byok = Byok(keystore=f"sqlite:///{folder}/keystore.db")
-            byok.create_keystore()
-            # longer than the run, so that no refresh is counted
-            byok.onboard(TENANT, LocalKms.create(Path(folder) / "customer.key"), revoke_within=3_600)
-            calls.clear()
-            for attached, _ in found.values():
-                byok.attach(attached)
-                Base.metadata.create_all(attached)
-            measure_values(report, byok, found["sqlite"][0])
-            measure_guard(report, found["sqlite"][0])
-            for kind, (attached, other) in found.items():
-                measure_bystander(report, attached, other)
-                measure_rows(
-                    report,
-                    byok,
-                    attached,
-                    {"sqlite": (1.5, 2.5), "postgresql": (1.15, 1.75)}.get(kind, (1.5, 2.5)),
-                )
-                if kind == "postgresql":
-                    for rows in (10_000, 100_000, *([1_000_000] if options.full else [])):
-                        measure_look_up(report, byok, attached, rows)
-            report.add("KMS calls for all of this", "", "", len(calls), 1, "calls")
-            measure_tenants(report, byok)
-            byok.close()
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(Path(folder), databases, options.full)
+            try:
+                for name, measure in MEASUREMENTS.items():
+                    if not options.only or name in options.only:
+                        measure(bench)
+            finally:
+                bench.close()
     finally:
         databases.close()
-    Console(width=140).print(report.table)
-    if report.over:
-        Console().print(f"[red]over budget:[/] {', '.join(report.over)}")
+    if options.json:
+        print(bench.report.as_json())
+    else:
+        bench.report.show()
     return 0
-
-
-def count_kms_calls() -> list[str]:
-    """Count the calls to the customer key, which for LocalKms is a reading of its file."""
-    calls: list[str] = []
-
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        if name == "open" and str(arguments[0]).endswith("customer.key"):
-            calls.append(name)
-
-    sys.addaudithook(hook)
-    return calls
 
 
 if __name__ == "__main__":

@@ -40,7 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="twenty times as many random examples in the tests that search for faults",
     )
-
+    parser.addoption(
+        "--comparisons",
+        type=int,
+        help="how many answers of two processes are compared with plaintext's, on each database, while keys rotate",
+    )
+    parser.addoption(
+        "--oracle-seed",
+        type=int,
+        help="what these comparisons begin with, to repeat a round that failed",
+    )
     parser.addoption(
         "--update-snapshots",
         action="store_true",

@@ -24,7 +24,8 @@ from orm.oracle_forms import (
     rows,
     unsupported,
 )
-from sqlalchemy import URL, Engine, create_engine, event, insert
+from orm.oracle_worker import engine_of
+from sqlalchemy import URL, event, insert
 from sqlalchemy.orm import Session
 
 from sqla_byok import Byok, UnsupportedQueryError
@@ -49,17 +50,6 @@ class Process:
     def close(self) -> None:
         self.byok.close()
         self.engine.dispose()
-
-
-def engine_of(url: URL) -> Engine:
-    """An engine for which a commit costs little: nothing here has to survive a power cut."""
-    if url.get_backend_name() == "postgresql":
-        return create_engine(
-            url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c synchronous_commit=off"}
-        )
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
-    return engine
 
 
 class World:
