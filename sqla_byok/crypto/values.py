@@ -346,7 +346,7 @@ def hash_with(
     digest, key = hasher(algorithm), (algorithm, scope)
     if codec.text is None:
         raise TypeError(f"codec {codec.name} has no search text")
-    text_of = codec.text
+    text_of, is_text = codec.text, codec.name == "str"
     running, attachment, owner, nobody = taker
 
     def hash_(value: Any) -> bytes | None:
@@ -364,9 +364,11 @@ def hash_with(
                 value = normalize(value)
                 if value is None:
                     return None
-            text = text_of(value)
+            text = value.encode() if is_text and type(value) is str else text_of(value)
         except UnfitError as error:
             unfit = str(error)
+        except UnicodeEncodeError:
+            unfit = "is not encodable text (lone surrogates)"
         except Exception as error:  # noqa: BLE001 - a user's function; its text could carry the value
             unfit = f"its normalizer raised {type(error).__name__}"
         if unfit is not None:

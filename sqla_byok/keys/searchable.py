@@ -78,13 +78,11 @@ class Written:
     :param table: the table.
     :param specs: how its hashes are made, by column id.
     :param columns: the ids of its encrypted columns.
-    :ivar allowed_by: the last that allowed the write; most tenants share one.
     """
 
     table: str
     specs: Mapping[str, HashSpec]
     columns: frozenset[str] = frozenset()
-    allowed_by: Searchable | None = None
 
 
 NOTHING = Written("", {})

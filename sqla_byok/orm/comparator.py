@@ -12,7 +12,6 @@ operand is refused when it is compiled, since SQLAlchemy itself compares columns
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, NoReturn
 
 from sqlalchemy import CompoundSelect, Select, Table, and_, or_
@@ -39,7 +38,7 @@ from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import UnsupportedQueryError
-from sqla_byok.orm import upstream
+from sqla_byok.orm import kept, upstream
 from sqla_byok.orm.schema import hash_key
 from sqla_byok.orm.types import Encrypted, SearchHash
 
@@ -113,14 +112,18 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         if not type_.searchable and not isinstance(operand, ClauseElement):
             _refuse(self.expr, _NOT_SEARCHABLE)
         comparison: Any = None
-        with suppress(ArgumentError):  # its text shows the value, so it must not travel on, chained neither
+        try:  # noqa: SIM105 - suppress() costs as much again as the comparison
             comparison = super().operate(op, operand, **kwargs)
+        except ArgumentError:  # its text shows the value, so it must not travel on, chained neither
+            pass
         if comparison is None:
             _refuse(self.expr, f"{spelled(op)} takes {'a value' if op in NULL_TESTS else 'a list of values'}")
         if type_.normalize is not None:
             # With it the ORM would evaluate the un-normalized text in Python and leave the session stale.
             comparison.left = comparison.left._deannotate(values=("parentmapper",), clone=True)
-        return _over_hashes(comparison)
+        comparison.__class__ = HashComparison  # in place: see _over_hashes()
+        taken: HashComparison = comparison
+        return taken
 
     def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:
         _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {_INSTEAD}")
@@ -240,7 +243,7 @@ def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -
             f"a search takes at most {_SALTS_AT_MOST} search salts, not {live}; name fewer tenants at once",
         )
     rendered = element.rendered(live)
-    upstream.note_compared(compiler, live, owner, {type_.spec for type_ in _searched(rendered)})
+    kept.note_compared(compiler, live, owner, {type_.spec for type_ in _searched(rendered)})
     return compiler.process(rendered, **kwargs)
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn, cast
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect
 
@@ -30,7 +30,8 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.orm.rings import SEALED, AcrossRing, StatementRing
+from sqla_byok.orm.kept import ATTACHMENT
+from sqla_byok.orm.rings import SEALED, StatementRing
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.turns import Blocks, Whose
 
@@ -39,13 +40,13 @@ __all__ = [
     "Attachment",
     "Turn",
     "attachment_of",
-    "check_time",
     "refuse_foreign",
     "running",
     "taker_of",
 ]
 
 
+@dataclass(slots=True)
 class Turn:
     """Whose keys a statement uses.
 
@@ -55,12 +56,9 @@ class Turn:
         single columns.
     """
 
-    __slots__ = ("attachment", "rings", "tenant")
-
-    def __init__(
-        self, attachment: Attachment, tenant: Whose | None, rings: Mapping[str | None, StatementRing]
-    ) -> None:
-        self.attachment, self.tenant, self.rings = attachment, tenant, rings
+    attachment: Attachment
+    tenant: Whose | None
+    rings: Mapping[str | None, StatementRing]
 
 
 RUNNING: ContextVar[Turn | None] = ContextVar("byok_turn", default=None)
@@ -165,14 +163,11 @@ def _for(ring: StatementRing) -> str:
     return f"for tenant {ring.tenant!r}" if isinstance(ring, Keyring) else ring.tenant
 
 
-_attachments: WeakKeyDictionary[Dialect, Attachment] = WeakKeyDictionary()
-
-
 def attachment_of(dialect: Dialect) -> Attachment:
     """What the dialect's engine is attached to; nothing yet, where it is asked for first."""
-    found = _attachments.get(dialect)
+    found: Attachment | None = dialect.__dict__.get(ATTACHMENT)
     if found is None:
-        found = _attachments.setdefault(dialect, Attachment())
+        found = dialect.__dict__.setdefault(ATTACHMENT, Attachment())
     return found
 
 
@@ -182,17 +177,3 @@ def taker_of(attachment: Attachment, column: str, owner: str | None) -> Taker:
     :param owner: whose keys the column takes; None: those of the statement's own tenant.
     """
     return Taker(RUNNING.get, attachment, owner, partial(attachment.nobody, column))
-
-
-def check_time(keyrings: Keyrings, ring: StatementRing) -> None:
-    """Look at the clocks before something is opened under a keyring, and have it renewed where it is time to.
-
-    :raises KeysExpiredError: its deadline has passed; its keys are gone from memory.
-    """
-    clock, lease = keyrings.clock, ring.lease
-    now = clock.boot()
-    if now >= lease.deadline or clock.wall() >= lease.wall_deadline:
-        ring.end()
-    if now >= lease.refresh_at:
-        for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
-            keyrings.refresh_soon(cast("Keyring", each))  # a sealed one is never due

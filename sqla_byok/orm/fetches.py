@@ -7,17 +7,19 @@ under the statement's own tenant. No value is opened by keys whose deadline has 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from sqla_byok.crypto.values import Opening, Taker
-from sqla_byok.orm.current import Turn, check_time
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.orm.current import Turn
 from sqla_byok.orm.direct import Cells, decrypted
-from sqla_byok.orm.rings import StatementRing
+from sqla_byok.orm.rings import AcrossRing, StatementRing
 
-__all__ = ["Fetch", "Reader"]
+__all__ = ["Columns", "Fetch", "Reader"]
 
-# How many values are opened between two looks at the clocks: a quarter of a millisecond's work. Where the column's
-# type runs code of the application, which may take any time, the clocks are looked at before each.
+# How many values are opened between two looks at the clocks: a quarter of a millisecond's work. Where a column's type
+# runs code of the application, which may take any time, the clocks are looked at before each.
 _AT_ONCE = 256
 
 # With fewer rows it does not pay to open them column by column.
@@ -35,26 +37,51 @@ class Reader:
 
     __slots__ = ("_taker", "cells", "many", "one", "own_code", "owner")
 
-    def __init__(
-        self,
-        taker: Taker,
-        opening: Opening,
-        *,
-        own_code: bool,
-        cells: Cells | None = None,
-    ) -> None:
-        self._taker = taker
-        self.owner, self.cells, self.own_code = taker.owner, cells, own_code
+    def __init__(self, taker: Taker, opening: Opening, *, own_code: bool, cells: Cells | None = None) -> None:
+        self._taker, self.owner = taker, taker.owner
+        self.cells, self.own_code = cells, own_code
         self.one, self.many = opening if cells is None else cells.opening(opening)
 
     def __call__(self, value: Any) -> Any:
         """Open a value that SQLAlchemy reads before it gives the result away, as RETURNING beside server defaults."""
         ring: Any = self._taker.ring()
         if ring is not None:
-            check_time(self._taker.attachment.keyrings, ring)  # type: ignore[attr-defined] # an Attachment
+            _check_time(self._taker.attachment.keyrings, ring)  # type: ignore[attr-defined] # an Attachment
         if self.cells is not None:
             value = self.cells.decrypted(ring, value)
         return self.one(ring, value)
+
+
+class Columns(NamedTuple):
+    """The columns of a compiled statement's result that are opened at the fetch.
+
+    :param readers: for each its place in the fetched rows, the place of its owner, and what opens one value and many.
+    :param owners: whose keys they take.
+    :param direct: those whose values the KMS decrypts.
+    :param own_code: whether code of the application runs for each value.
+    :param at_once: how many rows are opened between two looks at the clocks.
+    """
+
+    readers: Sequence[tuple[int, int, Any, Any]]
+    owners: Sequence[str | None]
+    direct: Sequence[tuple[int, Cells]]
+    own_code: bool
+    at_once: int
+
+    @classmethod
+    def of(cls, found: Sequence[Reader | None]) -> Columns | None:
+        """Of what there is for each of the cursor's columns; None where nothing is to be opened."""
+        readers = [(place, reader) for place, reader in enumerate(found) if reader is not None]
+        if not readers:
+            return None
+        owners = list(dict.fromkeys(reader.owner for _, reader in readers))
+        return cls(
+            [(place, owners.index(reader.owner), reader.one, reader.many) for place, reader in readers],
+            owners,
+            [(place, reader.cells) for place, reader in readers if reader.cells is not None],
+            any(reader.own_code for _, reader in readers),
+            max(1, _AT_ONCE // len(readers)),
+        )
 
 
 class Fetch:
@@ -62,19 +89,14 @@ class Fetch:
 
     :param inner: the cursor strategy that fetches.
     :param turn: the statement's.
-    :param readers: for each column that is to be opened, its place in the fetched rows and what reads it.
+    :param columns: what is to be opened.
     """
 
-    __slots__ = ("_at_once", "_direct", "_inner", "_own_code", "_readers", "_rings", "_turn")
+    __slots__ = ("_columns", "_inner", "_rings", "_turn")
 
-    def __init__(self, inner: Any, turn: Turn, readers: Sequence[tuple[int, Reader]]) -> None:
-        self._inner, self._turn = inner, turn
-        self._readers = [(place, reader, turn.rings.get(reader.owner)) for place, reader in readers]
-        rings = {id(ring): ring for _, _, ring in self._readers if ring is not None}
-        self._rings: Sequence[StatementRing] = list(rings.values())
-        self._direct = [(place, reader.cells) for place, reader in readers if reader.cells is not None]
-        self._own_code = any(reader.own_code for _, reader in readers)
-        self._at_once = max(1, _AT_ONCE // len(readers))
+    def __init__(self, inner: Any, turn: Turn, columns: Columns) -> None:
+        self._inner, self._turn, self._columns = inner, turn, columns
+        self._rings = [turn.rings[owner] for owner in columns.owners]
 
     @property
     def alternate_cursor_description(self) -> Any:
@@ -93,9 +115,7 @@ class Fetch:
     def yield_per(self, result: Any, cursor: Any, num: int) -> None:
         self._inner.yield_per(result, cursor, num)
         if result.cursor_strategy is not self:
-            result.cursor_strategy = Fetch(
-                result.cursor_strategy, self._turn, [(place, reader) for place, reader, _ in self._readers]
-            )
+            result.cursor_strategy = Fetch(result.cursor_strategy, self._turn, self._columns)
 
     def soft_close(self, *args: Any) -> None:
         self._inner.soft_close(*args)
@@ -111,41 +131,55 @@ class Fetch:
     def _opened(self, result: Any, rows: Sequence[Any]) -> Sequence[Any]:
         if not rows:
             return rows
+        columns = self._columns
         try:
-            if self._direct:
-                self._check_time()  # nor is the KMS asked for more
-                rows = decrypted(rows, self._direct, self._turn)
-            if self._own_code or len(rows) < _MANY:
+            self._look()
+            if columns.direct:
+                rows = decrypted(rows, columns.direct, self._turn)
+                self._look()  # the KMS may have taken long
+            if columns.own_code or len(rows) < _MANY:
                 return self._few(rows)
-            opened: list[Any] = []
-            rows = list(rows)  # a buffer may be no list
-            for start in range(0, len(rows), self._at_once):
-                opened += self._many(rows[start : start + self._at_once])
+            rows, opened = list(rows), list[Any]()  # a buffer may be no list
+            for start in range(0, len(rows), columns.at_once):
+                opened += self._batch(rows[start : start + columns.at_once])
             return opened
         except BaseException:
             result.close()  # or whoever fetched on would miss these rows
             raise
 
-    def _few(self, rows: Iterable[Any]) -> list[Any]:
-        opened = []
+    def _few(self, rows: Iterable[Any]) -> list[tuple[Any, ...]]:
+        rings, own_code, opened = self._rings, self._columns.own_code, []
         for row in rows:
-            self._check_time()
             cells = list(row)
-            for place, reader, ring in self._readers:
-                if self._own_code:
-                    self._check_time()
-                cells[place] = reader.one(ring, cells[place])
+            for place, owner, one, _ in self._columns.readers:
+                if own_code:
+                    self._look()
+                cells[place] = one(rings[owner], cells[place])
             opened.append(tuple(cells))
         return opened
 
-    def _many(self, rows: Sequence[Any]) -> Iterable[Any]:
-        self._check_time()
-        columns = list(zip(*rows, strict=True))
-        for place, reader, ring in self._readers:
-            columns[place] = reader.many(ring, columns[place])  # type: ignore[call-overload]
-        return zip(*columns, strict=True)
+    def _batch(self, rows: Sequence[Any]) -> Iterable[Any]:
+        self._look()
+        cells: list[Sequence[Any]] = list(zip(*rows, strict=True))
+        for place, owner, _, many in self._columns.readers:
+            cells[place] = many(self._rings[owner], cells[place])
+        return zip(*cells, strict=True)
 
-    def _check_time(self) -> None:
-        keyrings = self._turn.attachment.keyrings
+    def _look(self) -> None:
+        keyrings = cast("Keyrings", self._turn.attachment.keyrings)
         for ring in self._rings:
-            check_time(keyrings, ring)  # type: ignore[arg-type]  # there are rings where an engine is attached only
+            _check_time(keyrings, ring)
+
+
+def _check_time(keyrings: Keyrings, ring: StatementRing) -> None:
+    """Look at the clocks before something is opened under a keyring, and have it renewed where it is time to.
+
+    :raises KeysExpiredError: its deadline has passed; its keys are gone from memory.
+    """
+    clock, lease = keyrings.clock, ring.lease
+    now = clock.boot()
+    if now >= lease.deadline or clock.wall() >= lease.wall_deadline:
+        ring.end()
+    if now >= lease.refresh_at:
+        for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
+            keyrings.refresh_soon(cast("Keyring", each))  # a sealed one is never due

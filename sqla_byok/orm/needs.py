@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqla_byok.keys.searchable import HashSpec, Searchable, Written
-from sqla_byok.orm import tenant_column, upstream
+from sqla_byok.orm import kept, tenant_column, upstream
 from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.types import Encrypted, SearchHash
 from sqla_byok.orm.writes import refuse_embedded, written
@@ -29,7 +29,9 @@ class Need:
     :ivar searched: how those are made that it compares, or by which an upsert finds its conflicts.
     :ivar grouped: how those are made that it tells apart in another way, as GROUP BY does.
     :ivar written: what it makes known of each table that it writes to.
-    :ivar allowed_by: what last allowed the hashes; most tenants share one.
+    :ivar hashes: whether the keystore has a say in it: it writes, compares or groups by hashes.
+    :ivar current: whether it needs the keys that are current: it writes or searches.
+    :ivar allowed_by: what last allowed all that it does with hashes; most tenants share one.
     """
 
     column: str | None = None
@@ -40,7 +42,9 @@ class Need:
     searched: frozenset[HashSpec] = _NONE
     grouped: frozenset[HashSpec] = _NONE
     written: Sequence[Written] = ()
-    allowed_by: Searchable | None = None
+    hashes: bool = False
+    current: bool = False
+    allowed_by: Searchable | object = kept.UNASKED
 
 
 class Needs(NamedTuple):
@@ -67,6 +71,9 @@ def needs_of(compiled: Any, guard: Guard) -> Needs | None:
     of = _needs_of_owners(compiled)
     for owner, grouped in verdict.grouped.items():
         of.setdefault(owner, Need()).grouped = grouped
+    for need in of.values():
+        need.current = bool(need.binds or need.salts or need.grouped)
+        need.hashes = need.current or bool(need.searched)
     names_tenant = bool(getattr(compiled, "isinsert", False)) and tenant_column.has_one(compiled)
     if verdict.refusal is None and not of and not names_tenant:
         return None
@@ -92,7 +99,7 @@ def _needs_of_owners(compiled: Any) -> dict[str | None, Need]:
             need = of.setdefault(type_.owner, Need())
             need.reads, need.column = True, need.column or type_.column_id
     searched = _searched(compiled)
-    for owner, live in upstream.compared(compiled).items():
+    for owner, live in kept.compared(compiled).items():
         of.setdefault(owner, Need()).salts = live
     known = (
         written(compiled.statement)
@@ -114,7 +121,7 @@ def _bound(compiled: Any) -> Iterable[Encrypted[Any] | SearchHash]:
 
 def _searched(compiled: Any) -> dict[str | None, frozenset[HashSpec]]:
     """Of columns that are compared, and of those by which an upsert finds its conflicts; by the columns' owners."""
-    found = upstream.searched(compiled)
+    found = kept.searched(compiled)
     for type_ in _conflict_types(compiled):
         found[type_.owner] = found.get(type_.owner, _NONE) | {type_.spec}
     return found

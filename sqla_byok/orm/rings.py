@@ -52,7 +52,7 @@ class SealedRing:
 
     deadline = wall_deadline = refresh_at = write_until = inf
     openers: Mapping[bytes, Opener] = MappingProxyType({})
-    off = None
+    off = searchable = None
     salts: Mapping[Any, bytes] = _NoSalts()
     live_salts: Sequence[Mapping[Any, bytes]] = (salts,)
 
@@ -128,7 +128,7 @@ class AcrossRing(Secret):
 
     __slots__ = ("openers", "rings", "tenant")
 
-    off = None
+    off = searchable = None
 
     def __init__(self, tenant: Across, rings: Sequence[Keyring]) -> None:
         self.tenant, self.rings, self.openers = repr(tenant), rings, _Openers(rings)

@@ -6,6 +6,7 @@ under the keys of whoever's turn it is then.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import event
@@ -13,43 +14,43 @@ from sqlalchemy.orm import Session
 
 from sqla_byok.errors import TenantMismatchError
 from sqla_byok.keys.keyring import Clock, Keyring
-from sqla_byok.orm import upstream
-from sqla_byok.orm.current import attachment_of
+from sqla_byok.orm import kept
 from sqla_byok.orm.rings import SEALED, AcrossRing, StatementRing
 from sqla_byok.orm.sealed import Sealed
-from sqla_byok.orm.turns import Whose, shown, whose
+from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, shown, whose
 from sqla_byok.orm.types import Encrypted
 
-__all__ = ["hold", "meet", "of_unit"]
+__all__ = ["meet", "of_unit"]
 
 # -- the transaction ---------------------------------------------------------------------------------------------------
 
 
-def hold(conn: Any, ring: StatementRing) -> None:
-    """Keep the keyring of a tenant that wants a KMS call for each transaction, as long as this one lasts."""
-    upstream.hold(conn, ring)
-
-
 def of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
-    """The keyring that is kept for the connection's transaction."""
-    held: StatementRing | None = upstream.held(conn)
+    """The keyring that is kept for the connection's transaction, of a tenant that wants a KMS call for each."""
+    held: StatementRing | None = kept.held(conn)
     rings = held.rings if isinstance(held, AcrossRing) else [held]
     ring = next((ring for ring in rings if isinstance(ring, Keyring) and ring.tenant == tenant), None)
     return ring if ring is not None and ring.lease.live(clock.boot(), clock.wall()) else None
 
 
-def meet(conn: Any, tenant: Whose | None, *, own: bool, reads: bool, updates: bool) -> None:
+def meet(
+    conn: Any, options: Mapping[str, Any], tenant: Whose | None, blocks: Blocks, *, reads: bool, updates: bool
+) -> None:
     """Note for whom a transaction works, and refuse an UPDATE where it has worked for somebody else too.
 
-    :param own: whether the statement is for the connection's own tenant. One that names another itself may write, but
-        what it read is another's.
+    A statement that names its tenant itself, by its own option, may write; but what it read is that tenant's.
+
+    :param options: the statement's.
+    :param tenant: its tenant.
     :param reads: whether it reads encrypted columns.
     :param updates: whether it is an UPDATE of encrypted columns.
     :raises TenantMismatchError: it updates what may be another tenant's.
     """
+    of_conn = conn.get_execution_options()
+    own = options.get(TENANT_OPTION) == of_conn.get(TENANT_OPTION) or tenant == whose(of_conn, blocks)
     if not (own or reads):
         return
-    tenants = upstream.met(conn)
+    tenants = _met(conn)
     if tenant not in tenants:
         tenants.append(tenant)
     if own and updates and len(tenants) > 1:
@@ -63,10 +64,17 @@ def meet(conn: Any, tenant: Whose | None, *, own: bool, reads: bool, updates: bo
         )
 
 
+def _met(conn: Any) -> list[Whose | None]:
+    """For whom the connection's transaction has worked so far, in order; to be added to."""
+    transaction = conn.get_transaction()
+    known = conn.__dict__.get(kept.MET)
+    if known is None or known[0] is not transaction:
+        known = conn.__dict__[kept.MET] = transaction, []
+    tenants: list[Whose | None] = known[1]
+    return tenants
+
+
 # -- the session -------------------------------------------------------------------------------------------------------
-
-
-_MET = "byok_met"
 
 
 @event.listens_for(Session, "after_begin")
@@ -76,13 +84,14 @@ def _check_session(session: Session, transaction: Any, connection: Any) -> None:
     It would write what changed in them under the other's keys. With ``expire_on_commit=True`` it holds none, nor after
     ``expunge_all()`` and ``close()``.
     """
-    blocks = attachment_of(connection.dialect).blocks
-    if blocks is None:
+    attachment = connection.dialect.__dict__.get(kept.ATTACHMENT)
+    if attachment is None or attachment.blocks is None:
         return
-    met: dict[Any, list[Whose | None]] = session.info.setdefault(_MET, {})
-    tenant, tenants = whose(connection.get_execution_options(), blocks), upstream.met(connection)
-    others = [each for each in met.get(connection.engine, ()) if each != tenant]
-    if others:
+    met: dict[Any, list[Whose | None]] = session.info.setdefault(kept.SESSION_MET, {})
+    tenants, before = _met(connection), met.get(connection.engine)
+    if before:
+        tenant = whose(connection.get_execution_options(), attachment.blocks)
+        others = [each for each in before if each != tenant]
         first = next((each for each in others if each is not SEALED), None)
         if tenant is not None and tenant is not SEALED and first is not None and _holds(session, plain=True):
             raise TenantMismatchError(
@@ -91,7 +100,7 @@ def _check_session(session: Session, transaction: Any, connection: Any) -> None:
                 tenant=shown(tenant),
                 owner=shown(first),
             )
-        if _holds(session, plain=False):
+        if others and _holds(session, plain=False):
             tenants.extend(others)  # so that nothing is updated
     met[connection.engine] = tenants
 

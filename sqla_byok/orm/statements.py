@@ -1,16 +1,17 @@
 """The way of every statement on an attached engine. docs/statements.md tells its life, with a picture.
 
 In the order in which a statement passes: :meth:`Statements.before` completes INSERT and UPDATE; once the statement is
-compiled, :meth:`Statements.begin` looks what it needs, finds whose turn it is and opens what is cold; its parameters
-are bound under that turn; :meth:`Statements.send` looks at the clocks and at the transaction a last time; and its
-result keeps the turn, by which rows are opened as they are fetched (:mod:`sqla_byok.orm.fetches`).
+compiled, :class:`Execution` looks what it needs, and :meth:`Statements.begin` finds whose turn it is and opens what is
+cold; its parameters are bound under that turn; :meth:`Statements.send` looks at the clocks and at the transaction a
+last time; and its result keeps the turn, by which rows are opened as they are fetched: see
+:mod:`sqla_byok.orm.fetches`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -21,12 +22,13 @@ from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQuery
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import NOTHING, Written
-from sqla_byok.orm import direct, sessions, tenant_column, upstream
-from sqla_byok.orm.current import Attachment, Turn, attachment_of
-from sqla_byok.orm.fetches import Fetch, Reader
+from sqla_byok.orm import direct, kept, tenant_column, upstream
+from sqla_byok.orm.current import RUNNING, Attachment, Turn, attachment_of
+from sqla_byok.orm.fetches import Columns, Fetch, Reader
 from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing
+from sqla_byok.orm.sessions import meet, of_unit
 from sqla_byok.orm.turns import ACTOR_OPTION, Blocks, Whose, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.writes import fill, refuse_compiled
@@ -56,7 +58,7 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
     statements = Statements(attachment, keyrings, blocks, guard)
     event.listen(engine, "before_execute", statements.before, retval=True)
     event.listen(engine, "handle_error", _hide_parameters)
-    upstream.pass_through(engine, statements, Reader)
+    upstream.step_in(engine, Execution, statements=statements)
     engine.hide_parameters = True
     logger: Any = engine.logger
     # With echo=True there is a wrapper of SQLAlchemy's own around it.
@@ -98,12 +100,10 @@ class Statements:
         """Look at compiled DDL, which may have a SELECT in it."""
         _refuse(self._guard.judge(compiled).refusal)
 
-    def needs(self, compiled: Any) -> Needs | None:
-        """What a compiled statement needs; None where nothing of it concerns us."""
-        return upstream.known(compiled, self._ask)
-
-    def _ask(self, compiled: Any) -> Needs | None:
-        return needs_of(compiled, self._guard)
+    def ask(self, compiled: Any) -> Needs | None:
+        """What a compiled statement needs; None where nothing of it concerns us. Kept with the statement."""
+        needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
+        return needs
 
     def begin(self, conn: Any, options: Mapping[str, Any], needs: Needs) -> Turn:
         """Whose turn it is, with the keys that the statement needs.
@@ -112,7 +112,8 @@ class Statements:
         :raises NoTenantError: it needs a tenant's keys, and there is no tenant.
         :raises KmsError: a tenant has to be opened, and its KMS refuses or does not answer.
         """
-        _refuse(needs.refusal)
+        if needs.refusal is not None:
+            _refuse(needs.refusal)
         tenant = whose(options, self._blocks)
         rings: dict[str | None, StatementRing] = {}
         for owner, need in needs.of.items():
@@ -120,28 +121,23 @@ class Statements:
             if taker is None:
                 _refuse_nobody(need)
                 continue
-            rings[owner] = self._ready(self._ring(conn, taker, options.get(ACTOR_OPTION)), need)
+            ring: StatementRing | None = self._keyrings.warm(taker)  # type: ignore[arg-type] # only a name is found
+            if ring is None:
+                ring = self._ring(conn, taker, options.get(ACTOR_OPTION))
+            if need.hashes and ring.searchable is not need.allowed_by:
+                ring = self._ready(ring, need)
+            rings[owner] = ring
         if needs.conflict is not None and needs.conflict.owner in rings:
             _refuse_upsert(needs.conflict, rings[needs.conflict.owner])
         return Turn(self._attachment, tenant, rings)
 
-    def fan_out(self, needs: Needs, turn: Turn, *, precompiled: bool) -> upstream.FanOut | None:
-        """What has the statement compiled anew, where it compares by another number of search salts than there are.
-
-        :param precompiled: whether that cannot be done.
-        :raises UnsupportedQueryError: it would have to be, and cannot.
-        """
-        compared = {owner: need.salts for owner, need in needs.of.items() if need.salts}
-        live = {owner: len(turn.rings[owner].live_salts) for owner in compared}
-        if live == compared:
-            return None
-        if precompiled:
-            tenants = ", ".join(sorted({str(turn.rings[owner].tenant) for owner in live}))
-            raise UnsupportedQueryError(
-                f"the search salts of tenant {tenants!r} are being rotated, and this statement was compiled beforehand "
-                "for another number of them; execute the statement itself"
+    def fan_out(self, needs: Needs, turn: Turn) -> upstream.FanOut:
+        """What has the statement compiled for as many search salts as there are."""
+        return upstream.FanOut(
+            tuple(
+                (owner, len(turn.rings[owner].live_salts)) for owner, need in needs.of.items() if need.salts
             )
-        return upstream.FanOut(tuple(live.items()))
+        )
 
     def _ring(self, conn: Any, tenant: Whose, who: Actor | None) -> StatementRing:
         """The keyring of a tenant; of several; of nobody."""
@@ -153,7 +149,7 @@ class Statements:
 
     def _one(self, conn: Any, tenant: str, who: Actor | None) -> Keyring:
         keyrings, clock = self._keyrings, self._keyrings.clock
-        ring = keyrings.warm(tenant) or sessions.of_unit(conn, tenant, clock)
+        ring = keyrings.warm(tenant) or of_unit(conn, tenant, clock)
         if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
             held = ring
             ring = upstream.run_or_await(lambda: keyrings.look(held), lambda: keyrings.alook(held))
@@ -165,7 +161,7 @@ class Statements:
 
     def _ready(self, ring: StatementRing, need: Need) -> StatementRing:
         """The keyring, once the keystore allows what the statement does with hashes."""
-        self._check_fresh(ring, need)
+        self._check_current(ring, need)
         if isinstance(ring, Keyring):
             for written in need.written:
                 ring = self._noted(ring, written)
@@ -173,18 +169,29 @@ class Statements:
             SEALED.search()
         if need.grouped:
             _refuse_groups(ring, need)
-        self._check_hashes(ring, need)
+        known = [self._check_hashes(each, need) for each in _each(ring)]
+        if isinstance(ring, Keyring) and all(known) and not need.grouped:
+            need.allowed_by = ring.searchable
         return ring
 
     def _noted(self, ring: Keyring, written: Written) -> Keyring:
         """The tenant's keyring, once the keystore knows of a table that is about to be written."""
-        if ring.searchable is written.allowed_by:
-            return ring
         if not ring.searchable.knows(written):
             ring = self._recorded(ring, written)
         ring.searchable.check_write(ring.tenant, written)
-        written.allowed_by = ring.searchable
         return ring
+
+    def _check_hashes(self, ring: Keyring, need: Need) -> bool:
+        """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched.
+
+        :returns: whether all that is compared was hashed before. Where not, somebody may do so at any time.
+        """
+        compared = need.searched | need.grouped
+        known = ring.searchable.knows_all(compared)
+        if not known:
+            ring = self._recorded(ring, NOTHING)  # a look whether somebody has written it since
+        ring.searchable.check(ring.tenant, need.hashed, compared)
+        return known
 
     def _recorded(self, ring: Keyring, written: Written) -> Keyring:
         keyrings = self._keyrings
@@ -192,53 +199,138 @@ class Statements:
             lambda: keyrings.record(ring, written), lambda: keyrings.arecord(ring, written)
         )
 
-    def _check_hashes(self, ring: StatementRing, need: Need) -> None:
-        """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched."""
-        compared = need.searched | need.grouped
-        for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
-            if not isinstance(each, Keyring) or each.searchable is need.allowed_by:
-                continue
-            known = each.searchable.knows_all(compared)
-            if not known:
-                each = self._recorded(each, NOTHING)  # a look whether somebody has written it since
-            each.searchable.check(each.tenant, need.hashed, compared)
-            if known:
-                need.allowed_by = each.searchable
+    def _check_current(self, ring: StatementRing, need: Need) -> None:
+        """Refuse to write and to search by keys that may have changed since the process looked."""
+        if need.current and self._keyrings.clock.boot() >= ring.write_until:
+            ring.outdated()
 
     # -- bound, not yet sent ---------------------------------------------------------------------------------------
 
-    def bound(self, context: Any, needs: Needs, turn: Turn) -> None:
-        """Look at what defaults gave for a tenant's column."""
-        if needs.names_tenant:
-            tenant_column.check_defaults(context, turn.tenant)
-
-    def send(self, conn: Any, context: Any, needs: Needs, turn: Turn) -> None:
+    def send(self, context: Any, needs: Needs, turn: Turn) -> None:
         """The last look before the statement goes to the database, in its transaction.
 
         :raises TenantMismatchError: the transaction has worked for another tenant too.
         :raises KeystoreUnavailableError: keys or salts may have changed since the process looked.
         """
-        own, need = turn.rings.get(None), needs.of.get(None)
+        conn, own = context.root_connection, turn.rings.get(None)
         if own is not None and own.lease.one_unit:
-            sessions.hold(conn, own)
+            kept.hold(conn, own)
         if needs.sends and isinstance(own, Keyring):
             direct.send(context, self._keyrings, own)
-        for owner, each in needs.of.items():
-            if owner in turn.rings:
-                self._check_fresh(turn.rings[owner], each)
+        for owner, ring in turn.rings.items():
+            self._check_current(ring, needs.of[owner])
+        need = needs.of.get(None)
         if need is not None and (need.reads or context.isinsert or context.isupdate):
-            is_own = turn.tenant == whose(conn.get_execution_options(), self._blocks)
             updates = need.binds and context.isupdate
-            sessions.meet(conn, turn.tenant, own=is_own, reads=need.reads, updates=updates)
+            meet(
+                conn, context.execution_options, turn.tenant, self._blocks, reads=need.reads, updates=updates
+            )
 
-    def _check_fresh(self, ring: StatementRing, need: Need) -> None:
-        """Refuse to write and to search by keys that may have changed since the process looked."""
-        if (need.binds or need.salts or need.grouped) and self._keyrings.clock.boot() >= ring.write_until:
-            ring.outdated()
 
-    def fetch(self, strategy: Any, turn: Turn, readers: Sequence[tuple[int, Reader]]) -> Fetch:
-        """What stands before a result's cursor strategy, and opens the rows."""
-        return Fetch(strategy, turn, readers)
+class Execution(upstream.Steps):
+    """The way of one statement, as its execution context takes it; mixed into that of the engine's dialect.
+
+    :cvar statements: what the engine does with each of its statements.
+    """
+
+    statements: ClassVar[Statements]
+
+    _byok: tuple[Needs, Turn] | None = None  # of a statement that needs something
+    _byok_readers: list[Reader | None] | None = None  # of the columns that processors were asked for
+
+    @classmethod
+    def of_text(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, text: str, parameters: Any) -> Any:
+        cls.statements.judge_text(text)
+        return super().of_text(dialect, conn, dbapi, options, text, parameters)
+
+    @classmethod
+    def of_ddl(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any) -> Any:
+        cls.statements.judge_ddl(compiled)
+        return super().of_ddl(dialect, conn, dbapi, options, compiled)
+
+    @classmethod
+    def of_compiled(
+        cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any, *more: Any, **kw: Any
+    ) -> Any:
+        needs = compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
+        if needs is kept.UNASKED:
+            needs = cls.statements.ask(compiled)
+        if needs is None:
+            return super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
+        turn = cls.statements.begin(conn, options, needs)
+        if not _is_compiled_for(needs, turn):
+            parameters, clause, _ = more
+            if clause is None:
+                _refuse_precompiled(turn)
+            clause = upstream.resolved(clause).options(cls.statements.fan_out(needs, turn))
+            compiled, extracted, kw = upstream.compiled_anew(conn, clause, parameters, options)
+            more = parameters, clause, extracted
+        token = RUNNING.set(turn)
+        try:
+            self = super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
+        finally:
+            RUNNING.reset(token)
+        self._byok = needs, turn
+        if needs.names_tenant:
+            tenant_column.check_defaults(self, turn.tenant)
+        return self
+
+    def about_to_be_sent(self) -> None:
+        super().about_to_be_sent()
+        if self._byok is not None:
+            try:
+                self.statements.send(self, *self._byok)
+            except BaseException:
+                self.cursor.close()
+                raise
+
+    def processor_of(self, type_: Any, name: str, coltype: Any) -> Any:
+        process = super().processor_of(type_, name, coltype)
+        if self._byok is None:
+            return process
+        if self._byok_readers is None:
+            self._byok_readers = []
+        reads = isinstance(process, Reader) and not upstream.reads_early(self)
+        self._byok_readers.append(process if reads else None)
+        return None if reads else process
+
+    def result_of(self) -> Any:
+        if self._byok is None:
+            return super().result_of()
+        _, turn = self._byok
+        token = RUNNING.set(turn)  # for what it reads itself
+        try:
+            result = super().result_of()
+        finally:
+            RUNNING.reset(token)
+        if self._byok_readers is not None:
+            self.compiled.__dict__[kept.COLUMNS] = Columns.of(self._byok_readers)
+        columns = self.compiled.__dict__.get(kept.COLUMNS)
+        if columns is not None:
+            result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
+        return result
+
+
+def _each(ring: StatementRing) -> Sequence[Keyring]:
+    """The keyrings of single tenants."""
+    return ring.rings if isinstance(ring, AcrossRing) else [ring] if isinstance(ring, Keyring) else []
+
+
+def _is_compiled_for(needs: Needs, turn: Turn) -> bool:
+    """Whether a statement looks up as many search salts as there are."""
+    for owner, ring in turn.rings.items():
+        salts = needs.of[owner].salts
+        if salts and salts != len(ring.live_salts):
+            return False
+    return True
+
+
+def _refuse_precompiled(turn: Turn) -> NoReturn:
+    tenants = ", ".join(sorted(str(ring.tenant) for ring in turn.rings.values()))
+    raise UnsupportedQueryError(
+        f"the search salts of tenant {tenants!r} are being rotated, and this statement was compiled beforehand for "
+        "another number of them; execute the statement itself"
+    )
 
 
 def _refuse_nobody(need: Need) -> None:

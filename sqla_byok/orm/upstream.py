@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from importlib.util import find_spec
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_
@@ -28,17 +29,13 @@ from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
-from sqla_byok.orm.current import RUNNING
-
-if TYPE_CHECKING:
-    from sqla_byok.orm.statements import Statements
-
 __all__ = [
     "FanOut",
     "Named",
     "Parts",
+    "Steps",
     "children",
-    "compared",
+    "compiled_anew",
     "conflict_columns",
     "conflict_criteria",
     "conflict_elements",
@@ -47,21 +44,16 @@ __all__ = [
     "criteria",
     "executed",
     "fanned_out",
-    "held",
     "held_to",
-    "hold",
     "in_greenlet",
-    "known",
-    "met",
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
-    "note_compared",
     "ordering",
     "parts",
-    "pass_through",
     "plain_table",
     "proxied",
+    "reads_early",
     "referred",
     "render_again",
     "resolved",
@@ -71,9 +63,9 @@ __all__ = [
     "row_of",
     "rows_of_values",
     "run_or_await",
-    "searched",
     "select_names",
     "selected_by",
+    "step_in",
     "target",
     "text_of",
     "unique_columns",
@@ -107,28 +99,6 @@ def fanned_out(compiler: Any) -> Mapping[str | None, int]:
         if isinstance(option, FanOut):
             return dict(option.live)
     return {}
-
-
-def note_compared(compiler: Any, live: int, owner: str | None, specs: Iterable[Any] = ()) -> None:
-    """Keep with a statement, while it is compiled, that it compares search hashes, by so many search salts.
-
-    :param owner: whose they are, where they are not the statement's tenant's.
-    :param specs: how the hashes are made that it compares.
-    """
-    compiler.__dict__.setdefault("_sqla_byok_live", {})[owner] = live
-    compiler.__dict__.setdefault("_sqla_byok_searched", {}).setdefault(owner, set()).update(specs)
-
-
-def compared(compiled: Any) -> Mapping[str | None, int]:
-    """By how many search salts a compiled statement compares hashes, by whose they are."""
-    live: Mapping[str | None, int] = compiled.__dict__.get("_sqla_byok_live", {})
-    return live
-
-
-def searched(compiled: Any) -> dict[str | None, frozenset[Any]]:
-    """How the search hashes are made that a compiled statement compares, by the columns' owners."""
-    found = compiled.__dict__.get("_sqla_byok_searched", {})
-    return {owner: frozenset(specs) for owner, specs in found.items()}
 
 
 def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
@@ -298,141 +268,78 @@ def result_types(compiled: Any) -> Iterator[Any]:
     return (column.type for column in getattr(compiled, "_result_columns", None) or ())
 
 
-def known(compiled: Any, ask: Callable[[Any], T]) -> T:
-    """What ``ask`` says of a compiled statement, asked once and kept with it."""
-    kept = compiled.__dict__
-    if "_sqla_byok" not in kept:
-        kept["_sqla_byok"] = ask(compiled)
-    found: T = kept["_sqla_byok"]
-    return found
-
-
-def hold(connection: Any, ring: Any) -> None:
-    """Keep a keyring for as long as the connection's transaction lasts."""
-    connection._sqla_byok_unit = (connection.get_transaction(), ring)
-
-
-def held(connection: Any) -> Any:
-    """The keyring that :func:`hold` kept in this transaction; None after its end."""
-    transaction, ring = connection.__dict__.get("_sqla_byok_unit") or (None, None)
-    return ring if transaction is not None and transaction is connection.get_transaction() else None
-
-
-def met(connection: Any) -> list[Any]:
-    """For whom the connection's transaction has worked so far, in order; to be added to."""
-    transaction = connection.get_transaction()
-    known = connection.__dict__.get("_sqla_byok")
-    if known is None or known[0] is not transaction:
-        known = connection._sqla_byok = (transaction, [])
-    tenants: list[Any] = known[1]
-    return tenants
-
-
 # -- how a statement is executed ---------------------------------------------------------------------------------------
 
 
-def pass_through(engine: Engine, statements: Statements, reader: type) -> None:
-    """Have all executions on an engine pass ``statements``, those of its views and of open connections too.
+class Steps:
+    """The steps of an execution, under names of ours: those of SQLAlchemy's execution context that we step into."""
 
-    SQLAlchemy makes an execution context for each execution, of a class that the dialect names. A subclass of it sees
-    the compiled statement before parameters are bound, which no event does, and costs a bystander next to nothing.
+    compiled: Any
+    cursor: Any
+    execution_options: Any
+    root_connection: Any
 
-    :param reader: the class of the result processors that open values at the fetch.
+    if TYPE_CHECKING:
+
+        @classmethod
+        def of_text(
+            cls, dialect: Any, conn: Any, dbapi: Any, options: Any, text: str, parameters: Any
+        ) -> Any:
+            """Begin the execution of a statement that is text."""
+
+        @classmethod
+        def of_ddl(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any) -> Any:
+            """Begin the execution of compiled DDL."""
+
+        @classmethod
+        def of_compiled(
+            cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any, *more: Any, **kw: Any
+        ) -> Any:
+            """Begin the execution of a compiled statement: its parameters are bound here."""
+
+        def about_to_be_sent(self) -> None:
+            """What is to be done in the transaction, before the cursor is given the statement."""
+
+        def processor_of(self, type_: Any, name: str, coltype: Any) -> Any:
+            """The result processor of a column; asked for each of the cursor's columns in order, until it is known."""
+
+        def result_of(self) -> Any:
+            """The result, once the cursor has executed the statement."""
+
+
+_STEPS = {
+    "of_text": "_init_statement",
+    "of_ddl": "_init_ddl",
+    "of_compiled": "_init_compiled",
+    "about_to_be_sent": "pre_exec",
+    "processor_of": "get_result_processor",
+    "result_of": "_setup_result_proxy",
+}
+
+
+def step_in(engine: Engine, steps: type[Steps], **attributes: Any) -> None:
+    """Have all executions on an engine take these steps, those of its views and of open connections too.
+
+    SQLAlchemy makes an execution context for each execution, of a class that the dialect names. A subclass sees the
+    compiled statement before its parameters are bound, which no event does, and costs a bystander next to nothing.
+
+    :param steps: calls ``super()`` for what SQLAlchemy does.
+    :param attributes: what the class gets besides.
     """
-    engine.dialect.execution_ctx_cls = _context_class(engine.dialect.execution_ctx_cls, statements, reader)
+    plain = engine.dialect.execution_ctx_cls
+    named = type(
+        plain.__name__, (Steps, plain), {ours: getattr_static(plain, name) for ours, name in _STEPS.items()}
+    )
+    ours = {name: getattr_static(steps, ours) for ours, name in _STEPS.items()}
+    engine.dialect.execution_ctx_cls = type(plain.__name__, (steps, named), {**attributes, **ours})
     engine.clear_compiled_cache()  # what was compiled and read before keeps result processors that are not ours
 
 
-def _context_class(plain: Any, statements: Statements, reader: type) -> Any:
-    class Context(plain):  # type: ignore[misc] # whatever class the dialect has
-        # The needs and the turn of a statement that has some.
-        _byok: tuple[Any, Any] | None = None
+def compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """What SQLAlchemy makes of a statement before it executes it: the statement compiled, or found compiled.
 
-        @classmethod
-        def _init_statement(
-            cls, dialect: Any, conn: Any, dbapi: Any, options: Any, text: str, parameters: Any
-        ) -> Any:
-            statements.judge_text(text)
-            return super()._init_statement(dialect, conn, dbapi, options, text, parameters)
-
-        @classmethod
-        def _init_ddl(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any) -> Any:
-            statements.judge_ddl(compiled)
-            return super()._init_ddl(dialect, conn, dbapi, options, compiled)
-
-        @classmethod
-        def _init_compiled(
-            cls, dialect: Any, conn: Any, dbapi: Any, options: Any,
-            compiled: Any, parameters: Any, clause: Any, extracted: Any, **more: Any,
-        ) -> Any:  # fmt: skip
-            needs = statements.needs(compiled)
-            if needs is None:
-                return super()._init_compiled(
-                    dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
-                )
-            turn = statements.begin(conn, options, needs)
-            fan_out = statements.fan_out(needs, turn, precompiled=clause is None)
-            if fan_out is not None:
-                clause = resolved(clause).options(fan_out)
-                compiled, extracted, more = _compiled_anew(conn, clause, parameters, options)
-            token = RUNNING.set(turn)
-            try:
-                self = super()._init_compiled(
-                    dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
-                )
-            finally:
-                RUNNING.reset(token)
-            self._byok = needs, turn
-            statements.bound(self, needs, turn)
-            return self
-
-        def pre_exec(self) -> None:
-            super().pre_exec()
-            if self._byok is not None:
-                try:
-                    statements.send(self.root_connection, self, *self._byok)
-                except BaseException:
-                    self.cursor.close()
-                    raise
-
-        def get_result_processor(self, type_: Any, colname: str, coltype: Any) -> Any:
-            process = super().get_result_processor(type_, colname, coltype)
-            if self._byok is None:
-                return process
-            # Asked for each column of the cursor, in order, where the statement is executed first.
-            is_reader = isinstance(process, reader)
-            self.__dict__.setdefault("_byok_columns", []).append(process if is_reader else None)
-            return None if is_reader and not self._is_implicit_returning else process
-
-        def _setup_result_proxy(self) -> Any:
-            if self._byok is None:
-                return super()._setup_result_proxy()
-            _, turn = self._byok
-            token = RUNNING.set(turn)  # for what it reads itself: RETURNING beside server defaults
-            try:
-                result = super()._setup_result_proxy()
-            finally:
-                RUNNING.reset(token)
-            readers = self._byok_readers()
-            if readers and not result._soft_closed and not self._is_implicit_returning:
-                result.cursor_strategy = statements.fetch(result.cursor_strategy, turn, readers)
-            return result
-
-        def _byok_readers(self) -> Any:
-            """The places of the columns that are opened at the fetch, and what opens each."""
-            columns, kept = self.__dict__.get("_byok_columns"), self.compiled.__dict__
-            if columns is not None:
-                kept["_sqla_byok_readers"] = [
-                    (place, process) for place, process in enumerate(columns) if process is not None
-                ]
-            return kept.get("_sqla_byok_readers", ())
-
-    Context.__name__, Context.__qualname__ = plain.__name__, plain.__qualname__
-    return Context
-
-
-def _compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """What SQLAlchemy makes of a statement before it is executed: compiled or found compiled."""
+    :returns: the compiled statement, the values that were taken out of it, and what else its execution is told.
+    """
     compiled, extracted, *rest = clause._compile_w_cache(
         dialect=conn.dialect,
         compiled_cache=options.get("compiled_cache", conn.engine._compiled_cache),
@@ -445,6 +352,12 @@ def _compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tup
     if len(rest) > 1:  # 2.1
         more["param_dict"] = rest[0]
     return compiled, extracted, more
+
+
+def reads_early(context: Any) -> bool:
+    """Whether SQLAlchemy reads the result before it gives it away: RETURNING for server defaults."""
+    early: bool = context._is_implicit_returning
+    return early
 
 
 # -- what the guard reads of a statement -------------------------------------------------------------------------------
