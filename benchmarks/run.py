@@ -338,7 +338,8 @@ def memory_of_a_tenant(tenants: int = 2_000) -> float:
 import os, resource
 from sqla_byok.crypto.formats import *
 from sqla_byok.crypto.hashes import Scope
-from sqla_byok.keys.keyring import Keyring, SealedRecord
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.rows import SealedRecord
 
 def ring(number):
     tenant = f"tenant-{{number}}"

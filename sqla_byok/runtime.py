@@ -35,8 +35,9 @@ from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
 from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore, Wrapping
+from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore
 from sqla_byok.keys.onboarding import Onboarding, Proof
+from sqla_byok.keys.rows import Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.keys.searchable import NOTHING, SearchableColumns
 from sqla_byok.kms import Kms, Operator, Salts, providers
@@ -187,13 +188,7 @@ class Byok(Secret):
         self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
         self._keyrings = Keyrings(self._keystore, self._customer_keys, salts, clock, max_tenants, self._audit)
         generations = self._generations = Generations(
-            self._keystore,
-            self._keyrings.row,
-            self._keyrings.unwrap,
-            self._customer_keys.rewrap,
-            salts,
-            clock,
-            self._audit,
+            self._keystore, self._customer_keys, salts, clock, self._audit
         )
         self._searchable = SearchableColumns(generations.search, generations.settle)
 

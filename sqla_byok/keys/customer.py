@@ -6,20 +6,21 @@ import hmac
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqla_byok.audit import Audit, KmsCalled
-from sqla_byok.crypto.formats import Secret
+from sqla_byok.crypto.formats import Secret, TenantKey, new_key, pack_tenant_key
 from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeystoreTamperedError,
+    KmsNoAnswerError,
     KmsUnavailableError,
     WrongKeyError,
 )
-from sqla_byok.keys.keystore import Wrapping
+from sqla_byok.keys.rows import TenantRow, Wrapping
 from sqla_byok.kms import Kms, KmsClient, Operator, Wrapped, describe
 from sqla_byok.kms.base import request_id
 
@@ -103,18 +104,45 @@ class CustomerKeys(Secret):
                 self._failing -= failing
                 turn.notify()
 
-    def unwrap(self, wrapping: Wrapping, tenant: str, reason: str) -> bytes:
-        """Open a wrapped tenant key: one KMS call."""
+    def unwrap(self, row: TenantRow, reason: str) -> bytes:
+        """What the row's wrappings hold: one KMS call; the next is tried only on "no answer", never on "no"."""
+        unanswered: list[KmsNoAnswerError] = []
+        for wrapping in row.wrappings:
+            try:
+                return self.unwrap_one(wrapping, row.tenant, reason)
+            except KmsNoAnswerError as error:
+                unanswered.append(error)
+        raise unanswered[0]
+
+    def unwrap_one(self, wrapping: Wrapping, tenant: str, reason: str) -> bytes:
+        """What one wrapping holds: one KMS call."""
         kms = self.describe(wrapping)
         client = self.client(kms, reason)
         wrapped = Wrapped(wrapping.wrapped, wrapping.kms_key_version)
         return self.call(lambda: client.unwrap(wrapped, tenant=tenant), kms, "unwrap", tenant, reason)
 
-    def wrap(self, kms: Kms, payload: bytes, tenant: str, reason: str) -> Wrapping:
-        """Wrap a tenant key under a customer key, and prove by unwrapping that it comes back: two KMS calls.
+    def new_tenant_key(
+        self, tenant: str, generation: int, under: Iterable[Kms], reason: str
+    ) -> tuple[TenantKey, list[Wrapping]]:
+        """Make a tenant key, and :meth:`wrap` it."""
+        secret = new_key()
+        try:
+            wrappings = self.wrap(pack_tenant_key(secret, tenant, generation), under, tenant, reason)
+            return TenantKey(secret, tenant, generation), wrappings
+        finally:
+            secret = b""  # crash reports show the variables of each frame
+
+    def wrap(self, payload: bytes, under: Iterable[Kms], tenant: str, reason: str) -> list[Wrapping]:
+        """Wrap a tenant key under customer keys, and prove by unwrapping that it comes back: two KMS calls for each.
 
         :raises WrongKeyError: something else comes back.
         """
+        try:
+            return [self._wrap(payload, kms, tenant, reason) for kms in under]
+        finally:
+            payload = b""
+
+    def _wrap(self, payload: bytes, kms: Kms, tenant: str, reason: str) -> Wrapping:
         back = b""
         try:
             client = self.client(kms, reason)
@@ -125,15 +153,8 @@ class CustomerKeys(Secret):
                     f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
                 )
         finally:
-            payload = back = b""  # crash reports show the variables of each frame
+            payload = back = b""
         return Wrapping(kms.provider, stored_config(kms), wrapped.blob, wrapped.key_version)
-
-    def rewrap(self, payload: bytes, under: Wrapping, tenant: str) -> Wrapping:
-        """:meth:`wrap` under the customer key that a wrapping names."""
-        try:
-            return self.wrap(self.describe(under), payload, tenant, "rewrap")
-        finally:
-            payload = b""
 
     def call(self, ask: Callable[[], T], kms: Kms, operation: str, tenant: str, reason: str) -> T:
         """Make one KMS call and tell the audit."""

@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
+from typing import NoReturn, Protocol, cast
 
-from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
+from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError, KeystoreUnavailableError
+from sqla_byok.keys.rows import SealedRecord, Wrapping
 from sqla_byok.keys.searchable import Searchable
+from sqla_byok.kms import Kms, KmsClient
 
-if TYPE_CHECKING:
-    from sqla_byok.keys.keystore import Wrapping
-    from sqla_byok.kms import Kms, KmsClient
-
-__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "Lease", "SealedRecord", "SystemClock"]
+__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "Lease", "SystemClock"]
 
 # When a keyring in use is renewed, as parts of revoke_within: early enough for many tries, and spread so widely that
 # tenants that were opened together do not stay together.
@@ -59,21 +57,6 @@ class SystemClock:
     )
     wall = staticmethod(time.time)
     sleep = staticmethod(time.sleep)
-
-
-class SealedRecord(NamedTuple):
-    """A generation of a data key or search salt, as the keystore holds it."""
-
-    kind: str
-    generation: int
-    id: bytes
-    state: str
-    sealed: bytes
-
-    @property
-    def record(self) -> Record:
-        """What the manifest says of it."""
-        return Record(self.kind, self.generation, self.id, self.state)
 
 
 class _Salts(Secret, dict[tuple[str, Scope], bytes]):

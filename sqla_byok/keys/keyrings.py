@@ -23,25 +23,24 @@ from datetime import date, datetime, time, timedelta, timezone
 from typing import NamedTuple, TypeVar
 
 from sqla_byok.audit import Actor, Audit, KeysOpened, acting
-from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
+from sqla_byok.crypto.formats import Secret, TenantKey
 from sqla_byok.crypto.values import DECRYPT_FAILURES
 from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeysExpiredError,
     KeystoreConflictError,
-    KeystoreTamperedError,
     KeystoreUnavailableError,
     KmsError,
     KmsNoAnswerError,
     KmsUnavailableError,
-    UnknownTenantError,
     WrongKeyError,
 )
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
-from sqla_byok.keys.keyring import Clock, Keyring, Lease, SealedRecord
-from sqla_byok.keys.keystore import Keystore, State, TenantRow, Wrapping
+from sqla_byok.keys.keyring import Clock, Keyring, Lease
+from sqla_byok.keys.keystore import Keystore
+from sqla_byok.keys.rows import SealedRecord, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.keys.searchable import Searchable, Written
 from sqla_byok.kms import Kms, KmsClient, Wrapped
@@ -246,11 +245,12 @@ class Keyrings(Secret):
         """
         now, tries = self._boot(), 0
         while True:
-            row = self.row(ring.tenant)
+            row = self._keystore.row(ring.tenant)
             if row.tenant_key_id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed meanwhile
                 return self.record(self.get(ring.tenant), written)
-            self._authenticate(ring.tenant_key, row)
+            row.check(ring.tenant_key)
+            self._keystore.note(row)
             noted = Searchable.parse(row.searchable, ring.tenant).recorded(written).text
             new = row if noted == row.searchable else row.next(ring.tenant_key, searchable=noted)
             try:
@@ -598,7 +598,7 @@ class Keyrings(Secret):
                 if self._is_current(each, states.get(each.tenant)):
                     self._looked(each, now)
             if not self._is_current(ring, states.get(ring.tenant)):
-                row = self.row(ring.tenant)
+                row = self._keystore.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
                 ring = self._succeed(ring, row, self._checked(ring.tenant_key, row))
@@ -671,7 +671,7 @@ class Keyrings(Secret):
 
     def _open(self, tenant: str, reason: str) -> _Opened:
         """One KMS call, and all that has to be true before its answer is used."""
-        looked, row = self._boot(), self.row(tenant)
+        looked, row = self._boot(), self._keystore.row(tenant)
         try:
             self.health.admit(tenant)
             with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
@@ -684,9 +684,11 @@ class Keyrings(Secret):
     def _ask(self, row: TenantRow, reason: str, looked: float) -> _Opened:
         boot, wall = self._boot(), self._wall()
         try:
-            tenant_key = TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
+            tenant_key = row.open(self._customer_keys.unwrap(row, reason))
             asked = request_id.get()
-            return _Opened(row, tenant_key, self._checked(tenant_key, row), looked, boot, wall, asked)
+            self._keystore.note(row)
+            records = self._salts.resolve(tenant_key, row.generations)
+            return _Opened(row, tenant_key, records, looked, boot, wall, asked)
         except KmsError as error:
             self.health.failed(row.tenant, error)
             raise
@@ -780,46 +782,11 @@ class Keyrings(Secret):
             self._looked(newer, opened.looked)
         self._audit.tell(KeysOpened(row.tenant, "refresh", request_id=opened.request_id))
 
-    def unwrap(self, row: TenantRow, reason: str = "rotate") -> bytes:
-        """One KMS call; the next wrapping is tried only on "no answer", never on "no"."""
-        unanswered: KmsNoAnswerError | None = None
-        for wrapping in row.wrappings:
-            try:
-                return unpack_tenant_key(
-                    self._customer_keys.unwrap(wrapping, row.tenant, reason),
-                    row.tenant,
-                    row.tenant_key_generation,
-                )
-            except KmsNoAnswerError as error:
-                unanswered = error if unanswered is None else unanswered
-        if unanswered is None:
-            raise KeystoreTamperedError(f"tenant {row.tenant!r} has no wrapped tenant key", tenant=row.tenant)
-        raise unanswered
-
-    def row(self, tenant: str) -> TenantRow:
-        """The tenant's authenticated row, no older than the newest that this process has seen."""
-        row = self._keystore.load(tenant)
-        if row is None:
-            raise UnknownTenantError(
-                f"tenant {tenant!r} is not in the keystore; onboard it first, or it was removed",
-                tenant=tenant,
-            )
-        return row
-
     def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
         """The row's generations, once the tenant key has authenticated the list of them."""
-        self._authenticate(tenant_key, row)
-        return self._salts.resolve(tenant_key, row.generations)
-
-    def _authenticate(self, tenant_key: TenantKey, row: TenantRow) -> None:
-        if tenant_key.id != row.tenant_key_id:
-            raise KeystoreTamperedError(
-                f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
-            )
-        tenant_key.check_manifest(
-            row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
-        )
+        row.check(tenant_key)
         self._keystore.note(row)
+        return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:
         soon, lease = now + POLL_EVERY, ring.lease
