@@ -29,11 +29,12 @@ from sqla_byok.errors import (
     NoTenantError,
     UnsupportedQueryError,
 )
+from sqla_byok.keys.clock import Clock, SystemClock
 from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.database import open_database
 from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
-from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore
 from sqla_byok.keys.onboarding import Onboarding, Proof

@@ -649,10 +649,10 @@ def test_the_page_tells_each_silence() -> None:
 
 def test_the_page_tells_the_numbers_of_the_code() -> None:
     """When a refresh is due, and how long the breaker leaves a KMS alone."""
-    from sqla_byok.keys import health, keyring, keyrings
+    from sqla_byok.keys import clock, health, keyrings
 
     (share,) = re.findall(r"between ([0-9.]+) and ([0-9.]+) of `revoke_within`", PAGE)
-    assert tuple(map(float, share)) == (keyring.REFRESH_FROM, keyring.REFRESH_TO)
+    assert tuple(map(float, share)) == (clock.REFRESH_FROM, clock.REFRESH_TO)
     assert health._LONGEST == LONGEST_BACK_OFF
     assert f"at most {LONGEST_BACK_OFF} seconds" in PAGE
     assert f"{keyrings.UNIT_WITHIN:.0f} seconds at most" in PAGE

@@ -34,8 +34,8 @@ from sqla_byok.crypto.formats import (
     new_search_salt,
 )
 from sqla_byok.errors import ConfigurationError, KeystoreConflictError
+from sqla_byok.keys.clock import Clock
 from sqla_byok.keys.customer import CustomerKeys
-from sqla_byok.keys.keyring import Clock
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 from sqla_byok.keys.keystore import Keystore
 from sqla_byok.keys.rows import SealedRecord, TenantRow, Wrapping

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sqla_byok.audit import Audit, KeyStateChanged
 from sqla_byok.errors import KmsError
-from sqla_byok.keys.keyring import Clock
+from sqla_byok.keys.clock import Clock
 
 __all__ = ["CLOSED", "DARK", "FRESH", "GRACE", "Health"]
 

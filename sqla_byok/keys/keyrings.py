@@ -36,9 +36,10 @@ from sqla_byok.errors import (
     KmsUnavailableError,
     WrongKeyError,
 )
+from sqla_byok.keys.clock import Clock, Lease
 from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
-from sqla_byok.keys.keyring import Clock, Keyring, Lease
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keystore import Keystore
 from sqla_byok.keys.rows import SealedRecord, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
@@ -223,6 +224,17 @@ class Keyrings(Secret):
             finally:
                 opening.leave(leads)
         return ring
+
+    def check(self, ring: Keyring) -> None:
+        """Look at both clocks in the middle of a result. Does no I/O; a renewal that is due is begun in the background.
+
+        :raises KeysExpiredError: the keyring's time is up; its keys are taken away.
+        """
+        now, lease = self._boot(), ring.lease
+        if not lease.live(now, self._wall()):
+            ring.end()
+        if now >= lease.refresh_at:
+            self.refresh_soon(ring)
 
     def look(self, ring: Keyring) -> Keyring | None:
         """The keyring of a unit of work with what changed since it last looked; None where it has to be opened anew."""

@@ -17,8 +17,8 @@ from sqla_byok.crypto.formats import (
     new_search_salt,
 )
 from sqla_byok.errors import ConfigurationError, TenantExistsError
+from sqla_byok.keys.clock import Clock
 from sqla_byok.keys.customer import CustomerKeys, stored_config
-from sqla_byok.keys.keyring import Clock
 from sqla_byok.keys.keystore import Keystore
 from sqla_byok.keys.rows import SealedRecord, TenantRow
 from sqla_byok.keys.salts import ExternalSalts

@@ -28,7 +28,8 @@ from sqla_byok.errors import (
     TenantMismatchError,
     UnsupportedQueryError,
 )
-from sqla_byok.keys.keyring import Clock, Keyring
+from sqla_byok.keys.clock import Clock
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import NOTHING, HashSpec, Searchable, Written
 from sqla_byok.orm import direct, tenancy, upstream
