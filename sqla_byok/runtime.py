@@ -29,8 +29,8 @@ from sqla_byok.errors import (
     NoTenantError,
     UnsupportedQueryError,
 )
+from sqla_byok.keys.calls import KmsCalls, stored_config
 from sqla_byok.keys.clock import Clock, SystemClock
-from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.database import open_database
 from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
@@ -185,12 +185,10 @@ class Byok(Secret):
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
         operator = Operator(self._secrets, credentials or {})
         salts = ExternalSalts(profiles, operator)
-        self._customer_keys = CustomerKeys(profiles, operator, self._audit)
-        self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
-        self._keyrings = Keyrings(self._keystore, self._customer_keys, salts, clock, max_tenants, self._audit)
-        generations = self._generations = Generations(
-            self._keystore, self._customer_keys, salts, clock, self._audit
-        )
+        self._calls = KmsCalls(profiles, operator, self._audit)
+        self._onboarding = Onboarding(self._keystore, self._calls, salts, default_kms, clock)
+        self._keyrings = Keyrings(self._keystore, self._calls, salts, clock, max_tenants, self._audit)
+        generations = self._generations = Generations(self._keystore, self._calls, salts, clock, self._audit)
         self._searchable = SearchableColumns(generations.search, generations.settle)
 
     # -- setting up --------------------------------------------------------------------------------------------------
@@ -889,7 +887,7 @@ class Byok(Secret):
     def _expiries(self) -> Iterator[tuple[str, date | None]]:
         for tenant, provider, config in self._keystore.configs():
             with suppress(KeystoreTamperedError, ConfigurationError):
-                yield tenant, self._customer_keys.describe(Wrapping(provider, config, b"", "")).expires()
+                yield tenant, self._calls.describe(Wrapping(provider, config, b"", "")).expires()
 
     def _require_attached(self, engine: object) -> None:
         if not isinstance(engine, Engine):

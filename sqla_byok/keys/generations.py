@@ -34,8 +34,8 @@ from sqla_byok.crypto.formats import (
     new_search_salt,
 )
 from sqla_byok.errors import ConfigurationError, KeystoreConflictError
+from sqla_byok.keys.calls import KmsCalls
 from sqla_byok.keys.clock import Clock
-from sqla_byok.keys.customer import CustomerKeys
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 from sqla_byok.keys.keystore import Keystore
 from sqla_byok.keys.rows import SealedRecord, TenantRow, Wrapping
@@ -65,7 +65,7 @@ class Generations(Secret):
     three conflicts in a row it gives up. Each opens the tenant key anew, so that the customer's KMS has its say.
 
     :param keystore: where the rows are.
-    :param customer_keys: asks the tenants' KMS.
+    :param calls: asks the tenants' KMS.
     :param salts: keeps the search salts that are kept elsewhere.
     :param clock: sleeps while a change settles.
     :param audit: hears of each change, after it was stored.
@@ -74,12 +74,12 @@ class Generations(Secret):
     def __init__(
         self,
         keystore: Keystore,
-        customer_keys: CustomerKeys,
+        calls: KmsCalls,
         salts: ExternalSalts,
         clock: Clock,
         audit: Audit,
     ) -> None:
-        self._keystore, self._customer_keys, self._salts = keystore, customer_keys, salts
+        self._keystore, self._calls, self._salts = keystore, calls, salts
         self._clock, self._audit = clock, audit
 
     def rotate(self, tenant: str, kind: str) -> int:
@@ -275,8 +275,8 @@ class Generations(Secret):
 
     def _rekeyed(self, row: TenantRow) -> TenantRow:
         old = self._open(row)
-        under = [self._customer_keys.describe(wrapping) for wrapping in row.wrappings]
-        new, wrappings = self._customer_keys.new_tenant_key(
+        under = [self._calls.describe(wrapping) for wrapping in row.wrappings]
+        new, wrappings = self._calls.new_tenant_key(
             row.tenant, row.tenant_key_generation + 1, under, "rewrap"
         )
         return row.next(
@@ -292,17 +292,17 @@ class Generations(Secret):
         return record.resealed(old, new)
 
     def _rewrapped(self, row: TenantRow, under: Sequence[Wrapping]) -> TenantRow:
-        payload = self._customer_keys.unwrap(row, "rotate")
+        payload = self._calls.unwrap(row, "rotate")
         try:
             tenant_key = row.open(payload)
-            kms = [self._customer_keys.describe(wrapping) for wrapping in under]
-            wrappings = self._customer_keys.wrap(payload, kms, row.tenant, "rewrap")
+            kms = [self._calls.describe(wrapping) for wrapping in under]
+            wrappings = self._calls.wrap(payload, kms, row.tenant, "rewrap")
             return row.next(tenant_key, wrappings=wrappings)
         finally:
             payload = b""  # crash reports show the variables of each frame
 
     def _open(self, row: TenantRow) -> TenantKey:
-        return row.open(self._customer_keys.unwrap(row, "rotate"))
+        return row.open(self._calls.unwrap(row, "rotate"))
 
 
 def _pending(row: TenantRow, kind: str) -> SealedRecord | None:

@@ -36,8 +36,8 @@ from sqla_byok.errors import (
     KmsUnavailableError,
     WrongKeyError,
 )
+from sqla_byok.keys.calls import CALLS_AT_ONCE, KmsCalls
 from sqla_byok.keys.clock import Clock, Lease
-from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keystore import Keystore
@@ -132,7 +132,7 @@ class Keyrings(Secret):
     """Every open tenant of a process.
 
     :param keystore: where the sealed keys are.
-    :param customer_keys: asks the tenants' KMS.
+    :param calls: asks the tenants' KMS.
     :param salts: reads the search salts that are kept elsewhere.
     :param clock: where time is read.
     :param capacity: how many tenants stay open; beyond it the longest unused one goes.
@@ -142,14 +142,14 @@ class Keyrings(Secret):
     def __init__(
         self,
         keystore: Keystore,
-        customer_keys: CustomerKeys,
+        calls: KmsCalls,
         salts: ExternalSalts,
         clock: Clock,
         capacity: int,
         audit: Audit,
     ) -> None:
         self._keystore = keystore
-        self._customer_keys = customer_keys
+        self._calls = calls
         self._salts = salts
         self.clock = clock
         self._boot, self._wall = clock.boot, clock.wall
@@ -351,7 +351,7 @@ class Keyrings(Secret):
         self.health.admit(ring.tenant)
         kms, client = self._direct(ring)
         try:
-            answer = self._customer_keys.call(lambda: ask(client), kms, operation, ring.tenant, "direct")
+            answer = self._calls.call(lambda: ask(client), kms, operation, ring.tenant, "direct")
         except WrongKeyError:
             raise  # says something of the value, not of the key
         except KmsError as error:
@@ -669,8 +669,8 @@ class Keyrings(Secret):
         """The customer key of an open tenant, and what calls it; kept with the keyring until it is renewed."""
         found = ring.client
         if found is None:
-            kms = self._customer_keys.describe(self._wrapping(ring))
-            found = ring.client = kms, self._customer_keys.client(kms, "direct")
+            kms = self._calls.describe(self._wrapping(ring))
+            found = ring.client = kms, self._calls.client(kms, "direct")
         return found
 
     @staticmethod
@@ -686,7 +686,7 @@ class Keyrings(Secret):
         looked, row = self._boot(), self._keystore.row(tenant)
         try:
             self.health.admit(tenant)
-            with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
+            with self._calls.turn(tenant, failing=self.health.failing(tenant) is not None):
                 return self._ask(row, reason, looked)
         except KmsError as error:
             if tenant not in self._rings:
@@ -696,7 +696,7 @@ class Keyrings(Secret):
     def _ask(self, row: TenantRow, reason: str, looked: float) -> _Opened:
         boot, wall = self._boot(), self._wall()
         try:
-            tenant_key = row.open(self._customer_keys.unwrap(row, reason))
+            tenant_key = row.open(self._calls.unwrap(row, reason))
             asked = request_id.get()
             self._keystore.note(row)
             records = self._salts.resolve(tenant_key, row.generations)
@@ -727,7 +727,7 @@ class Keyrings(Secret):
         lease.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
         ring.wrapping, ring.expires = (
             row.wrappings[0],
-            self._customer_keys.describe(row.wrappings[0]).expires(),
+            self._calls.describe(row.wrappings[0]).expires(),
         )
         ring.client = None  # the next direct call authenticates anew
         self.health.succeeded(ring.tenant, CLOSED if lease.one_unit else FRESH)
@@ -848,5 +848,5 @@ class Keyrings(Secret):
             # Its sockets are the parent's, and so may a lock be that a thread of the parent's held.
             ring.lease.refreshing, ring.client = False, None
         self.health.after_fork()
-        self._customer_keys.after_fork()
+        self._calls.after_fork()
         self._keystore.database.after_fork()

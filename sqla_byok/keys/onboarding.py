@@ -17,8 +17,8 @@ from sqla_byok.crypto.formats import (
     new_search_salt,
 )
 from sqla_byok.errors import ConfigurationError, TenantExistsError
+from sqla_byok.keys.calls import KmsCalls, stored_config
 from sqla_byok.keys.clock import Clock
-from sqla_byok.keys.customer import CustomerKeys, stored_config
 from sqla_byok.keys.keystore import Keystore
 from sqla_byok.keys.rows import SealedRecord, TenantRow
 from sqla_byok.keys.salts import ExternalSalts
@@ -54,7 +54,7 @@ class Onboarding(Secret):
     """Writes tenants' first rows, and changes how their customer key is reached.
 
     :param keystore: where the rows are.
-    :param customer_keys: asks the tenants' KMS.
+    :param calls: asks the tenants' KMS.
     :param salts: keeps search salts elsewhere.
     :param default_kms: the vendor's own key, for tenants that bring none.
     :param clock: where time is read.
@@ -63,12 +63,12 @@ class Onboarding(Secret):
     def __init__(
         self,
         keystore: Keystore,
-        customer_keys: CustomerKeys,
+        calls: KmsCalls,
         salts: ExternalSalts,
         default_kms: Kms | None,
         clock: Clock,
     ) -> None:
-        self._keystore, self._customer_keys, self._salts = keystore, customer_keys, salts
+        self._keystore, self._calls, self._salts = keystore, calls, salts
         self._default_kms, self._clock = default_kms, clock
 
     def onboard(
@@ -106,9 +106,9 @@ class Onboarding(Secret):
         """Ask the tenant's KMS to unwrap the stored tenant key, and measure how long it takes."""
         row = self._keystore.row(tenant)
         wrapping = row.wrappings[0]
-        kms = self._customer_keys.describe(wrapping)
+        kms = self._calls.describe(wrapping)
         started = time.perf_counter()
-        row.open(self._customer_keys.unwrap_one(wrapping, tenant, "probe"))
+        row.open(self._calls.unwrap_one(wrapping, tenant, "probe"))
         seconds = time.perf_counter() - started
         expires = kms.expires()
         return Proof(
@@ -120,7 +120,7 @@ class Onboarding(Secret):
         row = self._keystore.row(tenant)
         kms, claims = self.bound(tenant, kms)
         first = row.wrappings[0]
-        known = self._customer_keys.describe(first)
+        known = self._calls.describe(first)
         if kms.provider != known.provider or kms.claims()[:1] != known.claims()[:1]:
             raise ConfigurationError(
                 f"this is another key than tenant {tenant!r} has; update_credentials() swaps the credential of the "
@@ -133,7 +133,7 @@ class Onboarding(Secret):
         self._keystore.check_claims(tenant, claims)
         # No name for the key here: no frame that touches the database holds a secret which a crash report could show.
         new = row.next(
-            row.open(self._customer_keys.unwrap_one(changed, tenant, "update-credentials")),
+            row.open(self._calls.unwrap_one(changed, tenant, "update-credentials")),
             wrappings=[changed, *row.wrappings[1:]],
         )
         self._keystore.replace(row, new, claims)
@@ -205,7 +205,7 @@ class Onboarding(Secret):
 
         Made here, so that no frame that touches the database holds a secret which a crash report could show.
         """
-        tenant_key, wrappings = self._customer_keys.new_tenant_key(tenant, 1, [kms], "onboard")
+        tenant_key, wrappings = self._calls.new_tenant_key(tenant, 1, [kms], "onboard")
         data_key = tenant_key.seal(DATA_KEY, 1, new_key())
         salt = (
             tenant_key.seal(SEARCH_SALT, 1, new_search_salt())

@@ -675,7 +675,7 @@ def test_no_frame_that_touches_the_database_holds_a_secret(
     monkeypatch.setattr(Keystore, "replace", look)
     getattr(world.one.byok, change)("t1")
     row = world.one.row()
-    payload = world.one.byok._customer_keys.unwrap(row, "rotate")
+    payload = world.one.byok._calls.unwrap(row, "rotate")
     key = row.open(payload)
     secrets = {key.open(each.kind, each.generation, each.id, each.sealed) for each in row.generations}
     secrets |= {payload, unpack_tenant_key(payload, "t1", row.tenant_key_generation)}

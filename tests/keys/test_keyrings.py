@@ -44,7 +44,7 @@ from sqla_byok import (
     LocalKms,
     UnknownTenantError,
 )
-from sqla_byok.keys.customer import CALLS_AT_ONCE
+from sqla_byok.keys.calls import CALLS_AT_ONCE
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 
 _headers = select(type_coerce(patient.c.name, LargeBinary)).order_by(patient.c.id)

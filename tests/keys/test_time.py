@@ -28,7 +28,7 @@ from sqla_byok import (
     UnknownTenantError,
 )
 from sqla_byok.audit import Event, KeysOpened, KeyStateChanged, KmsCalled
-from sqla_byok.keys import customer
+from sqla_byok.keys import calls
 from sqla_byok.keys.keyrings import POLL_EVERY, UNIT_WITHIN
 
 GRACE = 600
@@ -429,11 +429,11 @@ def test_dead_vaults_stall_nobody_else(world: World) -> None:
     CountingKms.on_unwrap = staticmethod(wait)
     with ThreadPoolExecutor(20, thread_name_prefix="dead") as pool:
         futures = [pool.submit(world.open, name) for name in dead]
-        while sum(future.done() for future in futures) < 20 - customer.FAILING_AT_ONCE:
+        while sum(future.done() for future in futures) < 20 - calls.FAILING_AT_ONCE:
             pass
         for tenant in ("t1", "t2", "t3"):
             world.open(tenant)
-        assert len(world.calls) == customer.FAILING_AT_ONCE + 3
+        assert len(world.calls) == calls.FAILING_AT_ONCE + 3
         release.set()
         refused = [future.exception() for future in futures]
     assert {type(error) for error in refused} == {KmsUnavailableError}
@@ -441,7 +441,7 @@ def test_dead_vaults_stall_nobody_else(world: World) -> None:
 
 def test_the_calls_under_way_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst of cold tenants makes no more KMS calls at a time than the process allows, and opens all of them."""
-    monkeypatch.setattr(customer, "CALLS_AT_ONCE", 4)
+    monkeypatch.setattr(calls, "CALLS_AT_ONCE", 4)
     cold = [f"cold-{n}" for n in range(24)]
     for name in cold:
         world.byok.onboard(name, world.kms)

@@ -1,4 +1,4 @@
-"""Calling customers' keys: the one place from which a KMS is asked for anything."""
+"""The calls to customers' KMS: the one place from which any of them is asked for anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sqla_byok.keys.rows import TenantRow, Wrapping
 from sqla_byok.kms import Kms, KmsClient, Operator, Wrapped, describe
 from sqla_byok.kms.base import request_id
 
-__all__ = ["CustomerKeys"]
+__all__ = ["KmsCalls"]
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ FAILING_AT_ONCE = 8
 _PATIENCE = 5.0
 
 
-class CustomerKeys(Secret):
+class KmsCalls(Secret):
     """Wraps and unwraps tenant keys with customers' keys, and tells each call to the audit.
 
     :param profiles: the settings of KMS clients by name.
@@ -51,7 +51,7 @@ class CustomerKeys(Secret):
     def after_fork(self) -> None:
         """Forget the calls of the parent process."""
         self._turn = threading.Condition()
-        self._calls = self._failing = 0
+        self._under_way = self._failing = 0
 
     def describe(self, wrapping: Wrapping) -> Kms:
         """The customer key that an authenticated keystore row names.
@@ -87,20 +87,20 @@ class CustomerKeys(Secret):
         """
         turn = self._turn
         with turn:
-            free = turn.wait_for(lambda: self._calls < CALLS_AT_ONCE, timeout=0 if failing else _PATIENCE)
+            free = turn.wait_for(lambda: self._under_way < CALLS_AT_ONCE, timeout=0 if failing else _PATIENCE)
             if not free or (failing and self._failing >= FAILING_AT_ONCE):
                 raise KmsUnavailableError(
                     f"too many KMS calls are under way to ask for tenant {tenant!r} as well; try again",
                     tenant=tenant,
                     retry_after=1.0,
                 )
-            self._calls += 1
+            self._under_way += 1
             self._failing += failing
         try:
             yield
         finally:
             with turn:
-                self._calls -= 1
+                self._under_way -= 1
                 self._failing -= failing
                 turn.notify()
 
