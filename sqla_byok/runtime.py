@@ -795,14 +795,14 @@ class Byok(Secret):
         """
         ring = self._keyrings.get(self._tenant_of_column(column))
         if not is_known(column, ring):
-            ring = self._keyrings.record(ring, NOTHING)
+            ring = self._keyrings.note(ring, NOTHING)
         return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     async def ahashes(self, column: Any, value: Any) -> list[Digest]:
         """:meth:`hashes` from asyncio."""
         ring = await self._keyrings.aget(self._tenant_of_column(column))
         if not is_known(column, ring):
-            ring = await self._keyrings.arecord(ring, NOTHING)
+            ring = await self._keyrings.anote(ring, NOTHING)
         return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     def seal(self, data: bytes, purpose: str) -> bytes:

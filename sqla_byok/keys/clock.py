@@ -103,11 +103,11 @@ class Lease:
         more = self.outage_grace if to_grace else 0.0
         self.deadline, self.wall_deadline = self.renewed_until + more, self.wall_renewed_until + more
 
-    def live(self, boot: float, wall: float) -> bool:
-        """Whether the keys may be used."""
-        return not self.cleared and boot < self.deadline and wall < self.wall_deadline
-
     def over(self, boot: float, wall: float) -> bool:
+        """Whether the keys may not be used, or not any more."""
+        return self.cleared or boot >= self.deadline or wall >= self.wall_deadline
+
+    def hopeless(self, boot: float, wall: float) -> bool:
         """Whether not even an outage of the KMS could let the keys be used again."""
         grace = self.outage_grace
         return self.cleared or boot >= self.renewed_until + grace or wall >= self.wall_renewed_until + grace

@@ -161,10 +161,10 @@ class Generations(Secret):
 
         def make(row: TenantRow) -> TenantRow | None:
             tenant_key = self._open(row)  # first: what the manifest has not authenticated is not parsed
-            text = change(Searchable.parse(row.searchable, tenant)).text
-            return None if text == row.searchable else row.next(tenant_key, searchable=text)
+            text = change(Searchable.parse(row.searchable_text, tenant)).text
+            return None if text == row.searchable_text else row.next(tenant_key, searchable_text=text)
 
-        return Searchable.parse(self._change(tenant, make).searchable, tenant)
+        return Searchable.parse(self._change(tenant, make).searchable_text, tenant)
 
     # -- one change ----------------------------------------------------------------------------------------------
 

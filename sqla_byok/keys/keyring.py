@@ -76,7 +76,7 @@ class Keyring(Secret):
     :param tenant_key: the opened tenant key.
     :param epoch: the keystore's epoch that ``records`` belong to.
     :param records: the sealed generations, already checked against the manifest.
-    :param searchable: what the keystore says of searching, likewise.
+    :param searchable_text: what the keystore says of searching, likewise.
     :ivar write: the active data key.
     :ivar openers: all live data keys.
     :ivar live_salts: the column salts by each live search salt, the active one first: what a look-up has to try.
@@ -112,14 +112,14 @@ class Keyring(Secret):
         tenant_key: TenantKey,
         epoch: int,
         records: Iterable[SealedRecord],
-        searchable: str = "",
+        searchable_text: str = "",
         lease: Lease | None = None,
     ) -> None:
         self.tenant = tenant_key.tenant
         self.lease = Lease() if lease is None else lease
         self.looked_at = self.fresh_until = self.write_until = 0.0
         self.epoch = epoch
-        self.searchable = Searchable.parse(searchable, self.tenant)
+        self.searchable = Searchable.parse(searchable_text, self.tenant)
         self.off = self.searchable.off
         self._tenant_key: TenantKey | None = tenant_key
         # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
@@ -159,26 +159,26 @@ class Keyring(Secret):
         if self.lease.cleared:  # by another thread, just now
             self.end()
 
-    def successor(self, epoch: int, records: Iterable[SealedRecord], searchable: str = "") -> Keyring:
+    def successor(self, epoch: int, records: Iterable[SealedRecord], searchable_text: str = "") -> Keyring:
         """The keyring of a newer epoch, under the same lease. Needs no KMS call: the tenant key is the same.
 
         Statements under way go on with this one. When either is cleared, both are.
         """
-        return Keyring(self.tenant_key, epoch, records, searchable, self.lease)
+        return Keyring(self.tenant_key, epoch, records, searchable_text, self.lease)
 
     @property
     def cleared(self) -> bool:
         """Whether the keys were taken away."""
         return self.lease.cleared
 
-    def renamed(self, epoch: int, searchable: str) -> Keyring:
+    def renamed(self, epoch: int, searchable_text: str) -> Keyring:
         """The keyring of a newer epoch that differs only in what can be searched. It shares the opened keys."""
         newer = object.__new__(Keyring)
         for name in Keyring.__slots__:
             if name != "__weakref__":
                 setattr(newer, name, getattr(self, name))
         newer.epoch = epoch
-        newer.searchable = Searchable.parse(searchable, self.tenant)
+        newer.searchable = Searchable.parse(searchable_text, self.tenant)
         newer.off = newer.searchable.off
         newer._join()
         return newer

@@ -66,7 +66,7 @@ _SWEEP_EVERY = 2.0
 LOOKED_AT_ONCE = 500
 # Another process or thread that notes another table of the tenant at the same time is no reason to give up: each that
 # was faster has no more to note, so there may be as many conflicts as an application has tables.
-_RECORDING_TRIES = 100
+_NOTING_TRIES = 100
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8
@@ -231,7 +231,7 @@ class Keyrings(Secret):
         :raises KeysExpiredError: the keyring's time is up; its keys are taken away.
         """
         now, lease = self._boot(), ring.lease
-        if not lease.live(now, self._wall()):
+        if lease.over(now, self._wall()):
             ring.end()
         if now >= lease.refresh_at:
             self.refresh_soon(ring)
@@ -246,7 +246,7 @@ class Keyrings(Secret):
             pool = self._pool("poll", _POLLING_AT_ONCE)
         return await asyncio.wrap_future(pool.submit(self.look, ring))
 
-    def record(self, ring: Keyring, written: Written) -> Keyring:
+    def note(self, ring: Keyring, written: Written) -> Keyring:
         """Note a table that is about to be written first, and how its columns are hashed. Needs no KMS call.
 
         Where another process was faster, with the same specification or another, what it noted holds.
@@ -260,34 +260,34 @@ class Keyrings(Secret):
             row = self._keystore.row(ring.tenant)
             if row.tenant_key_id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed meanwhile
-                return self.record(self.get(ring.tenant), written)
+                return self.note(self.get(ring.tenant), written)
             row.check(ring.tenant_key)
-            self._keystore.note(row)
-            noted = Searchable.parse(row.searchable, ring.tenant).recorded(written).text
-            new = row if noted == row.searchable else row.next(ring.tenant_key, searchable=noted)
+            self._keystore.saw(row)
+            noted = Searchable.parse(row.searchable_text, ring.tenant).noted(written).text
+            new = row if noted == row.searchable_text else row.next(ring.tenant_key, searchable_text=noted)
             try:
                 if new is not row:
                     self._keystore.replace(row, new)
             except KeystoreConflictError:
                 tries += 1
-                if tries == _RECORDING_TRIES:
+                if tries == _NOTING_TRIES:
                     raise
             else:
                 break
         if new.epoch == ring.epoch:
             newer = ring
         elif row.epoch == ring.epoch:
-            newer = self._put(ring, ring.renamed(new.epoch, new.searchable))
+            newer = self._put(ring, ring.renamed(new.epoch, new.searchable_text))
         else:  # something else changed too
             newer = self._succeed(ring, new, self._salts.resolve(ring.tenant_key, new.generations))
         self._looked(newer, now)
         return newer
 
-    async def arecord(self, ring: Keyring, written: Written) -> Keyring:
+    async def anote(self, ring: Keyring, written: Written) -> Keyring:
         """The same from asyncio."""
         with self._lock:
             pool = self._pool("open", CALLS_AT_ONCE)
-        return await asyncio.wrap_future(pool.submit(self.record, ring, written))
+        return await asyncio.wrap_future(pool.submit(self.note, ring, written))
 
     def look_again(self, tenant: str) -> None:
         """Have the tenant's next statement look whether anything changed in the keystore."""
@@ -383,7 +383,7 @@ class Keyrings(Secret):
     def snapshot(self) -> Snapshot:
         """The keys of this process at this moment, for metrics. Does no I/O."""
         now, states = self._boot(), list(self.states().values())
-        rings = [ring for ring in list(self._rings.values()) if self._live(ring)]
+        rings = [ring for ring in list(self._rings.values()) if self._usable(ring)]
         in_use = [ring for ring in rings if ring.lease.used >= ring.lease.renewed_at]
         expiries = [midnight(ring.expires) - self._wall() for ring in rings if ring.expires is not None]
         return Snapshot(
@@ -403,7 +403,7 @@ class Keyrings(Secret):
         now = self._boot()
         found = dict.fromkeys(self.health.dark(), DARK)
         for ring in list(self._rings.values()):
-            if self._live(ring):
+            if self._usable(ring):
                 found[ring.tenant] = FRESH if now < ring.lease.renewed_until else GRACE
         return found
 
@@ -454,7 +454,7 @@ class Keyrings(Secret):
         """Have a thread lead: one that looks at the keystore where the tenant is open, else one that asks the KMS."""
         with self._lock:
             ring = self._rings.get(tenant)
-            looks = ring is not None and self._live(ring)
+            looks = ring is not None and self._usable(ring)
             pool = self._pool("poll", _POLLING_AT_ONCE) if looks else self._pool("open", CALLS_AT_ONCE)
         pool.submit(self._lead, tenant, opening, reason, actor, may_ask=not looks)
 
@@ -493,11 +493,11 @@ class Keyrings(Secret):
     ) -> Keyring | None:
         self._sweep()
         ring = self._rings.get(tenant)
-        if ring is not None and self._live(ring):
+        if ring is not None and self._usable(ring):
             now = self._boot()
             current = ring if now < ring.fresh_until else self._poll(ring, now)
             # Asked again after the poll, which may have taken long.
-            if current is not None and self._live(current):
+            if current is not None and self._usable(current):
                 current.lease.used = now
                 self.refresh_soon(current)
                 return current
@@ -543,19 +543,21 @@ class Keyrings(Secret):
         if isinstance(error, KmsNoAnswerError):
             if self._boot() >= ring.lease.renewed_until or self._wall() >= ring.lease.wall_renewed_until:
                 ring.lease.stretch(to_grace=error.retryable)
-            current = self._poll(ring, self._boot()) if self._live(ring) else None
-            if current is None and self._live(ring):  # another tenant key, for which the KMS has to be asked
+            current = self._poll(ring, self._boot()) if self._usable(ring) else None
+            if current is None and self._usable(
+                ring
+            ):  # another tenant key, for which the KMS has to be asked
                 ring.fresh_until = min(ring.lease.deadline, self._boot() + POLL_EVERY)
                 current = ring
-            if current is not None and self._live(current):
+            if current is not None and self._usable(current):
                 if self._boot() >= current.lease.renewed_until:
                     self.health.enter(ring.tenant, GRACE, error)
                 return current
         self._drop(ring, error)
         return None
 
-    def _live(self, ring: Keyring) -> bool:
-        return ring.lease.live(self._boot(), self._wall())
+    def _usable(self, ring: Keyring) -> bool:
+        return not ring.lease.over(self._boot(), self._wall())
 
     def _watch(self) -> None:
         """Have a thread take away keys whose time is up, also where nobody uses any."""
@@ -576,7 +578,7 @@ class Keyrings(Secret):
             ended = [
                 ring
                 for ring in (*self._rings.values(), *self._evicted, *self._units.values())
-                if ring.lease.over(now, wall)
+                if ring.lease.hopeless(now, wall)
             ]
             for ring in ended:
                 for book in (self._rings, self._units):
@@ -644,13 +646,13 @@ class Keyrings(Secret):
             and now - each.lease.used < POLL_EVERY
             and each.fresh_until - now < POLL_EVERY / 2
             and now < each.lease.refresh_at
-            and self._live(each)
+            and self._usable(each)
         ]
         return due[:LOOKED_AT_ONCE]
 
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
-        newer = ring.successor(row.epoch, records, row.searchable)
+        newer = ring.successor(row.epoch, records, row.searchable_text)
         newer.wrapping, newer.expires = row.wrappings[0], ring.expires
         return self._put(ring, newer)
 
@@ -698,7 +700,7 @@ class Keyrings(Secret):
         try:
             tenant_key = row.open(self._calls.unwrap(row, reason))
             asked = request_id.get()
-            self._keystore.note(row)
+            self._keystore.saw(row)
             records = self._salts.resolve(tenant_key, row.generations)
             return _Opened(row, tenant_key, records, looked, boot, wall, asked)
         except KmsError as error:
@@ -708,11 +710,11 @@ class Keyrings(Secret):
     def _ring_of(self, opened: _Opened) -> Keyring:
         """A keyring of what was opened. Its time counts from the sending of the call: the answer is that old by now."""
         row, tenant = opened.row, opened.row.tenant
-        ring = Keyring(opened.tenant_key, row.epoch, opened.records, row.searchable)
+        ring = Keyring(opened.tenant_key, row.epoch, opened.records, row.searchable_text)
         self._trust(ring, opened)
         ring.lease.used = opened.boot
         self._looked(ring, opened.looked)
-        if not self._live(ring):
+        if not self._usable(ring):
             ring.clear()
             raise KmsUnavailableError(
                 f"the KMS took longer to answer than the keys of tenant {tenant!r} may be used; try again",
@@ -757,7 +759,7 @@ class Keyrings(Secret):
             except KmsNoAnswerError as error:
                 lease.stretch(to_grace=error.retryable)
                 lease.refresh_at = self._boot() + self.health.retry_in(tenant)
-                if self._boot() >= lease.renewed_until and self._live(ring):  # not dark since
+                if self._boot() >= lease.renewed_until and self._usable(ring):  # not dark since
                     self.health.enter(tenant, GRACE, error)
             except KeystoreUnavailableError:
                 lease.refresh_at = self._boot() + POLL_EVERY
@@ -797,7 +799,7 @@ class Keyrings(Secret):
     def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
         """The row's generations, once the tenant key has authenticated the list of them."""
         row.check(tenant_key)
-        self._keystore.note(row)
+        self._keystore.saw(row)
         return self._salts.resolve(tenant_key, row.generations)
 
     def _looked(self, ring: Keyring, now: float) -> None:
@@ -827,7 +829,7 @@ class Keyrings(Secret):
             return None
         with self._lock:
             ring = self._units.pop(tenant, None)
-        if ring is None or not self._live(ring):
+        if ring is None or not self._usable(ring):
             return None
         return ring if self._boot() - ring.lease.renewed_at < _UNIT_BEGINS_WITHIN else None
 

@@ -289,7 +289,7 @@ class Keystore(Secret):
                 f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
                 tenant=old.tenant,
             )
-        self.note(new)
+        self.saw(new)
 
     def _insert_parts(self, connection: Connection, row: TenantRow, claims: Sequence[str]) -> None:
         for position, wrapping in enumerate(row.wrappings):
@@ -308,8 +308,8 @@ class Keystore(Secret):
         for record in (*row.generations, *row.retired):
             connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
         self._claim(connection, row.tenant, claims, "key")
-        if row.searchable:
-            connection.execute(insert(_searchable).values(tenant=row.tenant, content=row.searchable))
+        if row.searchable_text:
+            connection.execute(insert(_searchable).values(tenant=row.tenant, content=row.searchable_text))
 
     @staticmethod
     def _claim(connection: Connection, tenant: str, claims: Sequence[str], of: str) -> None:
@@ -367,7 +367,7 @@ class Keystore(Secret):
         if row is not None:
             _refuse_older(row, seen)
             if self._key is not None:
-                self.note(row)
+                self.saw(row)
         return row
 
     def row(self, tenant: str) -> TenantRow:
@@ -383,7 +383,7 @@ class Keystore(Secret):
             )
         return row
 
-    def note(self, row: TenantRow) -> None:
+    def saw(self, row: TenantRow) -> None:
         """Accept no older state of the tenant from now on. For rows that were authenticated."""
         seen = self._seen.get(row.tenant)
         if seen is None or seen.epoch < row.epoch:
@@ -455,7 +455,7 @@ class Keystore(Secret):
             or not 0 <= row.epoch < 1 << 63
             or len(row.tenant_key_id) != ID_SIZE
             or not row.wrappings
-            or not isinstance(row.searchable, str)
+            or not isinstance(row.searchable_text, str)
         ):
             return False
         for position, wrapping in enumerate(row.wrappings):
@@ -518,5 +518,5 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
         wrappings=list(wrappings.values()),
         generations=[record for record in records if record.state != RETIRED],
         retired=[record for record in records if record.state == RETIRED],
-        searchable="" if first[_searchable.c.content] is None else first[_searchable.c.content],
+        searchable_text="" if first[_searchable.c.content] is None else first[_searchable.c.content],
     )

@@ -54,7 +54,8 @@ class TenantRow:
     :param generations: the live ones, which the manifest lists.
     :param retired: those that no process reads or writes with any more, kept until they are destroyed. The manifest
         does not list them: a state that is changed from or to "retired" by hand breaks its tag.
-    :param searchable: how its columns are hashed and which can be searched, as :class:`Searchable` has it.
+    :param searchable_text: how its columns are hashed and which can be searched, as
+        :attr:`Searchable.text` has it.
     """
 
     tenant: str
@@ -63,7 +64,7 @@ class TenantRow:
     wrappings: Sequence[Wrapping]
     generations: Sequence[SealedRecord]
     retired: Sequence[SealedRecord] = ()
-    searchable: str = ""
+    searchable_text: str = ""
     tenant_key_id: bytes = b""
     tenant_key_generation: int = 0
     epoch: int = 0
@@ -95,7 +96,9 @@ class TenantRow:
             raise KeystoreTamperedError(
                 f"the tenant key of {self.tenant!r} is not the one its keystore row names", tenant=self.tenant
             )
-        tenant_key.check_manifest(self.epoch, _listed(self.generations), self.manifest_tag, self.searchable)
+        tenant_key.check_manifest(
+            self.epoch, _listed(self.generations), self.manifest_tag, self.searchable_text
+        )
 
     def next(self, tenant_key: TenantKey, **changes: Any) -> TenantRow:
         """The tenant's next state, one epoch on; a tenant's first follows the one that has only the fields without
@@ -111,7 +114,7 @@ class TenantRow:
             epoch=self.epoch + 1,
             **changes,
         )
-        tag = tenant_key.manifest_tag(new.epoch, _listed(new.generations), new.searchable)
+        tag = tenant_key.manifest_tag(new.epoch, _listed(new.generations), new.searchable_text)
         return replace(new, manifest_tag=tag)
 
     @property

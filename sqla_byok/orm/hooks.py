@@ -243,7 +243,7 @@ def _of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     ring = next((ring for ring in rings if isinstance(ring, Keyring) and ring.tenant == tenant), None)
     if ring is None:
         return None
-    return ring if ring.lease.live(clock.boot(), clock.wall()) else None
+    return None if ring.lease.over(clock.boot(), clock.wall()) else ring
 
 
 @dataclass(slots=True)
@@ -298,9 +298,9 @@ def _noted(ring: Keyring, written: Written, keyrings: Keyrings) -> Keyring:
 
 def _recorded(ring: Keyring, written: Written, keyrings: Keyrings) -> Keyring:
     if upstream.in_greenlet():
-        noted: Keyring = await_only(keyrings.arecord(ring, written))
+        noted: Keyring = await_only(keyrings.anote(ring, written))
         return noted
-    return keyrings.record(ring, written)
+    return keyrings.note(ring, written)
 
 
 def _note_owned(slot: Slot, written: Mapping[str | None, Written], keyrings: Keyrings) -> None:
