@@ -14,6 +14,10 @@ __all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Lease", "SystemClock"]
 # tenants that were opened together do not stay together.
 REFRESH_FROM, REFRESH_TO = 0.5, 0.75
 
+# In the grace, how long keys may be used after the KMS did not answer last (seconds): until it is asked again, after
+# the longest back-off, and that call has run into its timeout. Never longer than revoke_within.
+_UNANSWERED_FOR = 30.0
+
 
 class Clock(Protocol):
     """Where the library reads time. Both are in seconds; a test gives its own."""
@@ -57,6 +61,7 @@ class Lease:
     :ivar renewed_at: when the last KMS call that was answered with yes was sent.
     :ivar renewed_until: ``revoke_within`` after that.
     :ivar outage_grace: how much longer while the KMS does not answer, in seconds.
+    :ivar unanswered: whether the KMS did not answer when it was asked last, in a way that the grace is for.
     :ivar refresh_at: from when on the KMS is to be asked again; ``refreshing`` while it is.
     :ivar one_unit: whether it is of one unit of work only (``revoke_within=0``).
     :ivar used: when it was last used.
@@ -72,16 +77,18 @@ class Lease:
         "refreshing",
         "renewed_at",
         "renewed_until",
+        "revoke_within",
         "rings",
+        "unanswered",
         "used",
         "wall_deadline",
         "wall_renewed_until",
     )
 
     def __init__(self) -> None:
-        self.cleared = self.one_unit = self.refreshing = False
+        self.cleared = self.one_unit = self.refreshing = self.unanswered = False
         self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
-        self.renewed_at = self.outage_grace = self.refresh_at = self.used = 0.0
+        self.renewed_at = self.revoke_within = self.outage_grace = self.refresh_at = self.used = 0.0
         self.rings: list[weakref.ref[_Ring]] = []
 
     def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
@@ -92,25 +99,49 @@ class Lease:
         :param revoke_within: how long the keys may be used after it, in seconds.
         :param outage_grace: how much longer while the KMS does not answer.
         """
-        self.renewed_at, self.outage_grace = boot, outage_grace
+        self.renewed_at, self.revoke_within, self.outage_grace = boot, revoke_within, outage_grace
         self.renewed_until, self.wall_renewed_until = boot + revoke_within, wall + revoke_within
         self.deadline, self.wall_deadline = self.renewed_until, self.wall_renewed_until
+        self.unanswered = False
         # Spread, so that processes which opened a tenant together do not ask together.
         self.refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
 
-    def stretch(self, *, to_grace: bool) -> None:
-        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
-        more = self.outage_grace if to_grace else 0.0
-        self.deadline, self.wall_deadline = self.renewed_until + more, self.wall_renewed_until + more
+    def leave_unanswered(self, boot: float, wall: float, *, graced: bool) -> None:
+        """Note that the KMS did not answer. In the grace, this alone lets the keys be used on, for a while each time.
+
+        :param boot: when that was known, on the boot-time clock.
+        :param wall: the same in wall time.
+        :param graced: whether time may mend it, which is what ``outage_grace`` is for.
+        """
+        self.unanswered = graced
+        self.deadline = self._until(self.renewed_until, boot)
+        self.wall_deadline = self._until(self.wall_renewed_until, wall)
+
+    def _until(self, renewed_until: float, now: float) -> float:
+        if not self.unanswered:
+            return renewed_until
+        more = now + min(_UNANSWERED_FOR, self.revoke_within)
+        return max(renewed_until, min(more, renewed_until + self.outage_grace))
+
+    @property
+    def dark_at(self) -> float:
+        """When the keys may be used no longer if the KMS does not answer any more, on the boot-time clock."""
+        return self.renewed_until + (self.outage_grace if self.unanswered else 0.0)
 
     def over(self, boot: float, wall: float) -> bool:
         """Whether the keys may not be used, or not any more."""
         return self.cleared or boot >= self.deadline or wall >= self.wall_deadline
 
-    def hopeless(self, boot: float, wall: float) -> bool:
-        """Whether not even an outage of the KMS could let the keys be used again."""
-        grace = self.outage_grace
-        return self.cleared or boot >= self.renewed_until + grace or wall >= self.wall_renewed_until + grace
+    def in_grace(self, boot: float, wall: float) -> bool:
+        """Whether ``revoke_within`` is over, and only the KMS keeps the tenant dark or not: it did not answer, or is
+        being asked just now, and the grace is not over."""
+        return (
+            not self.cleared
+            and (self.unanswered or self.refreshing)
+            and (boot >= self.renewed_until or wall >= self.wall_renewed_until)
+            and boot < self.renewed_until + self.outage_grace
+            and wall < self.wall_renewed_until + self.outage_grace
+        )
 
     def clear(self) -> None:
         """Take the keys away in place; everything that still holds one of the keyrings fails from now on."""

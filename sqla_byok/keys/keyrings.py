@@ -4,7 +4,8 @@ A keyring is used until its deadline, and looked after only while it is used:
 
 - every POLL_EVERY seconds the keystore is asked whether the tenant's generations changed;
 - from half of ``revoke_within`` on, the KMS is asked again in the background;
-- "no" drops it at once; "no answer" leaves it until its deadline, and for the tenant's ``outage_grace`` beyond.
+- "no" drops it at once; "no answer" leaves it until its deadline, and within the tenant's ``outage_grace`` beyond it
+  for as long as the KMS, which is asked again and again, does not answer.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ _log = logging.getLogger("sqla_byok")
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
 
-# How often keys whose time is up are looked for where nothing else is done (seconds).
-_SWEEP_EVERY = 2.0
+# How often keys whose time is up are looked for (seconds): none stays in memory for a second more.
+_SWEEP_EVERY = 0.4
 # For how many tenants one query looks.
 LOOKED_AT_ONCE = 500
 # Another process or thread that notes another table of the tenant at the same time is no reason to give up: each that
@@ -90,7 +91,11 @@ def _sweep_for_ever(keyrings: weakref.ref[Keyrings], closed: threading.Event) ->
         found = keyrings()
         if found is None:
             return
-        found._sweep()
+        try:
+            found._sweep()
+        except BaseException as error:  # noqa: BLE001 - a listener may raise anything; all other keys have deadlines too
+            with suppress(BaseException):
+                _log.error("%s while keys were taken out of memory; it goes on", type(error).__name__)
         del found
 
 
@@ -228,11 +233,13 @@ class Keyrings(Secret):
     def check(self, ring: Keyring) -> None:
         """Look at both clocks in the middle of a result. Does no I/O; a renewal that is due is begun in the background.
 
-        :raises KeysExpiredError: the keyring's time is up; its keys are taken away.
+        :raises KeysExpiredError: the keyring's time is up.
         """
-        now, lease = self._boot(), ring.lease
-        if lease.over(now, self._wall()):
-            ring.end()
+        now, wall, lease = self._boot(), self._wall(), ring.lease
+        if lease.over(now, wall):
+            if not lease.in_grace(now, wall):
+                ring.clear()
+            ring.expired()
         if now >= lease.refresh_at:
             self.refresh_soon(ring)
 
@@ -333,9 +340,10 @@ class Keyrings(Secret):
             for opening in [*self._opening] if tenant is None else [tenant]:
                 self._opening.pop(opening, None)
         self.health.forget(tenant)
-        for name in names if tenant is None else [tenant]:
-            for ring in self._taken(name):
-                self._end(ring, CLOSED)
+        with self._audit.later():  # whatever a listener raises, all are taken
+            for name in names if tenant is None else [tenant]:
+                for ring in self._take(name):
+                    self._end(ring)
 
     def owner_of(self, header: bytes) -> str | None:
         """Which open tenant a value's header belongs to, for error messages."""
@@ -364,15 +372,17 @@ class Keyrings(Secret):
 
     def refused(self, tenant: str, error: ByokError) -> None:
         """Take every key of a tenant out of memory, since its KMS said no to whatever it was asked."""
-        for ring in self._taken(tenant):
-            ring.clear()
+        self._take(tenant)
         self.health.enter(tenant, DARK, error)
 
-    def _taken(self, tenant: str) -> list[Keyring]:
-        """All keyrings of a tenant, out of the books."""
+    def _take(self, tenant: str) -> list[Keyring]:
+        """Clear all keyrings of a tenant, and take them out of the books."""
         with self._lock:
             taken = [ring for ring in self._evicted if ring.tenant == tenant]
-            return taken + [book.pop(tenant) for book in (self._rings, self._units) if tenant in book]
+            taken += [book[tenant] for book in (self._rings, self._units) if tenant in book]
+            for ring in taken:
+                self._remove(ring)
+        return taken
 
     def room(self, ring: Keyring) -> int:
         """How many bytes the tenant's customer key encrypts at once. Makes no call."""
@@ -390,7 +400,7 @@ class Keyrings(Secret):
             fresh=states.count(FRESH),
             grace=states.count(GRACE),
             dark=states.count(DARK),
-            seconds_to_dark=min((ring.lease.deadline - now for ring in in_use), default=None),
+            seconds_to_dark=min((ring.lease.dark_at - now for ring in in_use), default=None),
             waiters=self.waiting(),
             breakers=self.health.breakers(),
             epoch_lag=max((max(0.0, ring.lease.used - ring.looked_at) for ring in in_use), default=None),
@@ -491,7 +501,8 @@ class Keyrings(Secret):
     def _renew(
         self, tenant: str, opening: _Opening, reason: str, actor: Actor, *, may_ask: bool
     ) -> Keyring | None:
-        self._sweep()
+        if self._boot() >= self._next_sweep:  # the clock of a test may have been turned
+            self._sweep()
         ring = self._rings.get(tenant)
         if ring is not None and self._usable(ring):
             now = self._boot()
@@ -517,6 +528,8 @@ class Keyrings(Secret):
     def _admit(self, ring: Keyring, opening: _Opening, old: Keyring | None) -> Keyring | None:
         """Let everybody find a keyring that was opened just now, unless it was forgotten meanwhile."""
         with self._lock:
+            if old is not None:
+                self._remove(old)
             admitted = self._opening.get(ring.tenant) is opening
             if admitted:
                 self._rings.pop(ring.tenant, None)
@@ -526,8 +539,6 @@ class Keyrings(Secret):
                     self._make_room()
                     self._rings[ring.tenant] = ring
                 self._watch()
-        if old is not None:
-            old.clear()
         if not admitted:
             ring.clear()
             return None
@@ -541,8 +552,7 @@ class Keyrings(Secret):
         if isinstance(error, KeystoreUnavailableError):
             return None  # says nothing about the key
         if isinstance(error, KmsNoAnswerError):
-            if self._boot() >= ring.lease.renewed_until or self._wall() >= ring.lease.wall_renewed_until:
-                ring.lease.stretch(to_grace=error.retryable)
+            ring.lease.leave_unanswered(self._boot(), self._wall(), graced=error.retryable)
             current = self._poll(ring, self._boot()) if self._usable(ring) else None
             if current is None and self._usable(
                 ring
@@ -561,7 +571,7 @@ class Keyrings(Secret):
 
     def _watch(self) -> None:
         """Have a thread take away keys whose time is up, also where nobody uses any."""
-        if self._sweeper is None:
+        if self._sweeper is None or not self._sweeper.is_alive():
             keyrings = weakref.ref(self)
             self._sweeper = threading.Thread(
                 target=_sweep_for_ever, args=(keyrings, self._closed), name="byok-sweep", daemon=True
@@ -569,39 +579,44 @@ class Keyrings(Secret):
             self._sweeper.start()
 
     def _sweep(self) -> None:
-        """Take the keys of idle tenants out of memory once their time is up; at most once a second."""
+        """Take the keys out of memory whose time is up; in the grace the KMS is asked on, used or not."""
         now, wall = self._boot(), self._wall()
-        if now < self._next_sweep:
-            return
-        self._next_sweep = now + 1.0
+        self._next_sweep = now + _SWEEP_EVERY
+        asked, ended = list[Keyring](), list[Keyring]()
         with self._lock:
-            ended = [
-                ring
-                for ring in (*self._rings.values(), *self._evicted, *self._units.values())
-                if ring.lease.hopeless(now, wall)
-            ]
+            for ring in (*self._rings.values(), *self._evicted, *self._units.values()):
+                if ring.lease.in_grace(now, wall) and self._rings.get(ring.tenant) is ring:
+                    asked.append(ring)
+                elif ring.lease.over(now, wall):
+                    ended.append(ring)
             for ring in ended:
-                for book in (self._rings, self._units):
-                    if book.get(ring.tenant) is ring:
-                        del book[ring.tenant]
-        for ring in ended:
-            self._end(ring, CLOSED)
+                self._remove(ring)
+        for ring in asked:
+            self.refresh_soon(ring)
+        with self._audit.later():  # whatever a listener raises, all are told
+            for ring in ended:
+                self._end(ring)
+
+    def _remove(self, ring: Keyring) -> None:
+        """Clear a keyring and take it out of the books, in this order: a process that is forked in between finds it."""
+        ring.clear()
+        for book in (self._rings, self._units):
+            if book.get(ring.tenant) is ring:
+                del book[ring.tenant]
 
     def _drop(self, ring: Keyring, error: ByokError | None = None) -> None:
         if error is not None and not isinstance(error, KmsNoAnswerError):
             self.refused(ring.tenant, error)
             return
         with self._lock:
-            if self._rings.get(ring.tenant) is ring:
-                del self._rings[ring.tenant]
-        ring.clear()
+            self._remove(ring)
         if error is not None:
             self.health.enter(ring.tenant, DARK, error)
 
-    def _end(self, ring: Keyring, state: str) -> None:
-        ring.clear()
+    def _end(self, ring: Keyring) -> None:
+        """Note that a tenant's keys are gone, unless it was opened anew meanwhile or its KMS has said why they are."""
         if ring.tenant not in self._rings and self.health.failing(ring.tenant) is None:
-            self.health.enter(ring.tenant, state)
+            self.health.enter(ring.tenant, CLOSED)
 
     def _poll(self, ring: Keyring, now: float) -> Keyring | None:
         """Take over what changed in the keystore. None where the tenant has to be opened anew."""
@@ -757,7 +772,7 @@ class Keyrings(Secret):
             try:
                 self._take_over(lease, self._open(tenant, "refresh"))
             except KmsNoAnswerError as error:
-                lease.stretch(to_grace=error.retryable)
+                lease.leave_unanswered(self._boot(), self._wall(), graced=error.retryable)
                 lease.refresh_at = self._boot() + self.health.retry_in(tenant)
                 if self._boot() >= lease.renewed_until and self._usable(ring):  # not dark since
                     self.health.enter(tenant, GRACE, error)
@@ -786,8 +801,8 @@ class Keyrings(Secret):
                 if self._rings.get(row.tenant) is not current:
                     newer.clear()
                     return
+                current.clear()
                 self._rings[row.tenant] = newer
-            current.clear()
         elif current.epoch > row.epoch:
             return  # what was asked is older than what a look has found since; it is asked again
         else:
@@ -813,7 +828,8 @@ class Keyrings(Secret):
         while len(self._rings) >= self._capacity:
             oldest = min(self._rings.values(), key=lambda ring: ring.lease.used)
             # Not cleared: a statement that runs right now may hold it. Nobody else finds it any more.
-            self._evicted.add(self._rings.pop(oldest.tenant))
+            self._evicted.add(oldest)
+            del self._rings[oldest.tenant]
             self.health.enter(oldest.tenant, CLOSED)
 
     # -- units of work, for tenants with revoke_within=0 ----------------------------------------------------------
@@ -845,10 +861,14 @@ class Keyrings(Secret):
         # The parent's threads and connections are not ours; its opened keys are, with their deadlines.
         self._lock = threading.Lock()
         self._opening, self._executors, self._background = {}, {}, set()
-        self._sweeper = None
+        closed, self._closed = self._closed.is_set(), threading.Event()
+        if closed:
+            self._closed.set()
         for ring in (*self._rings.values(), *self._units.values(), *self._evicted):
             # Its sockets are the parent's, and so may a lock be that a thread of the parent's held.
             ring.lease.refreshing, ring.client = False, None
         self.health.after_fork()
         self._calls.after_fork()
         self._keystore.database.after_fork()
+        if self._rings or self._units or self._evicted:
+            self._watch()  # the process may never ask for a tenant
