@@ -861,4 +861,6 @@ def test_the_page_tells_the_numbers_of_the_code() -> None:
     assert tuple(map(float, share)) == (clock.REFRESH_FROM, clock.REFRESH_TO)
     assert health._LONGEST == LONGEST_BACK_OFF
     assert f"at most {LONGEST_BACK_OFF} seconds" in PAGE
+    assert f"for {clock._UNANSWERED_FOR:.0f} seconds more" in PAGE
+    assert keyrings._SWEEP_EVERY * 2 <= 1  # "for more than a second"
     assert f"{keyrings.UNIT_WITHIN:.0f} seconds at most" in PAGE

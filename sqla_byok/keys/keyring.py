@@ -147,9 +147,9 @@ class Keyring(Secret):
         self.salts = self.live_salts[0]
         for salts in self.live_salts:
             salts.share(len(self.live_salts))
-        self._join()
+        self._enlist()
 
-    def _join(self) -> None:
+    def _enlist(self) -> None:
         """Become one of those that the lease clears."""
         rings = self.lease.rings
         for gone in [each for each in rings if each() is None]:
@@ -180,7 +180,7 @@ class Keyring(Secret):
         newer.epoch = epoch
         newer.searchable = Searchable.parse(searchable_text, self.tenant)
         newer.off = newer.searchable.off
-        newer._join()
+        newer._enlist()
         return newer
 
     @property

@@ -218,7 +218,7 @@ class Keyrings(Secret):
                 try:
                     self._start(tenant, opening, reason, actor or acting.get())
                 except RuntimeError:  # the interpreter is shutting down
-                    self._settle(tenant, opening)
+                    self._end_opening(tenant, opening)
                     opening.set_result(None)
                     raise
             try:
@@ -483,17 +483,17 @@ class Keyrings(Secret):
                 pool.submit(self._lead, tenant, opening, reason, actor)
                 return
             except BaseException as error:
-                self._settle(tenant, opening)
+                self._end_opening(tenant, opening)
                 if isinstance(error, Exception):
                     opening.set_exception(error)
                     return
                 # Ctrl-C is for this thread alone; whoever else waits tries it in his own.
                 opening.set_result(None)
                 raise
-            self._settle(tenant, opening)
+            self._end_opening(tenant, opening)
             opening.set_result(ring)
 
-    def _settle(self, tenant: str, opening: _Opening) -> None:
+    def _end_opening(self, tenant: str, opening: _Opening) -> None:
         with self._lock:
             if self._opening.get(tenant) is opening:
                 del self._opening[tenant]
@@ -554,9 +554,8 @@ class Keyrings(Secret):
         if isinstance(error, KmsNoAnswerError):
             ring.lease.leave_unanswered(self._boot(), self._wall(), graced=error.retryable)
             current = self._poll(ring, self._boot()) if self._usable(ring) else None
-            if current is None and self._usable(
-                ring
-            ):  # another tenant key, for which the KMS has to be asked
+            # None: there is another tenant key, for which the KMS has to be asked.
+            if current is None and self._usable(ring):
                 ring.fresh_until = min(ring.lease.deadline, self._boot() + POLL_EVERY)
                 current = ring
             if current is not None and self._usable(current):
