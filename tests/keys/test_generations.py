@@ -417,15 +417,19 @@ def test_keys_in_grace_know_what_changed(tmp_path: Path, world: World, kind: str
         with process.engine.execution_options(byok_tenant="t1-grace").connect() as connection:
             return [each for mrn in mrns for each in connection.scalars(_mrns.where(_patient.c.mrn == mrn))]
 
-    write(two, "A")
-    _ROTATE[kind](one.byok, "t1-grace")
-    write(one, "B")
-
     def silent() -> None:
         raise KmsUnavailableError("no answer", tenant="t1-grace")
 
+    write(two, "A")
     CountingKms.on_unwrap = staticmethod(silent)
-    two.clock.turn(301)  # idle since before the rotation
+    two.clock.turn(230)
+    find(two, "A")
+    two.byok._keyrings.drain()
+    CountingKms.on_unwrap = staticmethod(lambda: None)
+    _ROTATE[kind](one.byok, "t1-grace")
+    write(one, "B")
+    CountingKms.on_unwrap = staticmethod(silent)
+    two.clock.turn(71)  # idle since before the rotation
     assert find(two, "A", "B") == ["A", "B"]
     CountingKms.on_unwrap = staticmethod(lambda: None)
 
