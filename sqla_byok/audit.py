@@ -2,17 +2,18 @@
 
 Events go to the logger ``sqla_byok.audit`` (level INFO, the event itself as ``record.event``) and to the function
 given as ``Byok(on_event=…)``. An event is told after the fact; what a listener raises is logged and goes no further.
+What is meant to end the thread, such as Ctrl-C, goes on when all events were told to all.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
     "AcrossOpened",
@@ -172,23 +173,39 @@ class Audit:
             yield
         finally:
             self._held.events = None
-            for event in events:
-                self._tell(event)
+            self._tell(events)
 
     def tell(self, event: Event) -> None:
         """Log the event and pass it on."""
         held: list[Event] | None = getattr(self._held, "events", None)
         if held is None:
-            self._tell(event)
+            self._tell([event])
         else:
             held.append(event)
 
-    def _tell(self, event: Event) -> None:
-        if _log.isEnabledFor(logging.INFO):
-            told = " ".join(f"{each.name}={getattr(event, each.name)!r}" for each in fields(event))
-            _log.info("%s %s", type(event).__name__, told, extra={"event": event})
-        for listener in self.listeners:
-            try:
-                listener(event)
-            except Exception:  # noqa: BLE001 - somebody else's code, and it is logged
-                _log.exception("a listener to audit events failed; the event itself is told above")
+    def _tell(self, events: Iterable[Event]) -> None:
+        ends: list[BaseException] = []
+        for event in events:
+            for listener in (_write_down, *self.listeners):
+                failure = _failure(listener, event)
+                if failure is not None:
+                    text = "a listener to audit events failed; the event itself is told above"
+                    failures = (failure, _failure(_log.error, text, exc_info=failure))
+                    ends += [each for each in failures if each and not isinstance(each, Exception)]
+        if ends:
+            raise ends[0]
+
+
+def _failure(call: Callable[..., object], *args: Any, **options: Any) -> BaseException | None:
+    """Call what may be somebody else's code, and give what it raises."""
+    try:
+        call(*args, **options)
+    except BaseException as error:  # noqa: BLE001 - who gets it decides
+        return error
+    return None
+
+
+def _write_down(event: Event) -> None:
+    if _log.isEnabledFor(logging.INFO):
+        told = " ".join(f"{each.name}={getattr(event, each.name)!r}" for each in fields(event))
+        _log.info("%s %s", type(event).__name__, told, extra={"event": event})

@@ -11,7 +11,7 @@ from math import ceil, exp, inf
 from typing import Literal
 
 from sqla_byok.errors import ConfigurationError
-from sqla_byok.keys.keyring import REFRESH_FROM, REFRESH_TO
+from sqla_byok.keys.clock import REFRESH_FROM, REFRESH_TO
 from sqla_byok.keys.keyrings import LOOKED_AT_ONCE, POLL_EVERY
 
 __all__ = ["Plan", "Quota", "plan"]

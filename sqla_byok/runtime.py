@@ -29,14 +29,16 @@ from sqla_byok.errors import (
     NoTenantError,
     UnsupportedQueryError,
 )
-from sqla_byok.keys.customer import CustomerKeys, stored_config
+from sqla_byok.keys.calls import KmsCalls, stored_config
+from sqla_byok.keys.clock import Clock, SystemClock
 from sqla_byok.keys.database import open_database
 from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
-from sqla_byok.keys.keyring import Clock, Keyring, SystemClock
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore, Wrapping
+from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore
 from sqla_byok.keys.onboarding import Onboarding, Proof
+from sqla_byok.keys.rows import Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.keys.searchable import NOTHING, SearchableColumns
 from sqla_byok.kms import Kms, Operator, Salts, providers
@@ -185,18 +187,10 @@ class Byok(Secret):
         self._keystore = Keystore(self._database, _resolve_key(keystore_key))
         operator = Operator(self._secrets, credentials or {})
         salts = ExternalSalts(profiles, operator)
-        self._customer_keys = CustomerKeys(profiles, operator, self._audit)
-        self._onboarding = Onboarding(self._keystore, self._customer_keys, salts, default_kms, clock)
-        self._keyrings = Keyrings(self._keystore, self._customer_keys, salts, clock, max_tenants, self._audit)
-        generations = self._generations = Generations(
-            self._keystore,
-            self._keyrings.row,
-            self._keyrings.unwrap,
-            self._customer_keys.rewrap,
-            salts,
-            clock,
-            self._audit,
-        )
+        self._calls = KmsCalls(profiles, operator, self._audit)
+        self._onboarding = Onboarding(self._keystore, self._calls, salts, default_kms, clock)
+        self._keyrings = Keyrings(self._keystore, self._calls, salts, clock, max_tenants, self._audit)
+        generations = self._generations = Generations(self._keystore, self._calls, salts, clock, self._audit)
         self._searchable = SearchableColumns(generations.search, generations.settle)
 
     # -- setting up --------------------------------------------------------------------------------------------------
@@ -803,14 +797,14 @@ class Byok(Secret):
         """
         ring = self._keyrings.get(self._tenant_of_column(column))
         if not is_known(column, ring):
-            ring = self._keyrings.record(ring, NOTHING)
+            ring = self._keyrings.note(ring, NOTHING)
         return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     async def ahashes(self, column: Any, value: Any) -> list[Digest]:
         """:meth:`hashes` from asyncio."""
         ring = await self._keyrings.aget(self._tenant_of_column(column))
         if not is_known(column, ring):
-            ring = await self._keyrings.arecord(ring, NOTHING)
+            ring = await self._keyrings.anote(ring, NOTHING)
         return hashes(column, value, ring, self._clock, self._dialect or DefaultDialect())
 
     def seal(self, data: bytes, purpose: str) -> bytes:
@@ -895,7 +889,7 @@ class Byok(Secret):
     def _expiries(self) -> Iterator[tuple[str, date | None]]:
         for tenant, provider, config in self._keystore.configs():
             with suppress(KeystoreTamperedError, ConfigurationError):
-                yield tenant, self._customer_keys.describe(Wrapping(provider, config, b"", "")).expires()
+                yield tenant, self._calls.describe(Wrapping(provider, config, b"", "")).expires()
 
     def _require_attached(self, engine: object) -> None:
         if not isinstance(engine, Engine):

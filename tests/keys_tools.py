@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +116,33 @@ class CountingKms(Kms):
             self.unwraps.append(tenant)
         type(self).on_unwrap()
         return LocalKms(self.path).connect({}).unwrap(wrapped, tenant=tenant)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+
+
+def in_child(work: Callable[[], None], started: Callable[[int], object] = lambda pid: None) -> int:
+    """Run in a forked child and give its exit status; a child that hangs is ended by its own alarm.
+
+    :param started: is told the child's process id.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    started(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def table(name: str) -> Table:

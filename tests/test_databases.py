@@ -232,6 +232,8 @@ def test_an_interrupted_run_drops_its_database(
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # Where a shell runs the tests in the background, it has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={
             **os.environ,
             "PYTHONPATH": str(HERE),

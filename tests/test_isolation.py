@@ -31,7 +31,7 @@ from sqla_byok import (
     TamperedError,
     TenantMismatchError,
 )
-from sqla_byok.keys.keystore import State
+from sqla_byok.keys.rows import State
 from sqla_byok.kms import providers
 
 

@@ -623,7 +623,7 @@ SHOWN = [
     Work("repr of the Byok and its parts", lambda w: repr([w.byok, w.byok._keystore, w.byok._keyrings, vars(w.byok)])),
     Work("repr of the keyring", lambda w: repr([ring(w), ring(w).tenant_key, ring(w).write])),
     Work("repr of the keyring's salts", lambda w: repr(ring(w).salts)),
-    Work("repr of what calls the KMS", lambda w: repr([w.byok._customer_keys, vars(w.byok._customer_keys)])),
+    Work("repr of what calls the KMS", lambda w: repr([w.byok._calls, vars(w.byok._calls)])),
     Work("repr of the keystore's row", lambda w: repr(w.byok._keystore.load("t1"))),
 ]  # fmt: skip
 

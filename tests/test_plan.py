@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sqla_byok.errors import ConfigurationError
-from sqla_byok.keys.keyring import REFRESH_FROM, REFRESH_TO
+from sqla_byok.keys.clock import REFRESH_FROM, REFRESH_TO
 from sqla_byok.keys.keyrings import LOOKED_AT_ONCE, POLL_EVERY
 from sqla_byok.plan import plan
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from keys_tools import TurnableClock, hand_in, publish_data_key
+from keys_tools import TurnableClock, hand_in, in_child, publish_data_key
 from sqlalchemy import URL, LargeBinary, String, create_engine, insert, select, text, type_coerce
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -167,20 +165,6 @@ def test_two_processes_onboard_at_once(sync_url: URL, customer_key: Path, other:
 # -- fork ------------------------------------------------------------------------------------------------------------
 
 
-def _in_child(work: Callable[[], None]) -> int:
-    """Run in a forked child and give its exit status; a child that hangs is ended by its own alarm."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        with contextlib.suppress(BaseException):
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(30)
-            work()
-            status = 0
-        os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # threads are running, which is the point
 @pytest.mark.parametrize("driver", ["sync", "async"])
@@ -227,7 +211,7 @@ def test_a_forked_process_uses_and_opens_tenants(
         assert byok.tenants() == ["t1", "t2", "t3"]
         byok.close()
 
-    assert _in_child(work) == 0
+    assert in_child(work) == 0
     assert number_of_connection() == parents  # its connection is as good as before
     byok.forget_keys()
     with byok.session("t1", engine) as session, byok.tenant("t3"):
@@ -279,7 +263,7 @@ def test_a_fork_in_the_middle_of_an_opening(
     thread = threading.Thread(target=enter)
     thread.start()
     assert asked.wait(30)
-    assert _in_child(enter) == 0
+    assert in_child(enter) == 0
     release.set()
     thread.join(30)
     enter()

@@ -6,18 +6,22 @@ docs/revocation.md shows the tables below; the last tests hold the page to them.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import re
+import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import pytest
 from azure.identity import ClientSecretCredential
-from keys_tools import TurnableClock, insert_patient, names, patient
+from keys_tools import TurnableClock, in_child, insert_patient, names, patient, until
 from relay import Relay
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -37,7 +41,9 @@ from sqla_byok import (
     KmsUnavailableError,
     ThrottledError,
 )
-from sqla_byok.audit import Event, KmsCalled
+from sqla_byok.audit import Event, KeyStateChanged, KmsCalled
+from sqla_byok.keys.clock import SystemClock
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.kms import Kms
 from sqla_byok.testing import KmsServers
 from sqla_byok.testing.aws import AwsServer
@@ -154,9 +160,7 @@ class Customer:
 class Service:
     """An application on SQLite; another one over the same files is another process."""
 
-    def __init__(
-        self, folder: Path, clock: TurnableClock, options: dict[str, Any], engine: Any = None
-    ) -> None:
+    def __init__(self, folder: Path, clock: Any, options: dict[str, Any], engine: Any = None) -> None:
         self.clock, self.events = clock, list[Event]()
         self.byok = Byok(
             f"sqlite:///{folder / 'keystore.db'}", clock=clock, on_event=self.events.append, **options
@@ -512,7 +516,7 @@ def profiles(options: dict[str, Any], wire: Wire, **settings: Any) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("idle", [False, True], ids=["in use", "idle"])
+@pytest.mark.parametrize("used", ["throughout", "until it was asked", "before"])
 @each_silence
 def test_silence(
     tmp_path: Path,
@@ -521,9 +525,9 @@ def test_silence(
     wire_to: Callable[[str], Wire],
     monkeypatch: pytest.MonkeyPatch,
     silence: Silence,
-    idle: bool,
+    used: str,
 ) -> None:
-    """A KMS that cannot be asked is trusted until the deadline, and outage_grace more; not a second longer."""
+    """A KMS that was asked in vain is trusted until the deadline, and outage_grace more; not a second longer."""
     wire = wire_to(silence.cloud)
     timeout = 0.5 if silence.how == "hanging" else 10
     service = Service(tmp_path, clock, profiles(options, wire, read_timeout=timeout, connect_timeout=timeout))
@@ -532,14 +536,17 @@ def test_silence(
     service.read()
     service.use(10)
     wire.silence(silence.how, monkeypatch)
-    end = opened + REVOKE_WITHIN + (GRACE if silence.graced else 0)
-    if idle:
+    graced = silence.graced and used != "before"
+    end = opened + REVOKE_WITHIN + (GRACE if graced else 0)
+    if used == "until it was asked":
+        service.use(40)
         clock.turn(end - 1 - clock.boot_now)
         assert service.read() == "t1 0"
         service.byok._keyrings.drain()
-        clock.turn(1)
+    if used != "throughout":
+        clock.turn(end - clock.boot_now)
     last, refusal = service.use_until_refused()
-    assert last == (0 if idle else end - 1)
+    assert last == (end - 1 if used == "throughout" else 0)
     assert clock.boot_now == end
     assert (type(refusal), refusal.tenant, refusal.action_by) == (silence.error, "t1", "operator")
     assert refusal.retryable == silence.graced
@@ -609,6 +616,200 @@ def test_neighbours_of_a_dead_vault(
     service.close()
 
 
+# -- wherever the process is -----------------------------------------------------------------------------------------
+
+PLACES: list[str] = []
+Test = TypeVar("Test", bound=Callable[..., object])
+
+
+def place(name: str) -> Callable[[Test], Test]:
+    """A row of the page's table, which the test proves."""
+    PLACES.append(name)
+    return lambda test: test
+
+
+def with_forks(test: Test) -> Test:
+    """For a test that forks."""
+    # Threads are running, which is the point.
+    test = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")(test)
+    return cast(
+        "Test", pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")(test)
+    )
+
+
+@pytest.fixture
+def idle(service: Service, byok_kms_server: KmsServers) -> Keyring:
+    """The keys of a tenant that was used once; its customer has disabled its key since. They have a grace, which is
+    not for that."""
+    customer = Customer(byok_kms_server, "aws")
+    service.onboard("t1", customer.kms, rows=3, outage_grace=1_800)
+    service.read()
+    customer.say_no("disable")
+    return service.byok._keyrings.get("t1")
+
+
+def go(service: Service, idle: Keyring) -> None:
+    """At the deadline the keys go, though nobody asks for the tenant; and who asks then is refused."""
+    assert not idle.cleared
+    service.clock.turn(REVOKE_WITHIN)
+    until(lambda: idle.cleared)
+    with pytest.raises(KeyDisabledError):
+        service.read()
+
+
+@place("idle, with outage_grace")
+def test_the_grace_prolongs_nothing_by_itself(service: Service, idle: Keyring) -> None:
+    """An agreed grace is for outages: with a KMS that would answer, idle keys go at the deadline."""
+    go(service, idle)
+
+
+@place("forked")
+@with_forks
+@pytest.mark.parametrize("how", ["a child", "a child's child", "from a thread", "parent and child"])
+def test_a_forked_process(service: Service, idle: Keyring, how: str) -> None:
+    """A fork takes the threads from the child, and leaves it the keys: they go there as they do in its parent."""
+
+    def child() -> None:
+        go(service, idle)
+
+    def grandchild() -> None:
+        assert in_child(child) == 0
+        assert not idle.cleared
+        child()
+
+    if how == "from a thread":
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(in_child, child).result() == 0
+    else:
+        assert in_child(grandchild if how == "a child's child" else child) == 0
+    assert not idle.cleared
+    if how == "parent and child":
+        go(service, idle)
+
+
+@with_forks
+def test_a_forked_process_without_keys(service: Service) -> None:
+    """No thread is begun in children that have no keys to take away; the first keys that they open begin it."""
+
+    def child() -> None:
+        assert not [each for each in threading.enumerate() if each.name == "byok-sweep"]
+
+    assert in_child(child) == 0
+
+
+@place("stopped and continued")
+@with_forks
+@pytest.mark.parametrize("reading", [True, False], ids=["in the middle of a result", "idle"])
+def test_a_stopped_process(
+    tmp_path: Path, options: dict[str, Any], byok_kms_server: KmsServers, service: Service, reading: bool
+) -> None:
+    """Time goes on while a process is stopped: what it was reading ends when it goes on, and idle keys go."""
+    customer = Customer(byok_kms_server, "aws")
+    service.onboard("t1", customer.kms, rows=3, revoke_within=3, outage_grace=60)
+    began, go_on = os.pipe(), os.pipe()
+
+    def stopped_here() -> None:
+        os.write(began[1], b".")
+        os.read(go_on[0], 1)
+
+    def child() -> None:
+        own = Service(tmp_path, SystemClock(), options)
+        if reading:
+            with own.engine.execution_options(byok_tenant="t1", yield_per=1).connect() as connection:
+                rows = iter(connection.execute(names))
+                next(rows)
+                stopped_here()
+                with pytest.raises(KeysExpiredError):
+                    next(rows)
+        else:
+            own.read()
+            ring = own.byok._keyrings.get("t1")
+            stopped_here()
+            until(lambda: ring.cleared)
+        with pytest.raises(KeyDisabledError):
+            own.read()
+
+    def stop_and_continue() -> None:
+        assert os.read(began[0], 1), "the child has ended"
+        os.kill(children[0], signal.SIGSTOP)
+        customer.say_no("disable")
+        deadline = SystemClock.boot() + 3
+        until(lambda: SystemClock.boot() > deadline)
+        os.write(go_on[1], b".")
+        os.kill(children[0], signal.SIGCONT)
+
+    children: list[int] = []
+
+    def started(pid: int) -> None:
+        os.close(began[1])
+        children.append(pid)
+
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(stop_and_continue)
+        assert in_child(child, started) == 0
+        stopped.result(30)
+    for end in (began[0], *go_on):
+        os.close(end)
+
+
+@place("suspended")
+@pytest.mark.parametrize("counted_by", ["boot_now", "wall_now"])
+def test_a_suspended_machine(service: Service, idle: Keyring, counted_by: str) -> None:
+    """Time goes on while a machine sleeps or a virtual one stands still, though only one of the clocks may tell."""
+    with service.engine.execution_options(byok_tenant="t1", yield_per=1).connect() as connection:
+        rows = iter(connection.execute(names))
+        next(rows)
+        setattr(service.clock, counted_by, getattr(service.clock, counted_by) + REVOKE_WITHIN)
+        with pytest.raises(KeysExpiredError):
+            next(rows)
+    until(lambda: idle.cleared)
+    with pytest.raises(KeyDisabledError):
+        service.read()
+
+
+@place("a listener raises")
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
+)
+@pytest.mark.parametrize("where", ["on_event", "log"])
+def test_a_listener_that_raises(
+    service: Service, byok_kms_server: KmsServers, error: type[BaseException], where: str
+) -> None:
+    """Whatever an application's listener or its log raises when keys go: the others go too, and those of later."""
+    for tenant in ("t1", "t2", "t3"):
+        service.onboard(tenant, byok_kms_server.key("aws"))
+    told: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, KeyStateChanged) and event.after == "closed":
+            told.append(event.tenant)
+            raise error
+
+    class Log(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if event := getattr(record, "event", None):
+                listen(event)
+            elif "listener" in record.msg or "out of memory" in record.msg:
+                raise error
+
+    log, handler = logging.getLogger("sqla_byok.audit"), Log()
+    if where == "on_event":
+        service.byok._audit.listeners.append(listen)
+    else:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        for tenants in (["t1", "t2"], ["t1", "t2", "t3"]):
+            told.clear()
+            rings = [(service.read(tenant), service.byok._keyrings.get(tenant))[1] for tenant in tenants]
+            service.clock.turn(REVOKE_WITHIN)
+            until(lambda rings=rings: all(ring.cleared for ring in rings))
+            until(lambda tenants=tenants: sorted(told) == tenants)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+
+
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -647,12 +848,19 @@ def test_the_page_tells_each_silence() -> None:
     )
 
 
+def test_the_page_tells_each_place() -> None:
+    """Likewise for where a process may be when the time is up."""
+    assert [row[1] for row in rows("Wherever the process is")] == PLACES
+
+
 def test_the_page_tells_the_numbers_of_the_code() -> None:
     """When a refresh is due, and how long the breaker leaves a KMS alone."""
-    from sqla_byok.keys import health, keyring, keyrings
+    from sqla_byok.keys import clock, health, keyrings
 
     (share,) = re.findall(r"between ([0-9.]+) and ([0-9.]+) of `revoke_within`", PAGE)
-    assert tuple(map(float, share)) == (keyring.REFRESH_FROM, keyring.REFRESH_TO)
+    assert tuple(map(float, share)) == (clock.REFRESH_FROM, clock.REFRESH_TO)
     assert health._LONGEST == LONGEST_BACK_OFF
     assert f"at most {LONGEST_BACK_OFF} seconds" in PAGE
+    assert f"for {clock._UNANSWERED_FOR:.0f} seconds more" in PAGE
+    assert keyrings._SWEEP_EVERY * 2 <= 1  # "for more than a second"
     assert f"{keyrings.UNIT_WITHIN:.0f} seconds at most" in PAGE

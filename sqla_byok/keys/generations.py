@@ -18,7 +18,6 @@ generation that is found pending waits the whole settle time once more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from sqla_byok.audit import Audit, GenerationChanged
 from sqla_byok.crypto.formats import (
@@ -33,12 +32,13 @@ from sqla_byok.crypto.formats import (
     is_reference,
     new_key,
     new_search_salt,
-    pack_tenant_key,
 )
-from sqla_byok.errors import ConfigurationError, KeystoreConflictError, KeystoreTamperedError
-from sqla_byok.keys.keyring import Clock, SealedRecord
+from sqla_byok.errors import ConfigurationError, KeystoreConflictError
+from sqla_byok.keys.calls import KmsCalls
+from sqla_byok.keys.clock import Clock
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
-from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
+from sqla_byok.keys.keystore import Keystore
+from sqla_byok.keys.rows import SealedRecord, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.keys.searchable import Searchable
 
@@ -65,10 +65,7 @@ class Generations(Secret):
     three conflicts in a row it gives up. Each opens the tenant key anew, so that the customer's KMS has its say.
 
     :param keystore: where the rows are.
-    :param load: gives a tenant's authenticated row.
-    :param unwrap: gives the tenant key of a row, 32 bytes, by a KMS call.
-    :param wrap: wraps a payload under the customer key that a wrapping names (its bytes are ignored), and proves by
-        unwrapping that it comes back.
+    :param calls: asks the tenants' KMS.
     :param salts: keeps the search salts that are kept elsewhere.
     :param clock: sleeps while a change settles.
     :param audit: hears of each change, after it was stored.
@@ -77,15 +74,12 @@ class Generations(Secret):
     def __init__(
         self,
         keystore: Keystore,
-        load: Callable[[str], TenantRow],
-        unwrap: Callable[[TenantRow], bytes],
-        wrap: Callable[[bytes, Wrapping, str], Wrapping],
+        calls: KmsCalls,
         salts: ExternalSalts,
         clock: Clock,
         audit: Audit,
     ) -> None:
-        self._keystore, self._load, self._unwrap, self._wrap = keystore, load, unwrap, wrap
-        self._salts = salts
+        self._keystore, self._calls, self._salts = keystore, calls, salts
         self._clock, self._audit = clock, audit
 
     def rotate(self, tenant: str, kind: str) -> int:
@@ -167,10 +161,10 @@ class Generations(Secret):
 
         def make(row: TenantRow) -> TenantRow | None:
             tenant_key = self._open(row)  # first: what the manifest has not authenticated is not parsed
-            text = change(Searchable.parse(row.searchable, tenant)).text
-            return None if text == row.searchable else _next(row, tenant_key, searchable=text)
+            text = change(Searchable.parse(row.searchable_text, tenant)).text
+            return None if text == row.searchable_text else row.next(tenant_key, searchable_text=text)
 
-        return Searchable.parse(self._change(tenant, make).searchable, tenant)
+        return Searchable.parse(self._change(tenant, make).searchable_text, tenant)
 
     # -- one change ----------------------------------------------------------------------------------------------
 
@@ -186,7 +180,7 @@ class Generations(Secret):
         """
         tries = 0
         while True:
-            old = self._load(tenant)
+            old = self._keystore.row(tenant)
             new = make(old)
             if new is None:
                 return old
@@ -229,7 +223,7 @@ class Generations(Secret):
                 kind, generation, new_key() if kind == DATA_KEY else new_search_salt()
             )
         fresh = SealedRecord(kind, generation, record_id, PENDING, sealed)
-        return _next(row, tenant_key, generations=[*row.generations, fresh])
+        return row.next(tenant_key, generations=[*row.generations, fresh])
 
     def _activated(self, row: TenantRow, fresh: SealedRecord) -> TenantRow | None:
         found = _find(row.generations, fresh.kind, fresh.generation)
@@ -247,7 +241,7 @@ class Generations(Secret):
             else record
             for record in row.generations
         ]
-        return _next(row, self._open(row), generations=generations)
+        return row.next(self._open(row), generations=generations)
 
     def _retired(self, row: TenantRow, kind: str, generation: int) -> TenantRow | None:
         if _find(row.retired, kind, generation):
@@ -259,8 +253,7 @@ class Generations(Secret):
                 f"{kind} {generation} of tenant {row.tenant!r} is {state}: only a readable generation can be retired",
                 tenant=row.tenant,
             )
-        return _next(
-            row,
+        return row.next(
             self._open(row),
             generations=[record for record in row.generations if record != found],
             retired=[*row.retired, found._replace(state=RETIRED)],
@@ -278,23 +271,17 @@ class Generations(Secret):
         if found is None:
             return None
         left = [record for record in row.retired if record != found]
-        return _next(row, self._open(row), retired=left)
+        return row.next(self._open(row), retired=left)
 
     def _rekeyed(self, row: TenantRow) -> TenantRow:
         old = self._open(row)
-        secret, generation = new_key(), row.tenant_key_generation + 1
-        try:
-            wrappings = [
-                self._wrap(pack_tenant_key(secret, row.tenant, generation), wrapping, row.tenant)
-                for wrapping in row.wrappings
-            ]
-            new = TenantKey(secret, row.tenant, generation)
-        finally:
-            secret = b""  # crash reports show the variables of each frame
-        row = replace(row, wrappings=wrappings, tenant_key_id=new.id, tenant_key_generation=generation)
-        return _next(
-            row,
+        under = [self._calls.describe(wrapping) for wrapping in row.wrappings]
+        new, wrappings = self._calls.new_tenant_key(
+            row.tenant, row.tenant_key_generation + 1, under, "rewrap"
+        )
+        return row.next(
             new,
+            wrappings=wrappings,
             generations=[self._resealed(record, old, new) for record in row.generations],
             retired=[self._resealed(record, old, new) for record in row.retired],
         )
@@ -302,56 +289,20 @@ class Generations(Secret):
     def _resealed(self, record: SealedRecord, old: TenantKey, new: TenantKey) -> SealedRecord:
         if is_reference(record.sealed):
             return self._salts.renewed(record, old, new)
-        _, sealed = new.seal(record.kind, record.generation, old.open(*record.record[:3], record.sealed))
-        return record._replace(sealed=sealed)
+        return record.resealed(old, new)
 
     def _rewrapped(self, row: TenantRow, under: Sequence[Wrapping]) -> TenantRow:
-        secret, generation = self._unwrap(row), row.tenant_key_generation
+        payload = self._calls.unwrap(row, "rotate")
         try:
-            tenant_key = _checked(TenantKey(secret, row.tenant, generation), row)
-            wrappings = [
-                self._wrap(pack_tenant_key(secret, row.tenant, generation), wrapping, row.tenant)
-                for wrapping in under
-            ]
+            tenant_key = row.open(payload)
+            kms = [self._calls.describe(wrapping) for wrapping in under]
+            wrappings = self._calls.wrap(payload, kms, row.tenant, "rewrap")
+            return row.next(tenant_key, wrappings=wrappings)
         finally:
-            secret = b""
-        return _next(replace(row, wrappings=wrappings), tenant_key)
+            payload = b""  # crash reports show the variables of each frame
 
     def _open(self, row: TenantRow) -> TenantKey:
-        return _checked(TenantKey(self._unwrap(row), row.tenant, row.tenant_key_generation), row)
-
-
-def _checked(tenant_key: TenantKey, row: TenantRow) -> TenantKey:
-    if tenant_key.id != row.tenant_key_id:
-        raise KeystoreTamperedError(
-            f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
-        )
-    tenant_key.check_manifest(
-        row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
-    )
-    return tenant_key
-
-
-def _next(
-    row: TenantRow,
-    tenant_key: TenantKey,
-    *,
-    generations: Sequence[SealedRecord] | None = None,
-    retired: Sequence[SealedRecord] | None = None,
-    searchable: str | None = None,
-) -> TenantRow:
-    """The row of the next epoch, with the manifest of its generations."""
-    live = row.generations if generations is None else generations
-    columns = row.searchable if searchable is None else searchable
-    epoch = row.epoch + 1
-    return replace(
-        row,
-        epoch=epoch,
-        manifest_tag=tenant_key.manifest_tag(epoch, [record.record for record in live], columns),
-        generations=live,
-        searchable=columns,
-        retired=row.retired if retired is None else retired,
-    )
+        return row.open(self._calls.unwrap(row, "rotate"))
 
 
 def _pending(row: TenantRow, kind: str) -> SealedRecord | None:

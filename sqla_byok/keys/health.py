@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sqla_byok.audit import Audit, KeyStateChanged
 from sqla_byok.errors import KmsError
-from sqla_byok.keys.keyring import Clock
+from sqla_byok.keys.clock import Clock
 
 __all__ = ["CLOSED", "DARK", "FRESH", "GRACE", "Health"]
 
@@ -25,7 +25,7 @@ _CHANGES_KEPT = 100_000
 RECENTLY = 300.0
 
 
-class _Record:
+class _Failures:
     __slots__ = ("error", "failures", "open_until")
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Health:
 
     def __init__(self, clock: Clock, audit: Audit) -> None:
         self._clock, self._audit = clock, audit
-        self._failing: dict[str, _Record] = {}
+        self._failing: dict[str, _Failures] = {}
         self._states: dict[str, str] = {}
         self._changes: deque[_Change] = deque(maxlen=_CHANGES_KEPT)
         self._lock = threading.Lock()
@@ -62,17 +62,17 @@ class Health:
 
         :raises KmsError: the last failure again, with ``retry_after``.
         """
-        record = self._failing.get(tenant)
-        if record is None or record.error is None:
+        found = self._failing.get(tenant)
+        if found is None or found.error is None:
             return
-        wait = record.open_until - self._clock.boot()
+        wait = found.open_until - self._clock.boot()
         if wait > 0:
-            raise self.again(record.error, wait)
+            raise self.again(found.error, wait)
 
     def failing(self, tenant: str) -> KmsError | None:
         """What the tenant's last KMS call raised; None where it succeeded."""
-        record = self._failing.get(tenant)
-        return None if record is None else record.error
+        found = self._failing.get(tenant)
+        return None if found is None else found.error
 
     @staticmethod
     def again(error: KmsError, wait: float | None = None) -> KmsError:
@@ -92,18 +92,18 @@ class Health:
         """The KMS said no, or nothing."""
         now = self._clock.boot()
         with self._lock:
-            record = self._failing.setdefault(tenant, _Record())
-            record.failures += 1
-            record.error = copy.copy(error).with_traceback(None)
-            beyond = record.failures - _FAILURES
+            found = self._failing.setdefault(tenant, _Failures())
+            found.failures += 1
+            found.error = copy.copy(error).with_traceback(None)
+            beyond = found.failures - _FAILURES
             if beyond >= 0:
                 wait = min(_LONGEST, 2.0 ** min(beyond, 10)) * random.uniform(0.8, 1.0)  # noqa: S311 - spreads calls
-                record.open_until = now + max(wait, min(error.retry_after or 0.0, 4 * _LONGEST))
+                found.open_until = now + max(wait, min(error.retry_after or 0.0, 4 * _LONGEST))
 
     def retry_in(self, tenant: str) -> float:
         """In how many seconds the KMS may be asked in the background again."""
-        record = self._failing.get(tenant)
-        return 1.0 if record is None else max(1.0, record.open_until - self._clock.boot())
+        found = self._failing.get(tenant)
+        return 1.0 if found is None else max(1.0, found.open_until - self._clock.boot())
 
     def enter(self, tenant: str, state: str, cause: BaseException | None = None) -> None:
         """Note the state of a tenant's keys, and tell the audit where it is another than before."""
@@ -143,14 +143,14 @@ class Health:
     def causes(self) -> Counter[tuple[str, str]]:
         """How many tenants' last KMS call failed, by exception and by who must act."""
         with self._lock:
-            errors = [record.error for record in self._failing.values() if record.error is not None]
+            errors = [each.error for each in self._failing.values() if each.error is not None]
         return Counter((type(error).__name__, error.action_by) for error in errors)
 
     def breakers(self) -> int:
         """How many breakers are open."""
         now = self._clock.boot()
         with self._lock:
-            return sum(record.open_until > now for record in self._failing.values())
+            return sum(each.open_until > now for each in self._failing.values())
 
     def changed_recently(self) -> int:
         """How many tenants became dark, came into grace, or came out of either in the last five minutes."""

@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-import random
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import date
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
+from typing import NoReturn, cast
 
-from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Record, Secret, TenantKey
+from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, Secret, TenantKey
 from sqla_byok.crypto.hashes import Scope, derive_column_salt
 from sqla_byok.crypto.values import Opener, ValueKey
 from sqla_byok.errors import KeysExpiredError, KeystoreUnavailableError
+from sqla_byok.keys.clock import Lease
+from sqla_byok.keys.rows import SealedRecord, Wrapping
 from sqla_byok.keys.searchable import Searchable
+from sqla_byok.kms import Kms, KmsClient
 
-if TYPE_CHECKING:
-    from sqla_byok.keys.keystore import Wrapping
-    from sqla_byok.kms import Kms, KmsClient
-
-__all__ = ["REFRESH_FROM", "REFRESH_TO", "Clock", "Keyring", "Lease", "SealedRecord", "SystemClock"]
-
-# When a keyring in use is renewed, as parts of revoke_within: early enough for many tries, and spread so widely that
-# tenants that were opened together do not stay together.
-REFRESH_FROM, REFRESH_TO = 0.5, 0.75
+__all__ = ["Keyring"]
 
 # A derived salt takes some 170 bytes; the cap, which a tenant's live search salts share, keeps it within its 16 KiB
 # whatever the number of columns.
 _SALTS_KEPT = 40
-
-
-class Clock(Protocol):
-    """Where the library reads time. Both are in seconds; a test gives its own."""
-
-    def boot(self) -> float:
-        """Time since an arbitrary start, never set back, counting while the machine sleeps where it can."""
-        ...
-
-    def wall(self) -> float:
-        """Seconds since the epoch."""
-        ...
-
-    def sleep(self, seconds: float, /) -> None:
-        """Wait; used where generations have to settle."""
-        ...
-
-
-class SystemClock:
-    """The machine's clocks: CLOCK_BOOTTIME where there is one (monotonic elsewhere), and wall time."""
-
-    # Plain C functions, since every statement asks.
-    boot = staticmethod(
-        partial(time.clock_gettime, time.CLOCK_BOOTTIME)
-        if hasattr(time, "CLOCK_BOOTTIME")
-        else time.monotonic
-    )
-    wall = staticmethod(time.time)
-    sleep = staticmethod(time.sleep)
-
-
-class SealedRecord(NamedTuple):
-    """A generation of a data key or search salt, as the keystore holds it."""
-
-    kind: str
-    generation: int
-    id: bytes
-    state: str
-    sealed: bytes
-
-    @property
-    def record(self) -> Record:
-        """What the manifest says of it."""
-        return Record(self.kind, self.generation, self.id, self.state)
 
 
 class _Salts(Secret, dict[tuple[str, Scope], bytes]):
@@ -118,77 +66,6 @@ class _NoKey:
         self._expired()
 
 
-class Lease:
-    """How long the keyrings of one opening may be used; shared by all of them, under whatever epoch.
-
-    :ivar deadline: until when, on the boot-time clock; ``wall_deadline`` in wall time, whichever comes first.
-    :ivar renewed_at: when the last KMS call that was answered with yes was sent.
-    :ivar renewed_until: ``revoke_within`` after that.
-    :ivar outage_grace: how much longer while the KMS does not answer, in seconds.
-    :ivar refresh_at: from when on the KMS is to be asked again; ``refreshing`` while it is.
-    :ivar one_unit: whether it is of one unit of work only (``revoke_within=0``).
-    :ivar used: when it was last used.
-    :ivar cleared: whether the keys were taken away.
-    """
-
-    __slots__ = (
-        "cleared",
-        "deadline",
-        "one_unit",
-        "outage_grace",
-        "refresh_at",
-        "refreshing",
-        "renewed_at",
-        "renewed_until",
-        "rings",
-        "used",
-        "wall_deadline",
-        "wall_renewed_until",
-    )
-
-    def __init__(self) -> None:
-        self.cleared = self.one_unit = self.refreshing = False
-        self.deadline = self.wall_deadline = self.renewed_until = self.wall_renewed_until = 0.0
-        self.renewed_at = self.outage_grace = self.refresh_at = self.used = 0.0
-        self.rings: list[weakref.ref[Keyring]] = []
-
-    def renew(self, boot: float, wall: float, revoke_within: float, outage_grace: float) -> None:
-        """Count the time anew, from the sending of a KMS call that was answered with yes.
-
-        :param boot: when it was sent, on the boot-time clock.
-        :param wall: when it was sent, in wall time.
-        :param revoke_within: how long the keys may be used after it, in seconds.
-        :param outage_grace: how much longer while the KMS does not answer.
-        """
-        self.renewed_at, self.outage_grace = boot, outage_grace
-        self.renewed_until, self.wall_renewed_until = boot + revoke_within, wall + revoke_within
-        self.deadline, self.wall_deadline = self.renewed_until, self.wall_renewed_until
-        # Spread, so that processes which opened a tenant together do not ask together.
-        self.refresh_at = boot + revoke_within * random.uniform(REFRESH_FROM, REFRESH_TO)  # noqa: S311
-
-    def stretch(self, *, to_grace: bool) -> None:
-        """Note that the KMS did not answer: whether the keys may be used for ``outage_grace`` more."""
-        more = self.outage_grace if to_grace else 0.0
-        self.deadline, self.wall_deadline = self.renewed_until + more, self.wall_renewed_until + more
-
-    def live(self, boot: float, wall: float) -> bool:
-        """Whether the keys may be used."""
-        return not self.cleared and boot < self.deadline and wall < self.wall_deadline
-
-    def over(self, boot: float, wall: float) -> bool:
-        """Whether not even an outage of the KMS could let the keys be used again."""
-        grace = self.outage_grace
-        return self.cleared or boot >= self.renewed_until + grace or wall >= self.wall_renewed_until + grace
-
-    def clear(self) -> None:
-        """Take the keys away in place; everything that still holds one of the keyrings fails from now on."""
-        self.cleared = True
-        for each in tuple(self.rings):
-            ring = each()
-            if ring is not None:
-                ring.wipe()
-
-
 class Keyring(Secret):
     """One tenant's opened keys, as one epoch has them.
 
@@ -199,7 +76,7 @@ class Keyring(Secret):
     :param tenant_key: the opened tenant key.
     :param epoch: the keystore's epoch that ``records`` belong to.
     :param records: the sealed generations, already checked against the manifest.
-    :param searchable: what the keystore says of searching, likewise.
+    :param searchable_text: what the keystore says of searching, likewise.
     :ivar write: the active data key.
     :ivar openers: all live data keys.
     :ivar live_salts: the column salts by each live search salt, the active one first: what a look-up has to try.
@@ -235,14 +112,14 @@ class Keyring(Secret):
         tenant_key: TenantKey,
         epoch: int,
         records: Iterable[SealedRecord],
-        searchable: str = "",
+        searchable_text: str = "",
         lease: Lease | None = None,
     ) -> None:
         self.tenant = tenant_key.tenant
         self.lease = Lease() if lease is None else lease
         self.looked_at = self.fresh_until = self.write_until = 0.0
         self.epoch = epoch
-        self.searchable = Searchable.parse(searchable, self.tenant)
+        self.searchable = Searchable.parse(searchable_text, self.tenant)
         self.off = self.searchable.off
         self._tenant_key: TenantKey | None = tenant_key
         # The customer key, for values that it encrypts itself, and what calls it; made when first needed.
@@ -270,9 +147,9 @@ class Keyring(Secret):
         self.salts = self.live_salts[0]
         for salts in self.live_salts:
             salts.share(len(self.live_salts))
-        self._join()
+        self._enlist()
 
-    def _join(self) -> None:
+    def _enlist(self) -> None:
         """Become one of those that the lease clears."""
         rings = self.lease.rings
         for gone in [each for each in rings if each() is None]:
@@ -282,28 +159,28 @@ class Keyring(Secret):
         if self.lease.cleared:  # by another thread, just now
             self.end()
 
-    def successor(self, epoch: int, records: Iterable[SealedRecord], searchable: str = "") -> Keyring:
+    def successor(self, epoch: int, records: Iterable[SealedRecord], searchable_text: str = "") -> Keyring:
         """The keyring of a newer epoch, under the same lease. Needs no KMS call: the tenant key is the same.
 
         Statements under way go on with this one. When either is cleared, both are.
         """
-        return Keyring(self.tenant_key, epoch, records, searchable, self.lease)
+        return Keyring(self.tenant_key, epoch, records, searchable_text, self.lease)
 
     @property
     def cleared(self) -> bool:
         """Whether the keys were taken away."""
         return self.lease.cleared
 
-    def renamed(self, epoch: int, searchable: str) -> Keyring:
+    def renamed(self, epoch: int, searchable_text: str) -> Keyring:
         """The keyring of a newer epoch that differs only in what can be searched. It shares the opened keys."""
         newer = object.__new__(Keyring)
         for name in Keyring.__slots__:
             if name != "__weakref__":
                 setattr(newer, name, getattr(self, name))
         newer.epoch = epoch
-        newer.searchable = Searchable.parse(searchable, self.tenant)
+        newer.searchable = Searchable.parse(searchable_text, self.tenant)
         newer.off = newer.searchable.off
-        newer._join()
+        newer._enlist()
         return newer
 
     @property

@@ -4,7 +4,8 @@ A keyring is used until its deadline, and looked after only while it is used:
 
 - every POLL_EVERY seconds the keystore is asked whether the tenant's generations changed;
 - from half of ``revoke_within`` on, the KMS is asked again in the background;
-- "no" drops it at once; "no answer" leaves it until its deadline, and for the tenant's ``outage_grace`` beyond.
+- "no" drops it at once; "no answer" leaves it until its deadline, and within the tenant's ``outage_grace`` beyond it
+  for as long as the KMS, which is asked again and again, does not answer.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from datetime import date, datetime, time, timedelta, timezone
 from typing import NamedTuple, TypeVar
 
 from sqla_byok.audit import Actor, Audit, KeysOpened, acting
-from sqla_byok.crypto.formats import Secret, TenantKey, unpack_tenant_key
+from sqla_byok.crypto.formats import Secret, TenantKey
 from sqla_byok.crypto.values import DECRYPT_FAILURES
 from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeysExpiredError,
     KeystoreConflictError,
-    KeystoreTamperedError,
     KeystoreUnavailableError,
     KmsError,
     KmsNoAnswerError,
     KmsUnavailableError,
-    UnknownTenantError,
     WrongKeyError,
 )
-from sqla_byok.keys.customer import CALLS_AT_ONCE, CustomerKeys
+from sqla_byok.keys.calls import CALLS_AT_ONCE, KmsCalls
+from sqla_byok.keys.clock import Clock, Lease
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE, Health
-from sqla_byok.keys.keyring import Clock, Keyring, Lease, SealedRecord
-from sqla_byok.keys.keystore import Keystore, State, TenantRow, Wrapping
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.keystore import Keystore
+from sqla_byok.keys.rows import SealedRecord, State, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.keys.searchable import Searchable, Written
 from sqla_byok.kms import Kms, KmsClient, Wrapped
@@ -60,13 +61,13 @@ _log = logging.getLogger("sqla_byok")
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
 
-# How often keys whose time is up are looked for where nothing else is done (seconds).
-_SWEEP_EVERY = 2.0
+# How often keys whose time is up are looked for (seconds): none stays in memory for a second more.
+_SWEEP_EVERY = 0.4
 # For how many tenants one query looks.
 LOOKED_AT_ONCE = 500
 # Another process or thread that notes another table of the tenant at the same time is no reason to give up: each that
 # was faster has no more to note, so there may be as many conflicts as an application has tables.
-_RECORDING_TRIES = 100
+_NOTING_TRIES = 100
 # As many as the keystore has connections.
 _POLLING_AT_ONCE = 2
 _REFRESHING_AT_ONCE = 8
@@ -90,7 +91,11 @@ def _sweep_for_ever(keyrings: weakref.ref[Keyrings], closed: threading.Event) ->
         found = keyrings()
         if found is None:
             return
-        found._sweep()
+        try:
+            found._sweep()
+        except BaseException as error:  # noqa: BLE001 - a listener may raise anything; all other keys have deadlines too
+            with suppress(BaseException):
+                _log.error("%s while keys were taken out of memory; it goes on", type(error).__name__)
         del found
 
 
@@ -132,7 +137,7 @@ class Keyrings(Secret):
     """Every open tenant of a process.
 
     :param keystore: where the sealed keys are.
-    :param customer_keys: asks the tenants' KMS.
+    :param calls: asks the tenants' KMS.
     :param salts: reads the search salts that are kept elsewhere.
     :param clock: where time is read.
     :param capacity: how many tenants stay open; beyond it the longest unused one goes.
@@ -142,14 +147,14 @@ class Keyrings(Secret):
     def __init__(
         self,
         keystore: Keystore,
-        customer_keys: CustomerKeys,
+        calls: KmsCalls,
         salts: ExternalSalts,
         clock: Clock,
         capacity: int,
         audit: Audit,
     ) -> None:
         self._keystore = keystore
-        self._customer_keys = customer_keys
+        self._calls = calls
         self._salts = salts
         self.clock = clock
         self._boot, self._wall = clock.boot, clock.wall
@@ -213,7 +218,7 @@ class Keyrings(Secret):
                 try:
                     self._start(tenant, opening, reason, actor or acting.get())
                 except RuntimeError:  # the interpreter is shutting down
-                    self._settle(tenant, opening)
+                    self._end_opening(tenant, opening)
                     opening.set_result(None)
                     raise
             try:
@@ -225,6 +230,19 @@ class Keyrings(Secret):
                 opening.leave(leads)
         return ring
 
+    def check(self, ring: Keyring) -> None:
+        """Look at both clocks in the middle of a result. Does no I/O; a renewal that is due is begun in the background.
+
+        :raises KeysExpiredError: the keyring's time is up.
+        """
+        now, wall, lease = self._boot(), self._wall(), ring.lease
+        if lease.over(now, wall):
+            if not lease.in_grace(now, wall):
+                ring.clear()
+            ring.expired()
+        if now >= lease.refresh_at:
+            self.refresh_soon(ring)
+
     def look(self, ring: Keyring) -> Keyring | None:
         """The keyring of a unit of work with what changed since it last looked; None where it has to be opened anew."""
         return self._poll(ring, self._boot())
@@ -235,7 +253,7 @@ class Keyrings(Secret):
             pool = self._pool("poll", _POLLING_AT_ONCE)
         return await asyncio.wrap_future(pool.submit(self.look, ring))
 
-    def record(self, ring: Keyring, written: Written) -> Keyring:
+    def note(self, ring: Keyring, written: Written) -> Keyring:
         """Note a table that is about to be written first, and how its columns are hashed. Needs no KMS call.
 
         Where another process was faster, with the same specification or another, what it noted holds.
@@ -246,36 +264,37 @@ class Keyrings(Secret):
         """
         now, tries = self._boot(), 0
         while True:
-            row = self.row(ring.tenant)
+            row = self._keystore.row(ring.tenant)
             if row.tenant_key_id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed meanwhile
-                return self.record(self.get(ring.tenant), written)
-            self._authenticate(ring.tenant_key, row)
-            noted = Searchable.parse(row.searchable, ring.tenant).recorded(written).text
-            new = row if noted == row.searchable else row.next(ring.tenant_key, searchable=noted)
+                return self.note(self.get(ring.tenant), written)
+            row.check(ring.tenant_key)
+            self._keystore.saw(row)
+            noted = Searchable.parse(row.searchable_text, ring.tenant).noted(written).text
+            new = row if noted == row.searchable_text else row.next(ring.tenant_key, searchable_text=noted)
             try:
                 if new is not row:
                     self._keystore.replace(row, new)
             except KeystoreConflictError:
                 tries += 1
-                if tries == _RECORDING_TRIES:
+                if tries == _NOTING_TRIES:
                     raise
             else:
                 break
         if new.epoch == ring.epoch:
             newer = ring
         elif row.epoch == ring.epoch:
-            newer = self._put(ring, ring.renamed(new.epoch, new.searchable))
+            newer = self._put(ring, ring.renamed(new.epoch, new.searchable_text))
         else:  # something else changed too
             newer = self._succeed(ring, new, self._salts.resolve(ring.tenant_key, new.generations))
         self._looked(newer, now)
         return newer
 
-    async def arecord(self, ring: Keyring, written: Written) -> Keyring:
+    async def anote(self, ring: Keyring, written: Written) -> Keyring:
         """The same from asyncio."""
         with self._lock:
             pool = self._pool("open", CALLS_AT_ONCE)
-        return await asyncio.wrap_future(pool.submit(self.record, ring, written))
+        return await asyncio.wrap_future(pool.submit(self.note, ring, written))
 
     def look_again(self, tenant: str) -> None:
         """Have the tenant's next statement look whether anything changed in the keystore."""
@@ -321,9 +340,10 @@ class Keyrings(Secret):
             for opening in [*self._opening] if tenant is None else [tenant]:
                 self._opening.pop(opening, None)
         self.health.forget(tenant)
-        for name in names if tenant is None else [tenant]:
-            for ring in self._taken(name):
-                self._end(ring, CLOSED)
+        with self._audit.later():  # whatever a listener raises, all are taken
+            for name in names if tenant is None else [tenant]:
+                for ring in self._take(name):
+                    self._end(ring)
 
     def owner_of(self, header: bytes) -> str | None:
         """Which open tenant a value's header belongs to, for error messages."""
@@ -339,7 +359,7 @@ class Keyrings(Secret):
         self.health.admit(ring.tenant)
         kms, client = self._direct(ring)
         try:
-            answer = self._customer_keys.call(lambda: ask(client), kms, operation, ring.tenant, "direct")
+            answer = self._calls.call(lambda: ask(client), kms, operation, ring.tenant, "direct")
         except WrongKeyError:
             raise  # says something of the value, not of the key
         except KmsError as error:
@@ -352,15 +372,17 @@ class Keyrings(Secret):
 
     def refused(self, tenant: str, error: ByokError) -> None:
         """Take every key of a tenant out of memory, since its KMS said no to whatever it was asked."""
-        for ring in self._taken(tenant):
-            ring.clear()
+        self._take(tenant)
         self.health.enter(tenant, DARK, error)
 
-    def _taken(self, tenant: str) -> list[Keyring]:
-        """All keyrings of a tenant, out of the books."""
+    def _take(self, tenant: str) -> list[Keyring]:
+        """Clear all keyrings of a tenant, and take them out of the books."""
         with self._lock:
             taken = [ring for ring in self._evicted if ring.tenant == tenant]
-            return taken + [book.pop(tenant) for book in (self._rings, self._units) if tenant in book]
+            taken += [book[tenant] for book in (self._rings, self._units) if tenant in book]
+            for ring in taken:
+                self._remove(ring)
+        return taken
 
     def room(self, ring: Keyring) -> int:
         """How many bytes the tenant's customer key encrypts at once. Makes no call."""
@@ -371,14 +393,14 @@ class Keyrings(Secret):
     def snapshot(self) -> Snapshot:
         """The keys of this process at this moment, for metrics. Does no I/O."""
         now, states = self._boot(), list(self.states().values())
-        rings = [ring for ring in list(self._rings.values()) if self._live(ring)]
+        rings = [ring for ring in list(self._rings.values()) if self._usable(ring)]
         in_use = [ring for ring in rings if ring.lease.used >= ring.lease.renewed_at]
         expiries = [midnight(ring.expires) - self._wall() for ring in rings if ring.expires is not None]
         return Snapshot(
             fresh=states.count(FRESH),
             grace=states.count(GRACE),
             dark=states.count(DARK),
-            seconds_to_dark=min((ring.lease.deadline - now for ring in in_use), default=None),
+            seconds_to_dark=min((ring.lease.dark_at - now for ring in in_use), default=None),
             waiters=self.waiting(),
             breakers=self.health.breakers(),
             epoch_lag=max((max(0.0, ring.lease.used - ring.looked_at) for ring in in_use), default=None),
@@ -391,7 +413,7 @@ class Keyrings(Secret):
         now = self._boot()
         found = dict.fromkeys(self.health.dark(), DARK)
         for ring in list(self._rings.values()):
-            if self._live(ring):
+            if self._usable(ring):
                 found[ring.tenant] = FRESH if now < ring.lease.renewed_until else GRACE
         return found
 
@@ -442,7 +464,7 @@ class Keyrings(Secret):
         """Have a thread lead: one that looks at the keystore where the tenant is open, else one that asks the KMS."""
         with self._lock:
             ring = self._rings.get(tenant)
-            looks = ring is not None and self._live(ring)
+            looks = ring is not None and self._usable(ring)
             pool = self._pool("poll", _POLLING_AT_ONCE) if looks else self._pool("open", CALLS_AT_ONCE)
         pool.submit(self._lead, tenant, opening, reason, actor, may_ask=not looks)
 
@@ -461,17 +483,17 @@ class Keyrings(Secret):
                 pool.submit(self._lead, tenant, opening, reason, actor)
                 return
             except BaseException as error:
-                self._settle(tenant, opening)
+                self._end_opening(tenant, opening)
                 if isinstance(error, Exception):
                     opening.set_exception(error)
                     return
                 # Ctrl-C is for this thread alone; whoever else waits tries it in his own.
                 opening.set_result(None)
                 raise
-            self._settle(tenant, opening)
+            self._end_opening(tenant, opening)
             opening.set_result(ring)
 
-    def _settle(self, tenant: str, opening: _Opening) -> None:
+    def _end_opening(self, tenant: str, opening: _Opening) -> None:
         with self._lock:
             if self._opening.get(tenant) is opening:
                 del self._opening[tenant]
@@ -479,13 +501,14 @@ class Keyrings(Secret):
     def _renew(
         self, tenant: str, opening: _Opening, reason: str, actor: Actor, *, may_ask: bool
     ) -> Keyring | None:
-        self._sweep()
+        if self._boot() >= self._next_sweep:  # the clock of a test may have been turned
+            self._sweep()
         ring = self._rings.get(tenant)
-        if ring is not None and self._live(ring):
+        if ring is not None and self._usable(ring):
             now = self._boot()
             current = ring if now < ring.fresh_until else self._poll(ring, now)
             # Asked again after the poll, which may have taken long.
-            if current is not None and self._live(current):
+            if current is not None and self._usable(current):
                 current.lease.used = now
                 self.refresh_soon(current)
                 return current
@@ -505,6 +528,8 @@ class Keyrings(Secret):
     def _admit(self, ring: Keyring, opening: _Opening, old: Keyring | None) -> Keyring | None:
         """Let everybody find a keyring that was opened just now, unless it was forgotten meanwhile."""
         with self._lock:
+            if old is not None:
+                self._remove(old)
             admitted = self._opening.get(ring.tenant) is opening
             if admitted:
                 self._rings.pop(ring.tenant, None)
@@ -514,8 +539,6 @@ class Keyrings(Secret):
                     self._make_room()
                     self._rings[ring.tenant] = ring
                 self._watch()
-        if old is not None:
-            old.clear()
         if not admitted:
             ring.clear()
             return None
@@ -529,25 +552,25 @@ class Keyrings(Secret):
         if isinstance(error, KeystoreUnavailableError):
             return None  # says nothing about the key
         if isinstance(error, KmsNoAnswerError):
-            if self._boot() >= ring.lease.renewed_until or self._wall() >= ring.lease.wall_renewed_until:
-                ring.lease.stretch(to_grace=error.retryable)
-            current = self._poll(ring, self._boot()) if self._live(ring) else None
-            if current is None and self._live(ring):  # another tenant key, for which the KMS has to be asked
+            ring.lease.leave_unanswered(self._boot(), self._wall(), graced=error.retryable)
+            current = self._poll(ring, self._boot()) if self._usable(ring) else None
+            # None: there is another tenant key, for which the KMS has to be asked.
+            if current is None and self._usable(ring):
                 ring.fresh_until = min(ring.lease.deadline, self._boot() + POLL_EVERY)
                 current = ring
-            if current is not None and self._live(current):
+            if current is not None and self._usable(current):
                 if self._boot() >= current.lease.renewed_until:
                     self.health.enter(ring.tenant, GRACE, error)
                 return current
         self._drop(ring, error)
         return None
 
-    def _live(self, ring: Keyring) -> bool:
-        return ring.lease.live(self._boot(), self._wall())
+    def _usable(self, ring: Keyring) -> bool:
+        return not ring.lease.over(self._boot(), self._wall())
 
     def _watch(self) -> None:
         """Have a thread take away keys whose time is up, also where nobody uses any."""
-        if self._sweeper is None:
+        if self._sweeper is None or not self._sweeper.is_alive():
             keyrings = weakref.ref(self)
             self._sweeper = threading.Thread(
                 target=_sweep_for_ever, args=(keyrings, self._closed), name="byok-sweep", daemon=True
@@ -555,39 +578,44 @@ class Keyrings(Secret):
             self._sweeper.start()
 
     def _sweep(self) -> None:
-        """Take the keys of idle tenants out of memory once their time is up; at most once a second."""
+        """Take the keys out of memory whose time is up; in the grace the KMS is asked on, used or not."""
         now, wall = self._boot(), self._wall()
-        if now < self._next_sweep:
-            return
-        self._next_sweep = now + 1.0
+        self._next_sweep = now + _SWEEP_EVERY
+        asked, ended = list[Keyring](), list[Keyring]()
         with self._lock:
-            ended = [
-                ring
-                for ring in (*self._rings.values(), *self._evicted, *self._units.values())
-                if ring.lease.over(now, wall)
-            ]
+            for ring in (*self._rings.values(), *self._evicted, *self._units.values()):
+                if ring.lease.in_grace(now, wall) and self._rings.get(ring.tenant) is ring:
+                    asked.append(ring)
+                elif ring.lease.over(now, wall):
+                    ended.append(ring)
             for ring in ended:
-                for book in (self._rings, self._units):
-                    if book.get(ring.tenant) is ring:
-                        del book[ring.tenant]
-        for ring in ended:
-            self._end(ring, CLOSED)
+                self._remove(ring)
+        for ring in asked:
+            self.refresh_soon(ring)
+        with self._audit.later():  # whatever a listener raises, all are told
+            for ring in ended:
+                self._end(ring)
+
+    def _remove(self, ring: Keyring) -> None:
+        """Clear a keyring and take it out of the books, in this order: a process that is forked in between finds it."""
+        ring.clear()
+        for book in (self._rings, self._units):
+            if book.get(ring.tenant) is ring:
+                del book[ring.tenant]
 
     def _drop(self, ring: Keyring, error: ByokError | None = None) -> None:
         if error is not None and not isinstance(error, KmsNoAnswerError):
             self.refused(ring.tenant, error)
             return
         with self._lock:
-            if self._rings.get(ring.tenant) is ring:
-                del self._rings[ring.tenant]
-        ring.clear()
+            self._remove(ring)
         if error is not None:
             self.health.enter(ring.tenant, DARK, error)
 
-    def _end(self, ring: Keyring, state: str) -> None:
-        ring.clear()
+    def _end(self, ring: Keyring) -> None:
+        """Note that a tenant's keys are gone, unless it was opened anew meanwhile or its KMS has said why they are."""
         if ring.tenant not in self._rings and self.health.failing(ring.tenant) is None:
-            self.health.enter(ring.tenant, state)
+            self.health.enter(ring.tenant, CLOSED)
 
     def _poll(self, ring: Keyring, now: float) -> Keyring | None:
         """Take over what changed in the keystore. None where the tenant has to be opened anew."""
@@ -598,7 +626,7 @@ class Keyrings(Secret):
                 if self._is_current(each, states.get(each.tenant)):
                     self._looked(each, now)
             if not self._is_current(ring, states.get(ring.tenant)):
-                row = self.row(ring.tenant)
+                row = self._keystore.row(ring.tenant)
                 if row.tenant_key_id != ring.tenant_key.id:
                     return None
                 ring = self._succeed(ring, row, self._checked(ring.tenant_key, row))
@@ -632,13 +660,13 @@ class Keyrings(Secret):
             and now - each.lease.used < POLL_EVERY
             and each.fresh_until - now < POLL_EVERY / 2
             and now < each.lease.refresh_at
-            and self._live(each)
+            and self._usable(each)
         ]
         return due[:LOOKED_AT_ONCE]
 
     def _succeed(self, ring: Keyring, row: TenantRow, records: Sequence[SealedRecord]) -> Keyring:
         """Put a keyring of the row's epoch in the place of the one that was polled."""
-        newer = ring.successor(row.epoch, records, row.searchable)
+        newer = ring.successor(row.epoch, records, row.searchable_text)
         newer.wrapping, newer.expires = row.wrappings[0], ring.expires
         return self._put(ring, newer)
 
@@ -657,8 +685,8 @@ class Keyrings(Secret):
         """The customer key of an open tenant, and what calls it; kept with the keyring until it is renewed."""
         found = ring.client
         if found is None:
-            kms = self._customer_keys.describe(self._wrapping(ring))
-            found = ring.client = kms, self._customer_keys.client(kms, "direct")
+            kms = self._calls.describe(self._wrapping(ring))
+            found = ring.client = kms, self._calls.client(kms, "direct")
         return found
 
     @staticmethod
@@ -671,10 +699,10 @@ class Keyrings(Secret):
 
     def _open(self, tenant: str, reason: str) -> _Opened:
         """One KMS call, and all that has to be true before its answer is used."""
-        looked, row = self._boot(), self.row(tenant)
+        looked, row = self._boot(), self._keystore.row(tenant)
         try:
             self.health.admit(tenant)
-            with self._customer_keys.turn(tenant, failing=self.health.failing(tenant) is not None):
+            with self._calls.turn(tenant, failing=self.health.failing(tenant) is not None):
                 return self._ask(row, reason, looked)
         except KmsError as error:
             if tenant not in self._rings:
@@ -684,9 +712,11 @@ class Keyrings(Secret):
     def _ask(self, row: TenantRow, reason: str, looked: float) -> _Opened:
         boot, wall = self._boot(), self._wall()
         try:
-            tenant_key = TenantKey(self.unwrap(row, reason), row.tenant, row.tenant_key_generation)
+            tenant_key = row.open(self._calls.unwrap(row, reason))
             asked = request_id.get()
-            return _Opened(row, tenant_key, self._checked(tenant_key, row), looked, boot, wall, asked)
+            self._keystore.saw(row)
+            records = self._salts.resolve(tenant_key, row.generations)
+            return _Opened(row, tenant_key, records, looked, boot, wall, asked)
         except KmsError as error:
             self.health.failed(row.tenant, error)
             raise
@@ -694,11 +724,11 @@ class Keyrings(Secret):
     def _ring_of(self, opened: _Opened) -> Keyring:
         """A keyring of what was opened. Its time counts from the sending of the call: the answer is that old by now."""
         row, tenant = opened.row, opened.row.tenant
-        ring = Keyring(opened.tenant_key, row.epoch, opened.records, row.searchable)
+        ring = Keyring(opened.tenant_key, row.epoch, opened.records, row.searchable_text)
         self._trust(ring, opened)
         ring.lease.used = opened.boot
         self._looked(ring, opened.looked)
-        if not self._live(ring):
+        if not self._usable(ring):
             ring.clear()
             raise KmsUnavailableError(
                 f"the KMS took longer to answer than the keys of tenant {tenant!r} may be used; try again",
@@ -713,7 +743,7 @@ class Keyrings(Secret):
         lease.renew(opened.boot, opened.wall, revoke_within, row.outage_grace_ms / 1000)
         ring.wrapping, ring.expires = (
             row.wrappings[0],
-            self._customer_keys.describe(row.wrappings[0]).expires(),
+            self._calls.describe(row.wrappings[0]).expires(),
         )
         ring.client = None  # the next direct call authenticates anew
         self.health.succeeded(ring.tenant, CLOSED if lease.one_unit else FRESH)
@@ -741,9 +771,9 @@ class Keyrings(Secret):
             try:
                 self._take_over(lease, self._open(tenant, "refresh"))
             except KmsNoAnswerError as error:
-                lease.stretch(to_grace=error.retryable)
+                lease.leave_unanswered(self._boot(), self._wall(), graced=error.retryable)
                 lease.refresh_at = self._boot() + self.health.retry_in(tenant)
-                if self._boot() >= lease.renewed_until and self._live(ring):  # not dark since
+                if self._boot() >= lease.renewed_until and self._usable(ring):  # not dark since
                     self.health.enter(tenant, GRACE, error)
             except KeystoreUnavailableError:
                 lease.refresh_at = self._boot() + POLL_EVERY
@@ -770,8 +800,8 @@ class Keyrings(Secret):
                 if self._rings.get(row.tenant) is not current:
                     newer.clear()
                     return
+                current.clear()
                 self._rings[row.tenant] = newer
-            current.clear()
         elif current.epoch > row.epoch:
             return  # what was asked is older than what a look has found since; it is asked again
         else:
@@ -780,46 +810,11 @@ class Keyrings(Secret):
             self._looked(newer, opened.looked)
         self._audit.tell(KeysOpened(row.tenant, "refresh", request_id=opened.request_id))
 
-    def unwrap(self, row: TenantRow, reason: str = "rotate") -> bytes:
-        """One KMS call; the next wrapping is tried only on "no answer", never on "no"."""
-        unanswered: KmsNoAnswerError | None = None
-        for wrapping in row.wrappings:
-            try:
-                return unpack_tenant_key(
-                    self._customer_keys.unwrap(wrapping, row.tenant, reason),
-                    row.tenant,
-                    row.tenant_key_generation,
-                )
-            except KmsNoAnswerError as error:
-                unanswered = error if unanswered is None else unanswered
-        if unanswered is None:
-            raise KeystoreTamperedError(f"tenant {row.tenant!r} has no wrapped tenant key", tenant=row.tenant)
-        raise unanswered
-
-    def row(self, tenant: str) -> TenantRow:
-        """The tenant's authenticated row, no older than the newest that this process has seen."""
-        row = self._keystore.load(tenant)
-        if row is None:
-            raise UnknownTenantError(
-                f"tenant {tenant!r} is not in the keystore; onboard it first, or it was removed",
-                tenant=tenant,
-            )
-        return row
-
     def _checked(self, tenant_key: TenantKey, row: TenantRow) -> Sequence[SealedRecord]:
         """The row's generations, once the tenant key has authenticated the list of them."""
-        self._authenticate(tenant_key, row)
+        row.check(tenant_key)
+        self._keystore.saw(row)
         return self._salts.resolve(tenant_key, row.generations)
-
-    def _authenticate(self, tenant_key: TenantKey, row: TenantRow) -> None:
-        if tenant_key.id != row.tenant_key_id:
-            raise KeystoreTamperedError(
-                f"the tenant key of {row.tenant!r} is not the one its keystore row names", tenant=row.tenant
-            )
-        tenant_key.check_manifest(
-            row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
-        )
-        self._keystore.note(row)
 
     def _looked(self, ring: Keyring, now: float) -> None:
         soon, lease = now + POLL_EVERY, ring.lease
@@ -832,7 +827,8 @@ class Keyrings(Secret):
         while len(self._rings) >= self._capacity:
             oldest = min(self._rings.values(), key=lambda ring: ring.lease.used)
             # Not cleared: a statement that runs right now may hold it. Nobody else finds it any more.
-            self._evicted.add(self._rings.pop(oldest.tenant))
+            self._evicted.add(oldest)
+            del self._rings[oldest.tenant]
             self.health.enter(oldest.tenant, CLOSED)
 
     # -- units of work, for tenants with revoke_within=0 ----------------------------------------------------------
@@ -848,7 +844,7 @@ class Keyrings(Secret):
             return None
         with self._lock:
             ring = self._units.pop(tenant, None)
-        if ring is None or not self._live(ring):
+        if ring is None or not self._usable(ring):
             return None
         return ring if self._boot() - ring.lease.renewed_at < _UNIT_BEGINS_WITHIN else None
 
@@ -864,10 +860,14 @@ class Keyrings(Secret):
         # The parent's threads and connections are not ours; its opened keys are, with their deadlines.
         self._lock = threading.Lock()
         self._opening, self._executors, self._background = {}, {}, set()
-        self._sweeper = None
+        closed, self._closed = self._closed.is_set(), threading.Event()
+        if closed:
+            self._closed.set()
         for ring in (*self._rings.values(), *self._units.values(), *self._evicted):
             # Its sockets are the parent's, and so may a lock be that a thread of the parent's held.
             ring.lease.refreshing, ring.client = False, None
         self.health.after_fork()
-        self._customer_keys.after_fork()
+        self._calls.after_fork()
         self._keystore.database.after_fork()
+        if self._rings or self._units or self._evicted:
+            self._watch()  # the process may never ask for a tenant

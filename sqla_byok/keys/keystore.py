@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -34,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 
-from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, TenantKey, check_tenant, kdf, row_tag
+from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, check_tenant, kdf
 from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
@@ -43,12 +42,13 @@ from sqla_byok.errors import (
     KeystoreTamperedError,
     KeystoreUnavailableError,
     TenantExistsError,
+    UnknownTenantError,
 )
 from sqla_byok.keys.database import Database
-from sqla_byok.keys.keyring import SealedRecord
+from sqla_byok.keys.rows import SealedRecord, State, TenantRow, Wrapping
 from sqla_byok.kms import providers
 
-__all__ = ["Keystore", "State", "TenantRow", "Wrapping", "keystore_metadata"]
+__all__ = ["Keystore", "keystore_metadata"]
 
 WRITE_FORMAT = 1
 
@@ -143,102 +143,6 @@ _READ = [
     for column in table.c
     if column is not _tenant.c.onboarded_at
 ]
-
-
-class State(NamedTuple):
-    """Which of a tenant's states it is. The tag tells two of the same epoch apart, as a restored backup leads to."""
-
-    epoch: int
-    manifest_tag: bytes
-
-
-@dataclass(frozen=True)
-class Wrapping:
-    """One wrapping of a tenant key: which customer key, under which provider, and the wrapped bytes."""
-
-    provider: str
-    config: str
-    wrapped: bytes
-    kms_key_version: str
-    row_tag: bytes | None = None
-
-
-@dataclass(frozen=True)
-class TenantRow:
-    """All that the keystore holds of one tenant.
-
-    :param generations: the live ones, which the manifest lists.
-    :param retired: those that no process reads or writes with any more, kept until they are destroyed. The manifest
-        does not list them: a state that is changed from or to "retired" by hand breaks its tag.
-    :param searchable: how its columns are hashed and which can be searched, as :class:`Searchable` has it.
-    """
-
-    tenant: str
-    revoke_within_ms: int
-    outage_grace_ms: int
-    tenant_key_id: bytes
-    tenant_key_generation: int
-    epoch: int
-    manifest_tag: bytes
-    wrappings: Sequence[Wrapping]
-    generations: Sequence[SealedRecord]
-    retired: Sequence[SealedRecord] = ()
-    searchable: str = ""
-
-    def next(
-        self,
-        tenant_key: TenantKey,
-        *,
-        wrappings: Sequence[Wrapping] | None = None,
-        generations: Sequence[SealedRecord] | None = None,
-        searchable: str | None = None,
-    ) -> TenantRow:
-        """The tenant's next state, one epoch on.
-
-        :param tenant_key: the tenant key, which authenticates the list of generations.
-        :param wrappings: its wrappings, where they change.
-        :param generations: its generations, where they change.
-        :param searchable: what can be searched, where that changes.
-        """
-        records = self.generations if generations is None else generations
-        columns = self.searchable if searchable is None else searchable
-        return replace(
-            self,
-            tenant_key_id=tenant_key.id,
-            tenant_key_generation=tenant_key.generation,
-            epoch=self.epoch + 1,
-            manifest_tag=tenant_key.manifest_tag(
-                self.epoch + 1, [record.record for record in records], columns
-            ),
-            wrappings=self.wrappings if wrappings is None else wrappings,
-            generations=records,
-            searchable=columns,
-        )
-
-    @property
-    def state(self) -> State:
-        """Which of the tenant's states it is."""
-        return State(self.epoch, self.manifest_tag)
-
-    def tag(self, key: bytes, position: int) -> bytes:
-        """The tag that authenticates this tenant's row with the wrapping at one position."""
-        wrapping = self.wrappings[position]
-        return row_tag(
-            key,
-            tenant=self.tenant,
-            provider=wrapping.provider,
-            config=wrapping.config.encode(),
-            wrapped=wrapping.wrapped,
-            kms_key_version=wrapping.kms_key_version,
-            revoke_within_ms=self.revoke_within_ms,
-            outage_grace_ms=self.outage_grace_ms,
-            tk_id=self.tenant_key_id,
-            tk_generation=self.tenant_key_generation,
-            epoch=self.epoch,
-            manifest_tag=self.manifest_tag,
-            position=position,
-            count=len(self.wrappings),
-        )
 
 
 def _tenant_values(row: TenantRow) -> dict[str, Any]:
@@ -385,7 +289,7 @@ class Keystore(Secret):
                 f"tenant {old.tenant!r} was changed by another process; nothing was changed here, try again",
                 tenant=old.tenant,
             )
-        self.note(new)
+        self.saw(new)
 
     def _insert_parts(self, connection: Connection, row: TenantRow, claims: Sequence[str]) -> None:
         for position, wrapping in enumerate(row.wrappings):
@@ -404,8 +308,8 @@ class Keystore(Secret):
         for record in (*row.generations, *row.retired):
             connection.execute(insert(_generation).values(tenant=row.tenant, **record._asdict()))
         self._claim(connection, row.tenant, claims, "key")
-        if row.searchable:
-            connection.execute(insert(_searchable).values(tenant=row.tenant, content=row.searchable))
+        if row.searchable_text:
+            connection.execute(insert(_searchable).values(tenant=row.tenant, content=row.searchable_text))
 
     @staticmethod
     def _claim(connection: Connection, tenant: str, claims: Sequence[str], of: str) -> None:
@@ -463,10 +367,23 @@ class Keystore(Secret):
         if row is not None:
             _refuse_older(row, seen)
             if self._key is not None:
-                self.note(row)
+                self.saw(row)
         return row
 
-    def note(self, row: TenantRow) -> None:
+    def row(self, tenant: str) -> TenantRow:
+        """:meth:`load` of a tenant that has to be there.
+
+        :raises UnknownTenantError: it is not.
+        """
+        row = self.load(tenant)
+        if row is None:
+            raise UnknownTenantError(
+                f"tenant {tenant!r} is not in the keystore; onboard it first, or it was removed",
+                tenant=tenant,
+            )
+        return row
+
+    def saw(self, row: TenantRow) -> None:
         """Accept no older state of the tenant from now on. For rows that were authenticated."""
         seen = self._seen.get(row.tenant)
         if seen is None or seen.epoch < row.epoch:
@@ -538,7 +455,7 @@ class Keystore(Secret):
             or not 0 <= row.epoch < 1 << 63
             or len(row.tenant_key_id) != ID_SIZE
             or not row.wrappings
-            or not isinstance(row.searchable, str)
+            or not isinstance(row.searchable_text, str)
         ):
             return False
         for position, wrapping in enumerate(row.wrappings):
@@ -601,5 +518,5 @@ def _tenant_row(tenant: str, rows: Sequence[Mapping[Any, Any]]) -> TenantRow | N
         wrappings=list(wrappings.values()),
         generations=[record for record in records if record.state != RETIRED],
         retired=[record for record in records if record.state == RETIRED],
-        searchable="" if first[_searchable.c.content] is None else first[_searchable.c.content],
+        searchable_text="" if first[_searchable.c.content] is None else first[_searchable.c.content],
     )

@@ -12,17 +12,15 @@ from sqla_byok.crypto.formats import (
     DATA_KEY,
     SEARCH_SALT,
     Secret,
-    TenantKey,
     is_reference,
     new_key,
     new_search_salt,
-    pack_tenant_key,
-    unpack_tenant_key,
 )
-from sqla_byok.errors import ConfigurationError, TenantExistsError, UnknownTenantError
-from sqla_byok.keys.customer import CustomerKeys, stored_config
-from sqla_byok.keys.keyring import Clock, SealedRecord
-from sqla_byok.keys.keystore import Keystore, TenantRow, Wrapping
+from sqla_byok.errors import ConfigurationError, TenantExistsError
+from sqla_byok.keys.calls import KmsCalls, stored_config
+from sqla_byok.keys.clock import Clock
+from sqla_byok.keys.keystore import Keystore
+from sqla_byok.keys.rows import SealedRecord, TenantRow
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.kms import Kms, Salts
 
@@ -56,7 +54,7 @@ class Onboarding(Secret):
     """Writes tenants' first rows, and changes how their customer key is reached.
 
     :param keystore: where the rows are.
-    :param customer_keys: asks the tenants' KMS.
+    :param calls: asks the tenants' KMS.
     :param salts: keeps search salts elsewhere.
     :param default_kms: the vendor's own key, for tenants that bring none.
     :param clock: where time is read.
@@ -65,12 +63,12 @@ class Onboarding(Secret):
     def __init__(
         self,
         keystore: Keystore,
-        customer_keys: CustomerKeys,
+        calls: KmsCalls,
         salts: ExternalSalts,
         default_kms: Kms | None,
         clock: Clock,
     ) -> None:
-        self._keystore, self._customer_keys, self._salts = keystore, customer_keys, salts
+        self._keystore, self._calls, self._salts = keystore, calls, salts
         self._default_kms, self._clock = default_kms, clock
 
     def onboard(
@@ -106,13 +104,11 @@ class Onboarding(Secret):
 
     def probe(self, tenant: str) -> Proof:
         """Ask the tenant's KMS to unwrap the stored tenant key, and measure how long it takes."""
-        row = self.row(tenant)
+        row = self._keystore.row(tenant)
         wrapping = row.wrappings[0]
-        kms = self._customer_keys.describe(wrapping)
+        kms = self._calls.describe(wrapping)
         started = time.perf_counter()
-        unpack_tenant_key(
-            self._customer_keys.unwrap(wrapping, tenant, "probe"), tenant, row.tenant_key_generation
-        )
+        row.open(self._calls.unwrap_one(wrapping, tenant, "probe"))
         seconds = time.perf_counter() - started
         expires = kms.expires()
         return Proof(
@@ -121,10 +117,10 @@ class Onboarding(Secret):
 
     def update_credentials(self, tenant: str, kms: Kms) -> None:
         """Store another way to reach the same customer key, once it has proved to open the stored tenant key."""
-        row = self.row(tenant)
+        row = self._keystore.row(tenant)
         kms, claims = self.bound(tenant, kms)
         first = row.wrappings[0]
-        known = self._customer_keys.describe(first)
+        known = self._calls.describe(first)
         if kms.provider != known.provider or kms.claims()[:1] != known.claims()[:1]:
             raise ConfigurationError(
                 f"this is another key than tenant {tenant!r} has; update_credentials() swaps the credential of the "
@@ -135,33 +131,12 @@ class Onboarding(Secret):
         if changed == first:
             return
         self._keystore.check_claims(tenant, claims)
-        self._keystore.replace(row, self._changed(row, changed), claims)
-
-    def _changed(self, row: TenantRow, changed: Wrapping) -> TenantRow:
-        """The next row, with its first wrapping reached in another way, which proves itself."""
-        payload = secret = b""
-        try:
-            payload = self._customer_keys.unwrap(changed, row.tenant, "update-credentials")
-            secret = unpack_tenant_key(payload, row.tenant, row.tenant_key_generation)
-            tenant_key = TenantKey(secret, row.tenant, row.tenant_key_generation)
-        finally:
-            payload = secret = b""  # crash reports show the variables of each frame
-        tenant_key.check_manifest(
-            row.epoch, [record.record for record in row.generations], row.manifest_tag, row.searchable
+        # No name for the key here: no frame that touches the database holds a secret which a crash report could show.
+        new = row.next(
+            row.open(self._calls.unwrap_one(changed, tenant, "update-credentials")),
+            wrappings=[changed, *row.wrappings[1:]],
         )
-        return row.next(tenant_key, wrappings=[changed, *row.wrappings[1:]])
-
-    def row(self, tenant: str) -> TenantRow:
-        """The tenant's authenticated row.
-
-        :raises UnknownTenantError: there is none.
-        """
-        row = self._keystore.load(tenant)
-        if row is None or not row.wrappings:
-            raise UnknownTenantError(
-                f"tenant {tenant!r} is not in the keystore; onboard it first", tenant=tenant
-            )
-        return row
+        self._keystore.replace(row, new, claims)
 
     def bound(self, tenant: str, kms: Kms | None) -> tuple[Kms, Sequence[str]]:
         """The customer key as the tenant's row stores it, and what of it belongs to the tenant alone.
@@ -230,14 +205,7 @@ class Onboarding(Secret):
 
         Made here, so that no frame that touches the database holds a secret which a crash report could show.
         """
-        secret, generation = new_key(), 1
-        try:
-            wrapping = self._customer_keys.wrap(
-                kms, pack_tenant_key(secret, tenant, generation), tenant, "onboard"
-            )
-            tenant_key = TenantKey(secret, tenant, generation)
-        finally:
-            secret = b""
+        tenant_key, wrappings = self._calls.new_tenant_key(tenant, 1, [kms], "onboard")
         data_key = tenant_key.seal(DATA_KEY, 1, new_key())
         salt = (
             tenant_key.seal(SEARCH_SALT, 1, new_search_salt())
@@ -248,14 +216,5 @@ class Onboarding(Secret):
             SealedRecord(kind, 1, record_id, ACTIVE, sealed)
             for kind, (record_id, sealed) in ((DATA_KEY, data_key), (SEARCH_SALT, salt))
         ]
-        return TenantRow(
-            tenant=tenant,
-            revoke_within_ms=revoke_within_ms,
-            outage_grace_ms=outage_grace_ms,
-            tenant_key_id=tenant_key.id,
-            tenant_key_generation=generation,
-            epoch=1,
-            manifest_tag=tenant_key.manifest_tag(1, [record.record for record in generations]),
-            wrappings=[wrapping],
-            generations=generations,
-        )
+        row = TenantRow(tenant, revoke_within_ms, outage_grace_ms, wrappings, generations)
+        return row.next(tenant_key)

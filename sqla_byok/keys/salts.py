@@ -13,7 +13,7 @@ from typing import Any
 
 from sqla_byok.crypto.formats import SEARCH_SALT, Secret, TenantKey, is_reference, salt_id
 from sqla_byok.errors import ByokError, ConfigurationError, KeystoreTamperedError, SaltChangedError
-from sqla_byok.keys.keyring import SealedRecord
+from sqla_byok.keys.rows import SealedRecord
 from sqla_byok.kms import AwsSecretsManagerSalts, Operator, Salts, SaltsClient
 
 __all__ = ["ExternalSalts"]
@@ -65,8 +65,8 @@ class ExternalSalts(Secret):
         """The same reference under another tenant key; a salt that is sealed under the old one is stored anew."""
         salts, name = self._location(old, record)
         if salts.format != "raw":
-            sealed = _resealed(self._fetched(old, record), old, new)
-            name = self._keep(new, record.generation, record.id, sealed, salts)
+            kept = self._fetched(old, record).resealed(old, new)
+            name = self._keep(new, record.generation, record.id, kept.sealed, salts)
         return record._replace(sealed=self._reference(new, record.generation, record.id, salts, name))
 
     def where(self, tenant_key: TenantKey, record: SealedRecord) -> Salts | None:
@@ -135,8 +135,3 @@ class ExternalSalts(Secret):
         except ByokError as error:
             error.tenant = tenant
             raise
-
-
-def _resealed(record: SealedRecord, old: TenantKey, new: TenantKey) -> bytes:
-    _, sealed = new.seal(record.kind, record.generation, old.open(*record.record[:3], record.sealed))
-    return sealed

@@ -110,7 +110,7 @@ class Searchable:
     :param columns: what is known of columns, by their ids.
     :param others: the state of all other columns, :data:`ON` or :data:`OFF`.
     :param tables: those that have been written to.
-    :ivar specs: the recorded specifications' digests, by column id.
+    :ivar specs: the noted specifications' digests, by column id.
     :ivar off: tells of a column id whether NULL is to be written; None where that holds for none.
     """
 
@@ -252,7 +252,7 @@ class Searchable:
 
     # -- what it becomes -------------------------------------------------------------------------------------------
 
-    def recorded(self, written: Written) -> Searchable:
+    def noted(self, written: Written) -> Searchable:
         """After a write. A column that is new to a table which was written before is pending: rows lack its hash."""
         if self.knows(written) or written is NOTHING:
             return self

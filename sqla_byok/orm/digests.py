@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import Dialect
 
 from sqla_byok.errors import UnsupportedQueryError
-from sqla_byok.keys.keyring import Clock, Keyring
+from sqla_byok.keys.clock import Clock
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.orm.current import Turn, attachment_of, running
 from sqla_byok.orm.guard import search_hash
 from sqla_byok.orm.types import Digest

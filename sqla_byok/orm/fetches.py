@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 from sqla_byok.crypto.values import Opening, Taker
-from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm.current import Turn
 from sqla_byok.orm.direct import Cells, decrypted
-from sqla_byok.orm.rings import AcrossRing, StatementRing
+from sqla_byok.orm.rings import StatementRing, singles
 
 __all__ = ["Columns", "Fetch", "Reader"]
 
@@ -44,9 +43,9 @@ class Reader:
 
     def __call__(self, value: Any) -> Any:
         """Open a value that SQLAlchemy reads before it gives the result away, as RETURNING beside server defaults."""
-        ring: Any = self._taker.ring()
-        if ring is not None:
-            _check_time(self._taker.attachment.keyrings, ring)  # type: ignore[attr-defined] # an Attachment
+        ring = cast("StatementRing | None", self._taker.ring())
+        for each in singles(ring):
+            self._taker.attachment.keyrings.check(each)  # type: ignore[attr-defined] # an Attachment
         if self.cells is not None:
             value = self.cells.decrypted(ring, value)
         return self.one(ring, value)
@@ -92,11 +91,13 @@ class Fetch:
     :param columns: what is to be opened.
     """
 
-    __slots__ = ("_columns", "_inner", "_rings", "_turn")
+    __slots__ = ("_check", "_checked", "_columns", "_inner", "_rings", "_turn")
 
     def __init__(self, inner: Any, turn: Turn, columns: Columns) -> None:
         self._inner, self._turn, self._columns = inner, turn, columns
         self._rings = [turn.rings[owner] for owner in columns.owners]
+        self._checked = [each for ring in self._rings for each in singles(ring)]
+        self._check = cast("Keyrings", turn.attachment.keyrings).check
 
     @property
     def alternate_cursor_description(self) -> Any:
@@ -166,20 +167,5 @@ class Fetch:
         return zip(*cells, strict=True)
 
     def _look(self) -> None:
-        keyrings = cast("Keyrings", self._turn.attachment.keyrings)
-        for ring in self._rings:
-            _check_time(keyrings, ring)
-
-
-def _check_time(keyrings: Keyrings, ring: StatementRing) -> None:
-    """Look at the clocks before something is opened under a keyring, and have it renewed where it is time to.
-
-    :raises KeysExpiredError: its deadline has passed; its keys are gone from memory.
-    """
-    clock, lease = keyrings.clock, ring.lease
-    now = clock.boot()
-    if now >= lease.deadline or clock.wall() >= lease.wall_deadline:
-        ring.end()
-    if now >= lease.refresh_at:
-        for each in ring.rings if isinstance(ring, AcrossRing) else (ring,):
-            keyrings.refresh_soon(cast("Keyring", each))  # a sealed one is never due
+        for ring in self._checked:
+            self._check(ring)

@@ -17,7 +17,7 @@ from sqla_byok.crypto.values import Opener
 from sqla_byok.errors import NoTenantError, SealedError
 from sqla_byok.keys.keyring import Keyring
 
-__all__ = ["SEALED", "Across", "AcrossRing", "SealedRing", "StatementRing"]
+__all__ = ["SEALED", "Across", "AcrossRing", "SealedRing", "StatementRing", "singles"]
 
 
 # -- nobody's keys ---------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class SealedRing:
         """What is nobody's lasts for ever."""
         return self
 
-    deadline = wall_deadline = refresh_at = write_until = inf
+    write_until = inf
     openers: Mapping[bytes, Opener] = MappingProxyType({})
     off = searchable = None
     salts: Mapping[Any, bytes] = _NoSalts()
@@ -167,21 +167,6 @@ class AcrossRing(Secret):
         return any(ring.cleared for ring in self.rings)
 
     @property
-    def deadline(self) -> float:
-        """When the first of the tenants' keys may no longer be used, on the boot-time clock."""
-        return min(ring.lease.deadline for ring in self.rings)
-
-    @property
-    def wall_deadline(self) -> float:
-        """The same in wall time."""
-        return min(ring.lease.wall_deadline for ring in self.rings)
-
-    @property
-    def refresh_at(self) -> float:
-        """When the first of them is to be renewed."""
-        return min(ring.lease.refresh_at for ring in self.rings)
-
-    @property
     def write_until(self) -> float:
         """Until when a search is sure to know the salts of all of them."""
         return min(ring.write_until for ring in self.rings)
@@ -190,13 +175,6 @@ class AcrossRing(Secret):
         """Raise the error of the keyring that nobody looked after for longest."""
         min(self.rings, key=lambda ring: ring.write_until).outdated()
 
-    def end(self) -> NoReturn:
-        """Clear the keyring whose deadline passed first.
-
-        :raises KeysExpiredError: always.
-        """
-        min(self.rings, key=lambda ring: min(ring.lease.deadline, ring.lease.wall_deadline)).end()
-
     def expired(self) -> NoReturn:
         """Raise the error of a cleared keyring."""
         next((ring for ring in self.rings if ring.cleared), self.rings[0]).expired()
@@ -204,3 +182,10 @@ class AcrossRing(Secret):
 
 StatementRing = Keyring | AcrossRing | SealedRing
 """The keys that a statement works with for one tenant, for several or for nobody."""
+
+
+def singles(ring: StatementRing | None) -> Sequence[Keyring]:
+    """The keyrings of single tenants in it: one, several or none."""
+    if isinstance(ring, Keyring):
+        return (ring,)
+    return ring.rings if isinstance(ring, AcrossRing) else ()

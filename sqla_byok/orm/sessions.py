@@ -13,9 +13,10 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from sqla_byok.errors import TenantMismatchError
-from sqla_byok.keys.keyring import Clock, Keyring
+from sqla_byok.keys.clock import Clock
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.orm import kept
-from sqla_byok.orm.rings import SEALED, AcrossRing, StatementRing
+from sqla_byok.orm.rings import SEALED, singles
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, shown, whose
 from sqla_byok.orm.types import Encrypted
@@ -27,10 +28,8 @@ __all__ = ["meet", "of_unit"]
 
 def of_unit(conn: Any, tenant: str, clock: Clock) -> Keyring | None:
     """The keyring that is kept for the connection's transaction, of a tenant that wants a KMS call for each."""
-    held: StatementRing | None = kept.held(conn)
-    rings = held.rings if isinstance(held, AcrossRing) else [held]
-    ring = next((ring for ring in rings if isinstance(ring, Keyring) and ring.tenant == tenant), None)
-    return ring if ring is not None and ring.lease.live(clock.boot(), clock.wall()) else None
+    ring = next((ring for ring in singles(kept.held(conn)) if ring.tenant == tenant), None)
+    return None if ring is None or ring.lease.over(clock.boot(), clock.wall()) else ring
 
 
 def meet(

@@ -10,7 +10,7 @@ last time; and its result keeps the turn, by which rows are opened as they are f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Engine, event
@@ -27,7 +27,7 @@ from sqla_byok.orm.current import RUNNING, Attachment, Turn, attachment_of
 from sqla_byok.orm.fetches import Columns, Fetch, Reader
 from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
-from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing
+from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
 from sqla_byok.orm.turns import ACTOR_OPTION, Blocks, Whose, whose
 from sqla_byok.orm.types import SearchHash
@@ -169,7 +169,7 @@ class Statements:
             SEALED.search()
         if need.grouped:
             _refuse_groups(ring, need)
-        known = [self._check_hashes(each, need) for each in _each(ring)]
+        known = [self._check_hashes(each, need) for each in singles(ring)]
         if isinstance(ring, Keyring) and all(known) and not need.grouped:
             need.allowed_by = ring.searchable
         return ring
@@ -177,7 +177,7 @@ class Statements:
     def _noted(self, ring: Keyring, written: Written) -> Keyring:
         """The tenant's keyring, once the keystore knows of a table that is about to be written."""
         if not ring.searchable.knows(written):
-            ring = self._recorded(ring, written)
+            ring = self._look(ring, written)
         ring.searchable.check_write(ring.tenant, written)
         return ring
 
@@ -189,14 +189,14 @@ class Statements:
         compared = need.searched | need.grouped
         known = ring.searchable.knows_all(compared)
         if not known:
-            ring = self._recorded(ring, NOTHING)  # a look whether somebody has written it since
+            ring = self._look(ring, NOTHING)  # a look whether somebody has written it since
         ring.searchable.check(ring.tenant, need.hashed, compared)
         return known
 
-    def _recorded(self, ring: Keyring, written: Written) -> Keyring:
+    def _look(self, ring: Keyring, written: Written) -> Keyring:
         keyrings = self._keyrings
         return upstream.run_or_await(
-            lambda: keyrings.record(ring, written), lambda: keyrings.arecord(ring, written)
+            lambda: keyrings.note(ring, written), lambda: keyrings.anote(ring, written)
         )
 
     def _check_current(self, ring: StatementRing, need: Need) -> None:
@@ -309,11 +309,6 @@ class Execution(upstream.Steps):
         if columns is not None:
             result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
         return result
-
-
-def _each(ring: StatementRing) -> Sequence[Keyring]:
-    """The keyrings of single tenants."""
-    return ring.rings if isinstance(ring, AcrossRing) else [ring] if isinstance(ring, Keyring) else []
 
 
 def _is_compiled_for(needs: Needs, turn: Turn) -> bool:

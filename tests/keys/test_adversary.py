@@ -48,7 +48,7 @@ from sqla_byok.crypto.formats import (
     KINDS as GENERATIONS,
 )
 from sqla_byok.keys.keyrings import POLL_EVERY
-from sqla_byok.keys.keystore import Wrapping
+from sqla_byok.keys.rows import Wrapping
 from sqla_byok.testing import kms_server
 
 # What opening a tenant may ask of its own customer's key, and of where its salt is kept.

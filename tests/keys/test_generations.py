@@ -42,10 +42,11 @@ from sqla_byok import (
     WrongKeyError,
 )
 from sqla_byok.audit import Event, GenerationChanged
-from sqla_byok.crypto.formats import DATA_KEY, KINDS, SEARCH_SALT, TenantKey, pack_tenant_key
+from sqla_byok.crypto.formats import DATA_KEY, KINDS, SEARCH_SALT, unpack_tenant_key
 from sqla_byok.keys.generations import SETTLE
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
-from sqla_byok.keys.keystore import Keystore, TenantRow
+from sqla_byok.keys.keystore import Keystore
+from sqla_byok.keys.rows import TenantRow
 
 _metadata = MetaData()
 _patient = Table(
@@ -333,10 +334,8 @@ def test_a_pending_generation_that_is_gone_does_not_become_active(world: World, 
 
     def restore() -> None:
         now = world.one.row()
-        secret = world.one.byok._generations._unwrap(now)
-        key = TenantKey(secret, "t1", now.tenant_key_generation)
-        tag = key.manifest_tag(now.epoch + 1, [each.record for each in before.generations], before.searchable)
-        old = replace(before, epoch=now.epoch + 1, manifest_tag=tag)
+        key = world.one.byok._generations._open(now)
+        old = replace(before, epoch=now.epoch).next(key)
         world.one.byok._keystore.replace(now, old)
 
     world.one.clock.meanwhile = restore
@@ -418,15 +417,19 @@ def test_keys_in_grace_know_what_changed(tmp_path: Path, world: World, kind: str
         with process.engine.execution_options(byok_tenant="t1-grace").connect() as connection:
             return [each for mrn in mrns for each in connection.scalars(_mrns.where(_patient.c.mrn == mrn))]
 
-    write(two, "A")
-    _ROTATE[kind](one.byok, "t1-grace")
-    write(one, "B")
-
     def silent() -> None:
         raise KmsUnavailableError("no answer", tenant="t1-grace")
 
+    write(two, "A")
     CountingKms.on_unwrap = staticmethod(silent)
-    two.clock.turn(301)  # idle since before the rotation
+    two.clock.turn(230)
+    find(two, "A")
+    two.byok._keyrings.drain()
+    CountingKms.on_unwrap = staticmethod(lambda: None)
+    _ROTATE[kind](one.byok, "t1-grace")
+    write(one, "B")
+    CountingKms.on_unwrap = staticmethod(silent)
+    two.clock.turn(71)  # idle since before the rotation
     assert find(two, "A", "B") == ["A", "B"]
     CountingKms.on_unwrap = staticmethod(lambda: None)
 
@@ -676,8 +679,8 @@ def test_no_frame_that_touches_the_database_holds_a_secret(
     monkeypatch.setattr(Keystore, "replace", look)
     getattr(world.one.byok, change)("t1")
     row = world.one.row()
-    secret = world.one.byok._generations._unwrap(row)
-    key = TenantKey(secret, "t1", row.tenant_key_generation)
+    payload = world.one.byok._calls.unwrap(row, "rotate")
+    key = row.open(payload)
     secrets = {key.open(each.kind, each.generation, each.id, each.sealed) for each in row.generations}
-    secrets |= {secret, pack_tenant_key(secret, "t1", row.tenant_key_generation)}
+    secrets |= {payload, unpack_tenant_key(payload, "t1", row.tenant_key_generation)}
     assert not secrets & set(shown)

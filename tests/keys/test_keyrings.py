@@ -44,7 +44,7 @@ from sqla_byok import (
     LocalKms,
     UnknownTenantError,
 )
-from sqla_byok.keys.customer import CALLS_AT_ONCE
+from sqla_byok.keys.calls import CALLS_AT_ONCE
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
 
 _headers = select(type_coerce(patient.c.name, LargeBinary)).order_by(patient.c.id)
@@ -70,9 +70,9 @@ def test_the_deadline_by_either_clock(world: World, clock: str) -> None:
     world.write("Ada")
     ring = world.byok._keyrings.get("t1")
     setattr(world.clock, clock, getattr(world.clock, clock) + 299.9)
-    assert world.byok._keyrings._live(ring)
+    assert world.byok._keyrings._usable(ring)
     setattr(world.clock, clock, getattr(world.clock, clock) + 0.2)
-    assert not world.byok._keyrings._live(ring)
+    assert not world.byok._keyrings._usable(ring)
     assert world.calls == ["t1"]
     assert world.read() == ["Ada"]
     assert world.calls == ["t1", "t1"]

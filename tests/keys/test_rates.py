@@ -71,7 +71,7 @@ def test_an_hour_costs_what_was_planned(
     for tenant in tenants:
         world.byok.onboard(tenant, counting_kms, revoke_within=revoke_within)
     dice = random.Random(5)
-    monkeypatch.setattr("sqla_byok.keys.keyring.random", dice)  # the refreshes too are the same in each run
+    monkeypatch.setattr("sqla_byok.keys.clock.random", dice)  # the refreshes too are the same in each run
     run(world, tenants, 2 * revoke_within, every, dice)  # until they are spread
     world.calls.clear()
     statements.clear()

@@ -47,8 +47,8 @@ def test_a_specification_stands_for_its_parts() -> None:
 
 def test_the_text_is_canonical() -> None:
     """Equal states have equal text, in whatever order they came about; it reads back as what it was."""
-    one = NOTHING.recorded(written(A, table="s")).recorded(written(B))
-    two = NOTHING.recorded(written(B)).recorded(written(A, table="s"))
+    one = NOTHING.noted(written(A, table="s")).noted(written(B))
+    two = NOTHING.noted(written(B)).noted(written(A, table="s"))
     assert one.text == two.text
     again = Searchable.parse(one.text, "t1")
     assert again.text == one.text
@@ -86,7 +86,7 @@ def test_what_a_newer_release_wrote_is_refused(text: str) -> None:
 
 def test_states() -> None:
     """Between on and off a column is pending, either way; what was on stays on, what was never written is no matter."""
-    now = NOTHING.recorded(written(A, B))
+    now = NOTHING.noted(written(A, B))
     assert states(now) == (ON, ON, ON)
     assert now.off is None
     now = now.closed_but(frozenset({"t.a"}))
@@ -119,19 +119,19 @@ def test_what_was_never_written_needs_no_step_between() -> None:
     assert now.closing(frozenset({"t.a"})) == frozenset()
     now = now.closed_but(frozenset({"t.b"}))
     assert states(now) == (OFF, ON, OFF)
-    assert states(now.recorded(written(A, B))) == (OFF, ON, OFF)
+    assert states(now.noted(written(A, B))) == (OFF, ON, OFF)
     assert states(now.closed_but(None)) == (ON, ON, ON)
 
 
 def test_a_column_that_is_new_to_a_written_table_is_pending() -> None:
     """Not so in a table that was never written, nor where it is off; noting what is known changes nothing."""
-    now = NOTHING.recorded(written(A))
+    now = NOTHING.noted(written(A))
     assert states(now) == (ON, ON, ON)
-    assert states(now.recorded(written(A, B))) == (ON, PENDING, ON)
-    assert states(now.recorded(written(B, table="u"))) == (ON, ON, ON)
-    assert states(limited(now).recorded(written(A, B))) == (OFF, OFF, OFF)
-    assert now.recorded(written(A)) is now
-    assert now.recorded(NOTHING_WRITTEN) is now
+    assert states(now.noted(written(A, B))) == (ON, PENDING, ON)
+    assert states(now.noted(written(B, table="u"))) == (ON, ON, ON)
+    assert states(limited(now).noted(written(A, B))) == (OFF, OFF, OFF)
+    assert now.noted(written(A)) is now
+    assert now.noted(NOTHING_WRITTEN) is now
     unseen = HashSpec.of("t.x", "t", "sha256")
     with pytest.raises(NotSearchableError, match="re-hash"):
         now.check("t1", [], [unseen])
@@ -142,7 +142,7 @@ def test_a_column_that_is_new_to_a_written_table_is_pending() -> None:
 def test_what_is_searched_cannot_be_written_without_a_hash() -> None:
     """A model that has a column, and hashes it no more or has not its index, is refused as long as it is searched."""
     end = HashSpec.of("t.end", "t", "last", sources=["t.phone", "t.other"])
-    now = NOTHING.recorded(written(A, B, end))
+    now = NOTHING.noted(written(A, B, end))
     now.check_write("t1", Written("t", {"t.end": end}, frozenset({"t.x", "t.phone"})))
     now.check_write("t1", Written("u", {}, frozenset({"u.a"})))
     for column, name in (("t.a", "t.a"), ("t.phone", "t.end"), ("t.other", "t.end")):
@@ -159,7 +159,7 @@ def test_what_is_searched_cannot_be_written_without_a_hash() -> None:
 
 def test_who_knows_nothing_of_the_hashes_does_not_write_while_they_are_made() -> None:
     """The job would not see the row; until it begins, and where the column is off, an earlier release may go on."""
-    less, now = Written("t", {}, frozenset({"t.b"})), NOTHING.recorded(written(A)).recorded(written(A, B))
+    less, now = Written("t", {}, frozenset({"t.b"})), NOTHING.noted(written(A)).noted(written(A, B))
     now.check_write("t1", less)
     now.not_searched("t.b").check_write("t1", less)
     begun = Searchable.parse(now.rehashing(B).text, "t1")
@@ -169,7 +169,7 @@ def test_who_knows_nothing_of_the_hashes_does_not_write_while_they_are_made() ->
         begun.closed_but(frozenset({"t.b"})),
         begun.closed_but(frozenset()),  # the job may end before that does
         begun.not_searched("t.b"),
-        begun.recorded(written(table="u")),
+        begun.noted(written(table="u")),
         begun.closed_but(frozenset()).rehashed("t.b"),
     ):
         with pytest.raises(HashSpecChangedError, match=r"t\.b"):
@@ -183,7 +183,7 @@ class Stored:
     """What a keystore has, and whoever changes it while others wait."""
 
     def __init__(self) -> None:
-        self.now, self.seen = NOTHING.recorded(written(A, B)), [(ON, ON, ON)]
+        self.now, self.seen = NOTHING.noted(written(A, B)), [(ON, ON, ON)]
         self.columns = SearchableColumns(self.change, self.settle)
         self.meanwhile: Callable[[], object] = lambda: None
 
@@ -235,9 +235,9 @@ def test_a_new_specification_settles_in_between() -> None:
 
 def test_the_first_specification_holds() -> None:
     """A second one is not noted over it; only a re-hash changes it."""
-    now = NOTHING.recorded(written(A))
+    now = NOTHING.noted(written(A))
     other = HashSpec.of("t.a", "t", "another")
-    assert now.recorded(written(other)) is now
+    assert now.noted(written(other)) is now
     now.check("t1", [A, B], [A])
     with pytest.raises(HashSpecChangedError):
         now.check("t1", [other], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from keys_tools import CountingKms, World, insert_patient, names
+from keys_tools import CountingKms, World, insert_patient, names, until
 from sqlalchemy import delete
 
 from sqla_byok import (
@@ -28,7 +29,7 @@ from sqla_byok import (
     UnknownTenantError,
 )
 from sqla_byok.audit import Event, KeysOpened, KeyStateChanged, KmsCalled
-from sqla_byok.keys import customer
+from sqla_byok.keys import calls
 from sqla_byok.keys.keyrings import POLL_EVERY, UNIT_WITHIN
 
 GRACE = 600
@@ -185,8 +186,11 @@ def test_one_look_at_the_keystore_serves_all_tenants_in_use(world: World) -> Non
 # -- no answer -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [KmsUnavailableError, ThrottledError, KmsBlockedError])
-@pytest.mark.parametrize("used", [True, False], ids=["in use", "idle"])
+each_outage = pytest.mark.parametrize("error", [KmsUnavailableError, ThrottledError, KmsBlockedError])
+
+
+@each_outage
+@pytest.mark.parametrize("used", [True, False], ids=["in use", "idle since it was asked"])
 def test_an_outage_is_served_until_deadline_and_grace(
     world: World, error: type[KmsError], used: bool
 ) -> None:
@@ -197,7 +201,8 @@ def test_an_outage_is_served_until_deadline_and_grace(
     if used:
         turn(world, 300 + GRACE - 1, "patient-one")
     else:
-        world.clock.turn(300 + GRACE - 1)
+        turn(world, 230, "patient-one")
+        world.clock.turn(70 + GRACE - 1)
     assert world.read("patient-one") == ["Ada"]
     assert world.clock.boot_now - start == 300 + GRACE - 1
     assert world.byok.tenants("grace") == ["patient-one"]
@@ -206,6 +211,98 @@ def test_an_outage_is_served_until_deadline_and_grace(
     with pytest.raises(error):
         world.read("patient-one")
     assert world.byok.tenants("dark") == ["patient-one"]
+
+
+@each_outage
+def test_the_grace_of_an_idle_tenant_needs_an_outage(world: World, error: type[KmsError]) -> None:
+    """Nobody has asked the KMS of an idle tenant, so its keys go at the deadline; the grace itself prolongs nothing."""
+    world.write("Ada", tenant="patient-one")
+    ring = world.byok._keyrings.get("patient-one")
+    world.clock.turn(300)
+    until(lambda: ring.cleared)
+    assert world.calls == ["patient-one"]
+    answer(error)
+    with pytest.raises(error):
+        world.read("patient-one")
+
+
+@pytest.mark.parametrize("at", [250, 320, 700], ids=["before the deadline", "after it", "late"])
+def test_a_no_after_an_outage_needs_no_use(world: World, at: float) -> None:
+    """Keys that outlive the deadline since the KMS did not answer are asked for on, used or not: a "no" bites."""
+    world.write("Ada", tenant="patient-one")
+    answer(KmsUnavailableError)
+    turn(world, at, "patient-one")
+    ring = world.byok._keyrings.get("patient-one")
+    assert not ring.cleared
+    answer(KeyDisabledError)
+    world.clock.turn(max(31, 300 - at))
+    until(lambda: ring.cleared)
+    until(lambda: world.byok.tenants("dark") == ["patient-one"])
+
+
+def test_a_long_result_goes_on_in_the_grace(world: World) -> None:
+    """Rows that are read slowly during an outage go on until the grace is over, and not a row longer."""
+    world.byok.onboard("slow", world.kms, outage_grace=60)
+    world.write(*(str(number) for number in range(50)), tenant="slow")
+    with world.connect("slow") as connection:
+        rows = iter(connection.execution_options(yield_per=1).execute(names))
+        next(rows)
+        answer(KmsUnavailableError)
+        until_then = world.clock.boot_now + 360
+        with pytest.raises(KeysExpiredError):  # noqa: PT012 - whichever row it is
+            for _ in rows:
+                last = world.clock.boot_now
+                world.byok._keyrings.drain()
+                world.clock.turn(10)
+    assert last == until_then - 10
+
+
+@pytest.mark.parametrize("counted_by", ["boot_now", "wall_now"])
+def test_the_question_between_rows(world: World, counted_by: str) -> None:
+    """Whichever clock says that the time is up: the keys go, and a renewal that is due is begun without waiting."""
+    world.open("t1")
+    keyrings = world.byok._keyrings
+    ring = keyrings.get("t1")
+    world.clock.turn(250)
+    keyrings.check(ring)
+    keyrings.drain()
+    assert world.calls == ["t1", "t1"]
+    setattr(world.clock, counted_by, getattr(world.clock, counted_by) + 300)
+    with pytest.raises(KeysExpiredError):
+        keyrings.check(ring)
+    assert ring.cleared
+    assert world.calls == ["t1", "t1"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_forgetting_all_forgets_all(world: World, error: type[BaseException]) -> None:
+    """A listener that raises when the first tenant's keys go leaves no other tenant's in memory, nor untold."""
+    rings = [(world.open(tenant), world.byok._keyrings.get(tenant))[1] for tenant in ("t1", "t2", "t3")]
+    told: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, KeyStateChanged):
+            told.append(event.tenant)
+            raise error
+
+    world.byok._audit.listeners.append(listen)
+    with contextlib.nullcontext() if issubclass(error, Exception) else pytest.raises(error):
+        world.byok.forget_keys()
+    assert all(ring.cleared for ring in rings)
+    assert sorted(told) == ["t1", "t2", "t3"]
+
+
+def test_a_yes_after_an_outage_needs_no_use(world: World) -> None:
+    """Likewise a "yes": the tenant is fresh again for revoke_within, and idle after that."""
+    world.write("Ada", tenant="patient-one")
+    answer(KmsUnavailableError)
+    turn(world, 400, "patient-one")
+    ring = world.byok._keyrings.get("patient-one")
+    answer()
+    world.clock.turn(31)
+    until(lambda: ring.lease.renewed_at == world.clock.boot_now)
+    world.clock.turn(299)
+    assert world.read("patient-one") == ["Ada"]
 
 
 def test_a_late_answer_does_not_call_a_dark_tenant_in_grace(world: World) -> None:
@@ -429,11 +526,11 @@ def test_dead_vaults_stall_nobody_else(world: World) -> None:
     CountingKms.on_unwrap = staticmethod(wait)
     with ThreadPoolExecutor(20, thread_name_prefix="dead") as pool:
         futures = [pool.submit(world.open, name) for name in dead]
-        while sum(future.done() for future in futures) < 20 - customer.FAILING_AT_ONCE:
+        while sum(future.done() for future in futures) < 20 - calls.FAILING_AT_ONCE:
             pass
         for tenant in ("t1", "t2", "t3"):
             world.open(tenant)
-        assert len(world.calls) == customer.FAILING_AT_ONCE + 3
+        assert len(world.calls) == calls.FAILING_AT_ONCE + 3
         release.set()
         refused = [future.exception() for future in futures]
     assert {type(error) for error in refused} == {KmsUnavailableError}
@@ -441,7 +538,7 @@ def test_dead_vaults_stall_nobody_else(world: World) -> None:
 
 def test_the_calls_under_way_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst of cold tenants makes no more KMS calls at a time than the process allows, and opens all of them."""
-    monkeypatch.setattr(customer, "CALLS_AT_ONCE", 4)
+    monkeypatch.setattr(calls, "CALLS_AT_ONCE", 4)
     cold = [f"cold-{n}" for n in range(24)]
     for name in cold:
         world.byok.onboard(name, world.kms)

@@ -253,6 +253,15 @@ def test_a_hanging_kms_holds_up_no_other_tenant(local: Byok, sqlite: Engine, met
     assert found == ["other-0", "other-1", "other-2"]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is delivered, also where a shell that runs the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_calls(local: Byok, sqlite: Engine, meter: Meter) -> None:
     """A batch that is given up leaves no queue of calls behind."""
     release = threading.Event()

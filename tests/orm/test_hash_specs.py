@@ -313,7 +313,7 @@ def test_a_look_that_takes_too_long(fleet: Fleet, monkeypatch: pytest.MonkeyPatc
     one.write(1, mrn="A-1")
     (other,) = tables("hs_other")
     other.metadata.create_all(one.engine)
-    row, looks = two.byok._keyrings.row, list[str]()
+    row, looks = two.byok._keystore.row, list[str]()
 
     def late(tenant: str) -> Any:
         looks.append(tenant)
@@ -325,7 +325,7 @@ def test_a_look_that_takes_too_long(fleet: Fleet, monkeypatch: pytest.MonkeyPatc
 
     criterion = or_(two.patient.phone == "12", exists().where(other.text == "x"))
     assert two.find(criterion) == []
-    monkeypatch.setattr(two.byok._keyrings, "row", late)
+    monkeypatch.setattr(two.byok._keystore, "row", late)
     with pytest.raises(KeystoreUnavailableError, match="nor searched"):
         two.find(criterion)
     assert two.find(criterion) == [2]

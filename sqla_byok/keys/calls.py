@@ -1,4 +1,4 @@
-"""Calling customers' keys: the one place from which a KMS is asked for anything."""
+"""The calls to customers' KMS: the one place from which any of them is asked for anything."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import hmac
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqla_byok.audit import Audit, KmsCalled
-from sqla_byok.crypto.formats import Secret
+from sqla_byok.crypto.formats import Secret, TenantKey, new_key, pack_tenant_key
 from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeystoreTamperedError,
+    KmsNoAnswerError,
     KmsUnavailableError,
     WrongKeyError,
 )
-from sqla_byok.keys.keystore import Wrapping
+from sqla_byok.keys.rows import TenantRow, Wrapping
 from sqla_byok.kms import Kms, KmsClient, Operator, Wrapped, describe
 from sqla_byok.kms.base import request_id
 
-__all__ = ["CustomerKeys"]
+__all__ = ["KmsCalls"]
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ FAILING_AT_ONCE = 8
 _PATIENCE = 5.0
 
 
-class CustomerKeys(Secret):
+class KmsCalls(Secret):
     """Wraps and unwraps tenant keys with customers' keys, and tells each call to the audit.
 
     :param profiles: the settings of KMS clients by name.
@@ -50,7 +51,7 @@ class CustomerKeys(Secret):
     def after_fork(self) -> None:
         """Forget the calls of the parent process."""
         self._turn = threading.Condition()
-        self._calls = self._failing = 0
+        self._under_way = self._failing = 0
 
     def describe(self, wrapping: Wrapping) -> Kms:
         """The customer key that an authenticated keystore row names.
@@ -86,35 +87,62 @@ class CustomerKeys(Secret):
         """
         turn = self._turn
         with turn:
-            free = turn.wait_for(lambda: self._calls < CALLS_AT_ONCE, timeout=0 if failing else _PATIENCE)
+            free = turn.wait_for(lambda: self._under_way < CALLS_AT_ONCE, timeout=0 if failing else _PATIENCE)
             if not free or (failing and self._failing >= FAILING_AT_ONCE):
                 raise KmsUnavailableError(
                     f"too many KMS calls are under way to ask for tenant {tenant!r} as well; try again",
                     tenant=tenant,
                     retry_after=1.0,
                 )
-            self._calls += 1
+            self._under_way += 1
             self._failing += failing
         try:
             yield
         finally:
             with turn:
-                self._calls -= 1
+                self._under_way -= 1
                 self._failing -= failing
                 turn.notify()
 
-    def unwrap(self, wrapping: Wrapping, tenant: str, reason: str) -> bytes:
-        """Open a wrapped tenant key: one KMS call."""
+    def unwrap(self, row: TenantRow, reason: str) -> bytes:
+        """What the row's wrappings hold: one KMS call; the next is tried only on "no answer", never on "no"."""
+        unanswered: list[KmsNoAnswerError] = []
+        for wrapping in row.wrappings:
+            try:
+                return self.unwrap_one(wrapping, row.tenant, reason)
+            except KmsNoAnswerError as error:
+                unanswered.append(error)
+        raise unanswered[0]
+
+    def unwrap_one(self, wrapping: Wrapping, tenant: str, reason: str) -> bytes:
+        """What one wrapping holds: one KMS call."""
         kms = self.describe(wrapping)
         client = self.client(kms, reason)
         wrapped = Wrapped(wrapping.wrapped, wrapping.kms_key_version)
         return self.call(lambda: client.unwrap(wrapped, tenant=tenant), kms, "unwrap", tenant, reason)
 
-    def wrap(self, kms: Kms, payload: bytes, tenant: str, reason: str) -> Wrapping:
-        """Wrap a tenant key under a customer key, and prove by unwrapping that it comes back: two KMS calls.
+    def new_tenant_key(
+        self, tenant: str, generation: int, under: Iterable[Kms], reason: str
+    ) -> tuple[TenantKey, list[Wrapping]]:
+        """Make a tenant key, and :meth:`wrap` it."""
+        secret = new_key()
+        try:
+            wrappings = self.wrap(pack_tenant_key(secret, tenant, generation), under, tenant, reason)
+            return TenantKey(secret, tenant, generation), wrappings
+        finally:
+            secret = b""  # crash reports show the variables of each frame
+
+    def wrap(self, payload: bytes, under: Iterable[Kms], tenant: str, reason: str) -> list[Wrapping]:
+        """Wrap a tenant key under customer keys, and prove by unwrapping that it comes back: two KMS calls for each.
 
         :raises WrongKeyError: something else comes back.
         """
+        try:
+            return [self._wrap(payload, kms, tenant, reason) for kms in under]
+        finally:
+            payload = b""
+
+    def _wrap(self, payload: bytes, kms: Kms, tenant: str, reason: str) -> Wrapping:
         back = b""
         try:
             client = self.client(kms, reason)
@@ -125,15 +153,8 @@ class CustomerKeys(Secret):
                     f"the KMS gave tenant {tenant!r} back another key than it was given", tenant=tenant
                 )
         finally:
-            payload = back = b""  # crash reports show the variables of each frame
+            payload = back = b""
         return Wrapping(kms.provider, stored_config(kms), wrapped.blob, wrapped.key_version)
-
-    def rewrap(self, payload: bytes, under: Wrapping, tenant: str) -> Wrapping:
-        """:meth:`wrap` under the customer key that a wrapping names."""
-        try:
-            return self.wrap(self.describe(under), payload, tenant, "rewrap")
-        finally:
-            payload = b""
 
     def call(self, ask: Callable[[], T], kms: Kms, operation: str, tenant: str, reason: str) -> T:
         """Make one KMS call and tell the audit."""
