@@ -99,6 +99,8 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
                 )
         is_dml = getattr(clause, "is_dml", None)
         if is_dml is None:
+            if tenancy.used:
+                tenancy.refuse_compiled(clause, tenant)
             refuse_compiled(clause)
         elif is_dml and tenancy.used:
             rows = multi or ([params] if params else [])
@@ -114,6 +116,8 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
                         ring = _noted(ring, written[None], keyrings)
                     if owners:
                         _note_owned(slot, written, keyrings)
+            if tenancy.used:
+                clause = tenancy.hold_conflicts(clause, tenant)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -134,8 +138,8 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
         if compiled is None:
             _refuse(guard.text(statement))
             return statement, parameters
-        if tenancy.used and context.isinsert:
-            tenancy.check_defaults(context, whose(context.execution_options, scopes))
+        if tenancy.used:
+            tenancy.check_compiled(context, lambda: whose(context.execution_options, scopes))
         encrypts, decrypts, sends, _, compared, verdict, owned_by, made = upstream.known(compiled, ask)
         grouped: Mapping[str | None, frozenset[HashSpec]] = {}
         if verdict is not None:

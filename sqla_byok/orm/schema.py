@@ -32,7 +32,7 @@ from sqla_byok.normalize import identity
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, IndexedValue, IndexHash, SearchHash
 
-__all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "hash_key", "indexes_of"]
+__all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "declares_encrypted", "hash_key", "indexes_of"]
 
 SOURCE = "byok_source"
 """The key in a hash column's ``info`` that names the column it follows; of several, the first."""
@@ -72,6 +72,11 @@ _WHY = "the database sees only ciphertext, which is different each time"
 def hash_key(key: str) -> str:
     """The key of the sibling of a column with this key."""
     return f"{key}_hash"
+
+
+def declares_encrypted(metadata: MetaData) -> bool:
+    """Whether any of its tables was declared with an encrypted column."""
+    return _IDS in metadata.info
 
 
 # -- the column ------------------------------------------------------------------------------------------------------

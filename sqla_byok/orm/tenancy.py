@@ -2,34 +2,49 @@
 
 A flush is checked twice: an object against the tenant before its statement is made, which also sees whose the object
 was; and each statement, whoever made it. An UPDATE or DELETE is held to the tenant's own rows, since what its WHERE
-finds cannot be known beforehand.
+finds cannot be known beforehand; so is what an upsert does on conflict. What stands within another statement, in a CTE
+or elsewhere, is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Alias, Column, Join, Table, event, inspect, or_
+from sqlalchemy import (
+    Alias,
+    Column,
+    Join,
+    PrimaryKeyConstraint,
+    Table,
+    UniqueConstraint,
+    event,
+    inspect,
+    literal,
+    or_,
+)
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.sql.selectable import TableClause
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.isolation import SEALED, Across, Whose, shown, whose
+from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 from sqla_byok.orm.types import Encrypted
 
-__all__ = ["TENANT_COLUMN", "check", "check_defaults", "used"]
+__all__ = ["TENANT_COLUMN", "check", "check_compiled", "hold_conflicts", "refuse_compiled", "used"]
 
 TENANT_COLUMN = "byok_tenant"
 """The key in a table's ``info`` that names its tenant's column, where no mapped class does by ``__byok_tenant__``."""
 
-used: list[str] = []
-"""The names of the tables that have such a column; empty for most applications, which then pay nothing."""
+used: dict[str, WeakSet[Table]] = {}
+"""The tables that have such a column, by name; empty for most applications, which then pay nothing."""
 
 _columns: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of a Table
 _NAMES = (str, int, UUID)
@@ -60,15 +75,23 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
 def _declare(table: Any, column: Any, where: str, name: str) -> None:
     if not isinstance(table, Table) or not isinstance(column, Column):
         raise DeclarationError(f"{where}: {getattr(table, 'description', 'it')} has no column {name!r}")
-    if column.server_default is not None or column.computed is not None:
+    if _set_by_database(column):
         raise DeclarationError(
             f"{where}: what the database sets {name!r} to cannot be checked; set it in Python"
         )
     if _python_type(column) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
-    if table not in _columns:
-        used.append(table.fullname)
+    used.setdefault(table.name.lower(), WeakSet()).add(table)
     _columns[table] = column.key
+    table.info[TENANT_COLUMN] = column.key  # copies of the table carry it along
+
+
+def _set_by_database(column: Column[Any]) -> bool:
+    of_database = (column.server_default, column.server_onupdate, column.computed, column.identity)
+    of_python = (column.default, column.onupdate)
+    return any(one is not None for one in of_database) or any(
+        one is not None and (one.is_clause_element or one.is_sequence) for one in of_python
+    )
 
 
 def _python_type(column: Any) -> type[Any] | None:
@@ -147,6 +170,19 @@ def _holds(session: Session, *, plain: bool) -> bool:
 # -- statements ------------------------------------------------------------------------------------------------------
 
 
+class _Target(NamedTuple):
+    """What a statement writes to, where its rows belong to tenants."""
+
+    table: Any  # or an alias of it
+    column: Any  # the tenant's, in it
+    declared: Table  # the table that was declared with it
+
+    @property
+    def type(self) -> Any:
+        """How a tenant's name is stored."""
+        return self.declared.c[_columns[self.declared]].type
+
+
 def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) -> Any:
     """Check what an INSERT, UPDATE or DELETE sets a tenant's column to, and hold it to the tenant's rows.
 
@@ -157,52 +193,121 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
     :raises NoTenantError: if there is no tenant.
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
-    given = None
-    for target in _targets(upstream.target(clause)[0]):
-        table = target.element if isinstance(target, Alias) else target
-        key = _columns.get(table)
-        if key is None:
-            continue
-        names = _allowed(table, tenant)
+    dml = upstream.dml_of(clause)
+    if dml is not clause:
+        return upstream.with_dml(clause, check(dml, rows, tenant))
+    given, written = None, list(_written(clause))
+    for target in written:
+        names = _allowed(target.declared, tenant)
         if names is None:
             continue
         if not clause.is_delete:
             given = given or list(_given(clause, rows))
-            _check_given(clause, target.c[key], given, names)
+            others = [other.table for other in written if other is not target]
+            _check_given(clause, target, [_named(row, others) for row in given], names)
         if not clause.is_insert:
-            clause = clause.where(_held(target.c[key], names))
-        elif conflicts := upstream.conflicts(clause):
-            held = _held(target.c[key], names)
-            clause = upstream.with_conflicts(clause, [upstream.held_to(each, held) for each in conflicts])
+            clause = upstream.with_criterion(clause, _held(target, names))
     return clause
 
 
-def _held(column: Any, names: tuple[str, ...]) -> Any:
-    """True of the tenants' own rows."""
-    return or_(*(column == _typed(column, name) for name in names))
+def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
+    """Hold what an upsert does on conflict to the tenant's rows.
 
-
-def check_defaults(context: Any, tenant: Whose | None) -> None:
-    """Check what a Python-side default gave for a tenant's column.
-
-    :param context: the execution of an INSERT, just before it is sent.
+    :param clause: an INSERT that was checked, and is complete otherwise.
     """
-    table = context.compiled.statement.table
-    key = _columns.get(table)
-    names = None if key is None else _allowed(table, tenant)
-    if key is not None and names is not None:
-        for row in context.compiled_parameters:
-            if key in row:
-                _check_value(table.c[key], row[key], names)
+    dml = upstream.dml_of(clause)
+    conflicts = upstream.conflicts(dml)
+    if not conflicts:
+        return clause
+    for target in _written(dml):
+        names = _allowed(target.declared, tenant)
+        if names is not None:
+            held = _held(target, names)
+            conflicts = [upstream.held_to(each, target.table, held) for each in conflicts]
+            return upstream.with_dml(clause, upstream.with_conflicts(dml, conflicts))
+    return clause
 
 
-def _targets(table: Any) -> Iterator[Any]:
-    """The tables, or aliases of tables, that a statement writes to."""
+def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
+    """Refuse a statement that was compiled beforehand: it can be held to nothing any more."""
+    statement = upstream.dml_of(getattr(compiled, "statement", None))
+    if not getattr(statement, "is_dml", False):
+        return
+    for target in _written(statement):
+        if _allowed(target.declared, tenant) is not None:
+            raise UnsupportedQueryError(
+                f"{target.declared.fullname}: its rows belong to tenants, and a statement compiled beforehand cannot "
+                "be held to one of them; execute the statement itself"
+            )
+
+
+def _held(target: _Target, names: tuple[str, ...]) -> Any:
+    """True of the tenants' own rows."""
+    return or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
+
+
+def _written(clause: Any) -> Iterator[_Target]:
+    """What a statement writes to; MySQL's UPDATE of several tables sets columns of any of them."""
+    table, one_of_several = upstream.target(clause)
+    tables = list(_tables(table))
+    if clause.is_update and not one_of_several:
+        for other in (getattr(key, "table", None) for key, _ in upstream.values(clause)):
+            if other is not None and other not in tables:
+                tables.append(other)
+    for one in tables:
+        target = _target(one)
+        if target is not None:
+            yield target
+
+
+def _tables(table: Any) -> Iterator[Any]:
     if isinstance(table, Join):
-        yield from _targets(table.left)
-        yield from _targets(table.right)
-    elif isinstance(table, Table) or (isinstance(table, Alias) and isinstance(table.element, Table)):
+        yield from _tables(table.left)
+        yield from _tables(table.right)
+    else:
         yield table
+
+
+def _target(table: Any) -> _Target | None:
+    inner = table
+    while isinstance(inner, Alias):
+        inner = inner.element
+    if not isinstance(inner, TableClause):
+        return None
+    key = _columns.get(inner)
+    if key is not None:
+        plain: Any = upstream.plain_table(inner) if isinstance(inner, Table) else inner
+        return _Target(table, table.c[key], plain)
+    declared = _known_as(inner)
+    if declared is None:
+        return None
+    name = declared.c[_columns[declared]].name
+    column = next((column for column in table.c if column.name == name), None)
+    if column is None:
+        column = ColumnClause(name)
+        column.table = table
+    return _Target(table, column, declared)
+
+
+def _known_as(table: Any) -> Table | None:
+    """The declared table of which another object has the name: table(), or a Table that was reflected.
+
+    A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word.
+    """
+    found = [one for one in used.get(table.name.lower(), ()) if _may_be(one.schema, table.schema)]
+    if not found or (isinstance(table, Table) and _is_model(table)):
+        return None
+    return found[0]
+
+
+def _may_be(schema: str | None, other: str | None) -> bool:
+    return schema is None or other is None or schema == other
+
+
+def _is_model(table: Table) -> bool:
+    return declares_encrypted(table.metadata) or any(
+        one.metadata is table.metadata for one in tuple(_columns)
+    )
 
 
 def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[Any, Any]]:
@@ -228,19 +333,29 @@ def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[A
         }
 
 
+def _named(row: Mapping[Any, Any], others: Sequence[Any]) -> dict[Any, Any]:
+    """A row by its keys' names, by which SQLAlchemy goes; without what other tables are set to."""
+    return {
+        getattr(key, "key", key): value
+        for key, value in row.items()
+        if getattr(key, "table", None) not in others
+    }
+
+
 _ABSENT = object()
 
 
 def _check_given(
-    clause: Any, column: Any, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
+    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
 ) -> None:
+    column, default = target.column, getattr(target.column, "default", None)
     if column.key in upstream.select_names(clause):
         _unknown(column, "INSERT FROM SELECT sets it to")
     for row in given:
-        value = row.get(column.key, row.get(column, _ABSENT))
+        value = row.get(column.key, _ABSENT)
         if value is not _ABSENT:
             _check_value(column, _plain(column, value), names)
-        elif clause.is_insert and column.default is None:
+        elif clause.is_insert and default is None:
             _check_value(column, None, names)
     for conflict in upstream.conflicts(clause):
         for key, value in upstream.conflict_values(conflict):
@@ -266,6 +381,94 @@ def _unknown(column: Any, what: str) -> NoReturn:
     )
 
 
+# -- compiled statements ---------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """What of a compiled statement cannot be held to a tenant."""
+
+    within: tuple[str, ...]  # the tables that a statement within it writes to
+    replaces: tuple[str, ...]  # the tables of which it may delete rows without saying so
+
+
+def check_compiled(context: Any, tenant: Callable[[], Whose | None]) -> None:
+    """Check what is known only of a compiled statement: what stands within it, and what defaults have given.
+
+    :param context: the execution of any statement, just before it is sent.
+    :param tenant: tells whose turn it is.
+    :raises NoTenantError: if it writes to tenants' rows, and there is no tenant.
+    :raises TenantMismatchError: if a default gave the name of another tenant.
+    :raises UnsupportedQueryError: if it cannot be held to the tenant's rows.
+    """
+    within, replaces = upstream.known_writes(context.compiled, lambda compiled: _find(compiled, context))
+    for name in within:
+        if _allowed(name, tenant()) is not None:
+            raise UnsupportedQueryError(
+                f"{name}: its rows belong to tenants, and an INSERT, UPDATE or DELETE within another statement cannot "
+                "be held to one of them; run it as a statement of its own"
+            )
+    for name in replaces:
+        if _allowed(name, tenant()) is not None:
+            raise UnsupportedQueryError(
+                f"{name}: its rows belong to tenants, and REPLACE would delete another tenant's row that has the same "
+                "key; use on_conflict_do_update(), which leaves such a row alone"
+            )
+    if context.isinsert or context.isupdate:
+        _check_defaults(context, tenant)
+
+
+def _find(compiled: Any, context: Any) -> _Found:
+    top = upstream.dml_of(upstream.resolved(compiled.statement))
+    within = {
+        target.declared.fullname: None
+        for dml in upstream.dml_within(compiled)
+        for target in _written(dml)
+    }
+    replaces = []
+    if getattr(top, "is_dml", False) and not top.is_delete:
+        texts = upstream.prefixes(top, context.dialect.name)
+        for target in _written(top):
+            if any(_REPLACE.search(text) for text in texts) or (
+                context.dialect.name == "sqlite" and _replaces(target)
+            ):
+                replaces.append(target.declared.fullname)
+    return _Found(tuple(within), tuple(replaces))
+
+
+_REPLACE = re.compile(r"\breplace\b", re.IGNORECASE)
+
+
+def _replaces(target: _Target) -> bool:
+    """Whether SQLite deletes a row, perhaps another tenant's, that has the key of one that is written."""
+    table, key = target.declared, _columns[target.declared]
+    options = [
+        (constraint.dialect_options["sqlite"].get("on_conflict"), constraint.columns.keys())
+        for constraint in table.constraints
+        if isinstance(constraint, UniqueConstraint | PrimaryKeyConstraint)
+    ]
+    for column in table.c:
+        of_column = column.dialect_options["sqlite"]
+        options += [
+            (of_column.get(f"on_conflict_{kind}"), [column.key])
+            for kind, there in (("primary_key", column.primary_key), ("unique", column.unique))
+            if there
+        ]
+    return any(_REPLACE.search(str(option)) and key not in keys for option, keys in options)
+
+
+def _check_defaults(context: Any, tenant: Callable[[], Whose | None]) -> None:
+    """Check what a Python-side default or onupdate gave for a tenant's column."""
+    statement = upstream.dml_of(upstream.resolved(context.compiled.statement))
+    table = upstream.target(statement)[0] if getattr(statement, "is_dml", False) else None
+    key = _columns.get(table)
+    default = None if key is None else table.c[key].default if context.isinsert else table.c[key].onupdate
+    names = None if default is None else _allowed(table, tenant())
+    if key is not None and names is not None:
+        for row in context.compiled_parameters:
+            if key in row:
+                _check_value(table.c[key], row[key], names)
+
+
 # -- one value -------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +476,7 @@ def _allowed(table: Any, tenant: Whose | None) -> tuple[str, ...] | None:
     """The tenants whose rows may be written; None for all of them, where nothing is encrypted or decrypted."""
     if tenant is None:
         raise NoTenantError(
-            f"{table.fullname}: its rows belong to tenants, and no tenant is set for this statement; run it in "
+            f"{getattr(table, 'fullname', table)}: its rows belong to tenants, and no tenant is set for this statement; run it in "
             "byok.session(tenant, engine), or in byok.sealed(…) for rows of any tenant"
         )
     if tenant is SEALED:
@@ -293,13 +496,13 @@ def _check_value(column: Any, value: Any, names: tuple[str, ...]) -> None:
     )
 
 
-def _typed(column: Any, name: str) -> Any:
+def _typed(target: _Target, name: str) -> Any:
     """A tenant's name as a value of the column."""
-    kind = _python_type(column) or str
+    kind = _python_type(target) or str
     try:
         return kind(name)
     except ValueError:
         pass
     raise TenantMismatchError(
-        f"{column}: it holds no tenant of the name {name!r}, which is no {kind.__name__}", tenant=name
+        f"{target.column}: it holds no tenant of the name {name!r}, which is no {kind.__name__}", tenant=name
     )

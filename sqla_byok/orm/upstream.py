@@ -11,11 +11,13 @@ from copy import copy
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Table, UniqueConstraint, and_
-from sqlalchemy.orm import QueryableAttribute
+from sqlalchemy import Table, UniqueConstraint, and_, case
+from sqlalchemy.orm import FromStatement, QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.elements import (
+    BindParameter,
     ClauseElement,
+    Grouping,
     TableValuedColumn,
     _label_reference,
     _textual_label_reference,
@@ -39,12 +41,15 @@ __all__ = [
     "conflict_values",
     "conflicts",
     "criteria",
+    "dml_of",
+    "dml_within",
     "executed",
     "held",
     "held_to",
     "hold",
     "in_greenlet",
     "known",
+    "known_writes",
     "met",
     "multi_values",
     "named_in_compound",
@@ -53,6 +58,7 @@ __all__ = [
     "ordering",
     "parts",
     "plain_table",
+    "prefixes",
     "processors",
     "proxied",
     "referred",
@@ -75,6 +81,8 @@ __all__ = [
     "unique_columns",
     "values",
     "with_conflicts",
+    "with_criterion",
+    "with_dml",
     "with_multi_values",
     "with_target",
     "with_values",
@@ -265,13 +273,85 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
     return new
 
 
-def held_to(conflict: Any, criterion: Any) -> Any:
-    """A copy of the clause that updates only rows of which this is true; MySQL's has no such thing, and stays."""
-    if not hasattr(conflict, "update_whereclause"):
-        return conflict
-    new, given = copy(conflict), conflict.update_whereclause
-    new.update_whereclause = criterion if given is None else and_(given, criterion)
+def held_to(conflict: Any, table: Any, criterion: Any) -> Any:
+    """A copy of the clause that changes only rows of which this is true.
+
+    MySQL's has no WHERE: there each column of another row is set to what it is.
+    """
+    new = copy(conflict)
+    if hasattr(conflict, "update_whereclause"):
+        given = conflict.update_whereclause
+        new.update_whereclause = criterion if given is None else and_(Grouping(given), criterion)
+    elif items := conflict_values(conflict):
+        new.update = {
+            key: case((criterion, _expression(value, table.c[key].type)), else_=table.c[key])
+            for name, value in items
+            if (key := getattr(name, "key", name)) in table.c
+        }
     return new
+
+
+def _expression(value: Any, type_: Any) -> Any:
+    """What stands for a plain value in an expression."""
+    if hasattr(value, "__clause_element__"):
+        value = value.__clause_element__()
+    return value if isinstance(value, ClauseElement) else BindParameter(None, value, type_=type_, unique=True)
+
+
+def with_criterion(dml: Any, criterion: Any) -> Any:
+    """A copy of an UPDATE or DELETE that reaches only rows of which this is true, whatever text its WHERE is of."""
+    given = dml._where_criteria
+    new = dml._generate()
+    new._where_criteria = (*((Grouping(and_(*given)),) if given else ()), criterion)
+    return new
+
+
+def dml_of(clause: Any) -> Any:
+    """The INSERT, UPDATE or DELETE whose rows make objects, of ``select(…).from_statement(…)``; else the same."""
+    while isinstance(clause, FromStatement):
+        clause = resolved(clause.element)
+    return clause
+
+
+def with_dml(clause: Any, dml: Any) -> Any:
+    """A copy of a statement with another one within; see :func:`dml_of`."""
+    if not isinstance(clause, FromStatement):
+        return dml
+    new = clause._clone()
+    new.element = with_dml(clause.element, dml)
+    return new
+
+
+def dml_within(compiled: Any) -> Iterator[Any]:
+    """Each INSERT, UPDATE or DELETE that a compiled statement has within, in a CTE or elsewhere."""
+    seen: dict[int, Any] = {}
+    itself = [compiled.statement, executed(compiled)]
+    tops = [dml_of(resolved(one)) for one in itself]
+    todo = [*itself, *(getattr(compiled, "ctes", None) or ())]
+    while todo:
+        element = resolved(todo.pop())
+        if hasattr(element, "__clause_element__"):
+            element = element.__clause_element__()
+        if id(element) not in seen and isinstance(element, ClauseElement):
+            seen[id(element)] = element
+            todo.extend(children(element))
+            is_top = any(element is top for top in tops)
+            if not is_top and getattr(element, "is_dml", False) and hasattr(element, "table"):
+                yield element
+
+
+def prefixes(dml: Any, dialect: str) -> list[str]:
+    """What stands between INSERT or UPDATE and the table, on a dialect."""
+    found = (text_of(element) for element, only in dml._prefixes if only in (None, "*", dialect))
+    return [text for text in found if text is not None]
+
+
+def known_writes(compiled: Any, ask: Callable[[Any], T]) -> T:
+    """What ``ask`` says of the tables that a compiled statement writes to, asked once and kept with it."""
+    found: T | None = compiled.__dict__.get("_sqla_byok_writes")
+    if found is None:
+        found = compiled._sqla_byok_writes = ask(compiled)
+    return found
 
 
 def _values_name(conflict: Any) -> str:
