@@ -81,18 +81,13 @@ def fill(
     return clause, rows, [plan.written, *(_plan_of(other).written for other in others)]
 
 
-def refuse_embedded(ctes: Iterable[Any]) -> None:
+def refuse_embedded(compiled: Any) -> None:
     """Refuse an INSERT or UPDATE within another statement, which never passes :func:`fill`."""
-    for cte in ctes:
-        statement: Any = getattr(cte, "element", None)
-        if (
-            getattr(statement, "is_dml", False)
-            and not statement.is_delete
-            and fill(statement, ()) is not None
-        ):
+    for statement in upstream.dml_within(compiled):
+        if not statement.is_delete and fill(statement, ()) is not None:
             raise UnsupportedQueryError(
-                f"{statement.table.description}: an INSERT or UPDATE within a CTE cannot be given its hashes; run it "
-                "as a statement of its own"
+                f"{statement.table.description}: an INSERT or UPDATE within another statement cannot be given its "
+                "hashes; run it as a statement of its own"
             )
 
 

@@ -346,7 +346,7 @@ class _Concerns(NamedTuple):
 
 def _concerns(compiled: Any, guard: Guard) -> _Concerns:
     """Asked once per compiled statement."""
-    refuse_embedded(getattr(compiled, "ctes", None) or ())
+    refuse_embedded(compiled)
     binds = [bind.type for bind in getattr(compiled, "binds", {}).values()]
     results = [type_ for type_ in upstream.result_types(compiled) if isinstance(type_, Encrypted)]
     verdict = guard.judge(compiled)

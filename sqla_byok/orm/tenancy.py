@@ -29,6 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.selectable import TableClause
+from sqlalchemy.sql.visitors import iterate
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
@@ -67,7 +68,7 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
         column = mapper.columns.get(name)
         table = mapper.local_table if column is None else column.table
         _declare(table, column, f"{cls.__name__}.__byok_tenant__", name)
-    if any(table in _columns for table in mapper.tables):
+    if any(_key_of(table) is not None for table in mapper.tables):
         for when in ("before_insert", "before_update", "before_delete"):
             event.listen(cls, when, _check_object)
 
@@ -94,6 +95,17 @@ def _set_by_database(column: Column[Any]) -> bool:
     )
 
 
+def _key_of(table: Any) -> str | None:
+    """The key of a table's tenant column."""
+    key = _columns.get(table)
+    if (
+        key is None and isinstance(table, Table) and TENANT_COLUMN in table.info
+    ):  # a copy: it gets its info late
+        _table_declared(table, table.metadata)
+        key = _columns.get(table)
+    return key
+
+
 def _python_type(column: Any) -> type[Any] | None:
     try:
         found: type[Any] = column.type.python_type
@@ -111,7 +123,7 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         return
     tenant = whose(connection.get_execution_options(), slot.scopes)
     for table in mapper.tables:
-        key = _columns.get(table)
+        key = _key_of(table)
         if key is None:
             continue
         names = _allowed(table, tenant)
@@ -203,8 +215,7 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
             continue
         if not clause.is_delete:
             given = given or list(_given(clause, rows))
-            others = [other.table for other in written if other is not target]
-            _check_given(clause, target, [_named(row, others) for row in given], names)
+            _check_given(clause, target, _own(clause, target, given), names)
         if not clause.is_insert:
             clause = upstream.with_criterion(clause, _held(target, names))
     return clause
@@ -223,7 +234,7 @@ def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
         names = _allowed(target.declared, tenant)
         if names is not None:
             held = _held(target, names)
-            conflicts = [upstream.held_to(each, target.table, held) for each in conflicts]
+            conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
             return upstream.with_dml(clause, upstream.with_conflicts(dml, conflicts))
     return clause
 
@@ -274,10 +285,9 @@ def _target(table: Any) -> _Target | None:
         inner = inner.element
     if not isinstance(inner, TableClause):
         return None
-    key = _columns.get(inner)
+    key = _key_of(inner)
     if key is not None:
-        plain: Any = upstream.plain_table(inner) if isinstance(inner, Table) else inner
-        return _Target(table, table.c[key], plain)
+        return _Target(table, table.c[key], upstream.plain_table(inner))  # type: ignore[arg-type]  # a Table
     declared = _known_as(inner)
     if declared is None:
         return None
@@ -333,13 +343,20 @@ def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[A
         }
 
 
-def _named(row: Mapping[Any, Any], others: Sequence[Any]) -> dict[Any, Any]:
-    """A row by its keys' names, by which SQLAlchemy goes; without what other tables are set to."""
-    return {
-        getattr(key, "key", key): value
-        for key, value in row.items()
-        if getattr(key, "table", None) not in others
-    }
+def _own(clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
+    """What the rows set in one table. SQLAlchemy goes by a key's name, unless an UPDATE has its table in its FROM."""
+    others: set[Any] = set()
+    if clause.is_update and clause.whereclause is not None:
+        elements = [*iterate(clause.table), *iterate(clause.whereclause)]
+        others = {getattr(element, "table", element) for element in elements} - {target.table, None}
+    return [
+        {
+            getattr(key, "key", key): value
+            for key, value in row.items()
+            if getattr(key, "table", None) not in others
+        }
+        for row in given
+    ]
 
 
 _ABSENT = object()
@@ -420,18 +437,15 @@ def check_compiled(context: Any, tenant: Callable[[], Whose | None]) -> None:
 def _find(compiled: Any, context: Any) -> _Found:
     top = upstream.dml_of(upstream.resolved(compiled.statement))
     within = {
-        target.declared.fullname: None
-        for dml in upstream.dml_within(compiled)
-        for target in _written(dml)
+        target.declared.fullname: None for dml in upstream.dml_within(compiled) for target in _written(dml)
     }
-    replaces = []
+    replaces: list[str] = []
     if getattr(top, "is_dml", False) and not top.is_delete:
-        texts = upstream.prefixes(top, context.dialect.name)
-        for target in _written(top):
-            if any(_REPLACE.search(text) for text in texts) or (
-                context.dialect.name == "sqlite" and _replaces(target)
-            ):
-                replaces.append(target.declared.fullname)
+        on_sqlite, texts = context.dialect.name == "sqlite", upstream.prefixes(top, context.dialect.name)
+        told = any(map(_REPLACE.search, texts)) or _REPLACE.match(compiled.string)
+        replaces = [
+            target.declared.fullname for target in _written(top) if told or (on_sqlite and _replaces(target))
+        ]
     return _Found(tuple(within), tuple(replaces))
 
 
@@ -459,8 +473,8 @@ def _replaces(target: _Target) -> bool:
 def _check_defaults(context: Any, tenant: Callable[[], Whose | None]) -> None:
     """Check what a Python-side default or onupdate gave for a tenant's column."""
     statement = upstream.dml_of(upstream.resolved(context.compiled.statement))
-    table = upstream.target(statement)[0] if getattr(statement, "is_dml", False) else None
-    key = _columns.get(table)
+    table: Any = upstream.target(statement)[0] if getattr(statement, "is_dml", False) else None
+    key = _key_of(table)
     default = None if key is None else table.c[key].default if context.isinsert else table.c[key].onupdate
     names = None if default is None else _allowed(table, tenant())
     if key is not None and names is not None:
@@ -476,8 +490,8 @@ def _allowed(table: Any, tenant: Whose | None) -> tuple[str, ...] | None:
     """The tenants whose rows may be written; None for all of them, where nothing is encrypted or decrypted."""
     if tenant is None:
         raise NoTenantError(
-            f"{getattr(table, 'fullname', table)}: its rows belong to tenants, and no tenant is set for this statement; run it in "
-            "byok.session(tenant, engine), or in byok.sealed(…) for rows of any tenant"
+            f"{getattr(table, 'fullname', table)}: its rows belong to tenants, and no tenant is set for this "
+            "statement; run it in byok.session(tenant, engine), or in byok.sealed(…) for rows of any tenant"
         )
     if tenant is SEALED:
         return None

@@ -14,16 +14,19 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Table, UniqueConstraint, and_, case
 from sqlalchemy.orm import FromStatement, QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
     BindParameter,
     ClauseElement,
+    ColumnClause,
     Grouping,
     TableValuedColumn,
+    TextClause,
     _label_reference,
     _textual_label_reference,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import FromClause
+from sqlalchemy.sql.selectable import FromClause, TableClause
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
@@ -273,20 +276,22 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
     return new
 
 
-def held_to(conflict: Any, table: Any, criterion: Any) -> Any:
+def held_to(conflict: Any, column: Any, criterion: Any) -> Any:
     """A copy of the clause that changes only rows of which this is true.
 
-    MySQL's has no WHERE: there each column of another row is set to what it is.
+    :param column: what it is true of. MySQL's clause has no WHERE, and its drivers take no parameter of ours there
+        with many rows: each column is left as it is where this one is not that of the row to be inserted.
     """
     new = copy(conflict)
     if hasattr(conflict, "update_whereclause"):
         given = conflict.update_whereclause
         new.update_whereclause = criterion if given is None else and_(Grouping(given), criterion)
     elif items := conflict_values(conflict):
+        columns, same = column.table.c, column == conflict.inserted_alias.c[column.key]
         new.update = {
-            key: case((criterion, _expression(value, table.c[key].type)), else_=table.c[key])
+            key: case((same, _expression(value, columns[key].type)), else_=columns[key])
             for name, value in items
-            if (key := getattr(name, "key", name)) in table.c
+            if (key := getattr(name, "key", name)) in columns
         }
     return new
 
@@ -324,20 +329,29 @@ def with_dml(clause: Any, dml: Any) -> Any:
 
 def dml_within(compiled: Any) -> Iterator[Any]:
     """Each INSERT, UPDATE or DELETE that a compiled statement has within, in a CTE or elsewhere."""
+    if not isinstance(compiled, SQLCompiler):
+        return
+    statement = executed(compiled)
+    # Without CTEs only a statement of somebody's own has any: EXPLAIN of one, say.
+    if compiled.ctes is None and _is_upstreams(statement):
+        return
+    tops = [dml_of(resolved(compiled.statement)), dml_of(statement)]
     seen: dict[int, Any] = {}
-    itself = [compiled.statement, executed(compiled)]
-    tops = [dml_of(resolved(one)) for one in itself]
-    todo = [*itself, *(getattr(compiled, "ctes", None) or ())]
+    todo = [statement, *(compiled.ctes or ())]
     while todo:
         element = resolved(todo.pop())
+        if isinstance(element, _LEAVES) or id(element) in seen:
+            continue
         if hasattr(element, "__clause_element__"):
             element = element.__clause_element__()
-        if id(element) not in seen and isinstance(element, ClauseElement):
-            seen[id(element)] = element
-            todo.extend(children(element))
-            is_top = any(element is top for top in tops)
-            if not is_top and getattr(element, "is_dml", False) and hasattr(element, "table"):
-                yield element
+        seen[id(element)] = element
+        todo.extend(children(element))
+        if getattr(element, "is_dml", False) and element not in tops and hasattr(element, "table"):
+            yield element
+
+
+# What has nothing within.
+_LEAVES = (TableClause, ColumnClause, BindParameter, TextClause)
 
 
 def prefixes(dml: Any, dialect: str) -> list[str]:
@@ -535,12 +549,17 @@ def selected_by(compiled: Any) -> Any:
 def children(element: Any) -> Iterator[Any]:
     """The parts of an expression: what it tells, and of a class of somebody's own whatever else it holds."""
     yield from element.get_children()
-    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
-    if any(issubclass(cls, ClauseElement) for cls in own):  # also where the ORM annotated it
+    if not _is_upstreams(element):
         for value in tuple(vars(element).values()):
             for one in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(one, ClauseElement | QueryableAttribute):
                     yield one
+
+
+def _is_upstreams(element: Any) -> bool:
+    """Whether an element is of SQLAlchemy's own classes, the ORM's annotations apart."""
+    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
+    return not any(issubclass(cls, ClauseElement) for cls in own)
 
 
 def named_in_order_by(element: Any) -> str | None:
