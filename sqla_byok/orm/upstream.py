@@ -46,6 +46,7 @@ __all__ = [
     "criteria",
     "dml_of",
     "dml_within",
+    "excluded",
     "executed",
     "held",
     "held_to",
@@ -83,6 +84,7 @@ __all__ = [
     "text_of",
     "unique_columns",
     "values",
+    "variants",
     "with_conflicts",
     "with_criterion",
     "with_dml",
@@ -528,6 +530,19 @@ _OTHERS = (
 def ordering(compound: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     """The ORDER BY and GROUP BY of a UNION or the like."""
     return compound._order_by_clauses, compound._group_by_clauses
+
+
+def excluded(constraint: Any) -> list[Any]:
+    """The SQL expressions of PostgreSQL's EXCLUDE; nothing of any other constraint over columns."""
+    where = getattr(constraint, "where", None)
+    found = [*(expression for expression, *_ in getattr(constraint, "_render_exprs", ())), where]
+    return [one for one in found if isinstance(one, ClauseElement)]
+
+
+def variants(type_: Any) -> Mapping[str, Any]:
+    """The types that stand for a type on some dialects, by their names: see ``with_variant()``."""
+    found: Mapping[str, Any] = type_._variant_mapping
+    return found
 
 
 def text_of(element: Any) -> str | None:
