@@ -261,8 +261,8 @@ def _whole(value: Any) -> int:
 def float_codec(as_decimal: bool = False) -> Codec:
     """``float``, ``int`` or ``Decimal`` as 8 bytes, IEEE 754 binary64, big-endian.
 
-    :param as_decimal: reads ``Decimal`` back: the shortest that is that float. Without it, a ``Decimal`` is taken where
-        the float stands for it.
+    :param as_decimal: reads ``Decimal`` back: the shortest that is that float. Without it, a ``Decimal`` is taken
+        where the float stands for it.
     """
 
     def number(value: Any) -> float:
@@ -312,8 +312,8 @@ _INF = float("inf")
 def decimal_codec(precision: int | None = None, scale: int | None = None, as_float: bool = False) -> Codec:
     """``Decimal``, ``int`` or ``float`` as fixed-point text with ``scale`` decimals, the way NUMERIC shows it.
 
-    A ``float`` is taken as the decimal number it prints as. What NUMERIC(precision, scale) would round is refused. As in
-    SQL, a precision alone means no decimals; neither means as many as the value has.
+    A ``float`` is taken as the decimal number it prints as. What NUMERIC(precision, scale) would round is refused.
+    As in SQL, a precision alone means no decimals; neither means as many as the value has.
 
     :param as_float: reads ``float`` back.
     """

@@ -357,7 +357,7 @@ def _is_sql_default(default: Any) -> bool:
 @event.listens_for(Index, "before_parent_attach")
 def _move_columns(constraint: Any, table: Any) -> None:
     """Point a unique constraint or index that names an encrypted column at its hash column; refuse any other."""
-    if not isinstance(table, Table):
+    if not isinstance(table, Table) or isinstance(constraint, CheckConstraint):
         return
     pending: list[Any] = constraint._pending_colargs
     for position, given in enumerate(pending):
@@ -408,7 +408,7 @@ def _refuse_item(item: Any, table: Any) -> None:
 
 
 def _refuse_named(item: Any, expression: Any, table: Table) -> None:
-    for column in _named_in(expression, table):
+    for column in _named_in(expression, table, isinstance(item, Index)):
         _refuse_constraint(item, column)
 
 
@@ -450,8 +450,12 @@ _NAME = r"""(?:"[^"]+"|`[^`]+`|\[[^\]]+\]|\w+)"""
 _NULL_TEST = re.compile(rf"(?:{_NAME}\s*\.\s*)*{_NAME}\s+is\s+(?:not\s+)?null\b", re.IGNORECASE)
 
 
-def _named_in(expression: Any, table: Table) -> list[Column[Any]]:
-    """The encrypted columns that a SQL expression names, as objects or in its text, other than to test for NULL."""
+def _named_in(expression: Any, table: Table, of_index: bool) -> list[Column[Any]]:
+    """The encrypted columns that a SQL expression names, as objects or in its text, other than to test for NULL.
+
+    A name before a parenthesis is a function's; but for an index, where MySQL has a length there.
+    """
+    behind = r"(?!\w)" if of_index else r"(?!\w|\s*\()"
     words, found = [], []
     for element in _parts(expression):
         other = getattr(element, "table", None)
@@ -466,12 +470,14 @@ def _named_in(expression: Any, table: Table) -> list[Column[Any]]:
         column
         for column in table.c
         if isinstance(column.type, Encrypted)
-        and re.search(rf"(?<!\w)(?<!::){re.escape(column.name.lower())}(?!\w)", spoken)
+        and re.search(rf"(?<!\w)(?<!::){re.escape(column.name.lower())}{behind}", spoken)
     ]
 
 
 def _parts(expression: Any) -> Iterator[Any]:
     """The parts of a SQL expression, but for what is tested for NULL."""
+    if hasattr(expression, "__clause_element__"):
+        expression = expression.__clause_element__()
     if isinstance(expression, BinaryExpression) and isinstance(expression.right, Null):
         return
     yield expression

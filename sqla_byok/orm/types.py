@@ -162,8 +162,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         for dialect_name, variant in upstream.variants(self.type_).items():
             if _codec(variant).name != codec.name:
                 raise DeclarationError(
-                    f"the variant of {self.type_!r} for {dialect_name!r} takes other values than the type itself; wrap one "
-                    "of them, since on each database the same bytes are stored"
+                    f"the variant of {self.type_!r} for {dialect_name!r} takes other values than the type itself; wrap "
+                    "one of them, since on each database the same bytes are stored"
                 )
         if self.pad_to is not None and not 2 <= self.pad_to <= 65_536:
             raise DeclarationError("pad_to takes 2 to 65,536 bytes")
@@ -176,15 +176,17 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
                     "mode='direct' takes no owner: its values are encrypted by the tenant's KMS"
                 )
             owners.add(self.owner)
-        if not self.searchable:
-            if self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
-                raise DeclarationError("hash, salt_scope and normalize need searchable=True")
-            return
+        if self.searchable:
+            self._check_search(codec)
+        elif self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
+            raise DeclarationError("hash, salt_scope and normalize need searchable=True")
+
+    def _check_search(self, codec: Codec) -> None:
         if codec.text is None:
             raise DeclarationError(
                 f"a column of type {self.type_!r} cannot be searchable: it has no canonical text"
             )
-        rule = None if self.normalize is not None else comparing_otherwise(self.type_)
+        rule = None if self.normalize is not None else _comparing_otherwise(self.type_)
         if rule is not None:
             raise DeclarationError(
                 f"a searchable column of type {self.type_!r} is compared by its hashes, which are exact, and not by "
@@ -197,7 +199,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
                 "reads the database sees by their frequencies which rows have which; leave out searchable=True, or "
                 "ignore LeakWarning where that is known",
                 LeakWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if self.hash not in ALGORITHMS:
             raise DeclarationError(f"hash takes one of {', '.join(ALGORITHMS)}")
@@ -585,8 +587,8 @@ def _refuse_expressions(type_: Any) -> None:
         known = (None, getattr(TypeEngine, method), getattr(TypeDecorator, method))
         if getattr(type(type_), method, None) not in known:
             raise DeclarationError(
-                f"Encrypted cannot wrap {type(type_).__name__}: its {method}() would run on ciphertext; convert values in "
-                "Python, in the process_bind_param() and process_result_value() of a TypeDecorator"
+                f"Encrypted cannot wrap {type(type_).__name__}: its {method}() would run on ciphertext; convert values "
+                "in Python, in the process_bind_param() and process_result_value() of a TypeDecorator"
             )
 
 
@@ -595,7 +597,7 @@ _EXACT = re.compile(r"(c|posix|ucs_basic|binary|c\.utf-?8|pg_c_utf8|.*_bin)\Z", 
 _EQUALITY = ("operate", "__eq__", "__ne__", "in_", "not_in", "is_distinct_from")
 
 
-def comparing_otherwise(type_: TypeEngine[Any]) -> str | None:
+def _comparing_otherwise(type_: TypeEngine[Any]) -> str | None:
     """The rule of a type by which unequal values are equal, in the database or by its own comparator; else None."""
     for each in (type_, *upstream.variants(type_).values()):
         collation = getattr(each, "collation", None)
@@ -604,10 +606,12 @@ def comparing_otherwise(type_: TypeEngine[Any]) -> str | None:
         if "citext" in f"{type(each).__name__} {getattr(each, '__visit_name__', '')}".lower():
             return "its rule that ignores case"
         comparator = getattr(each, "comparator_factory", None)
-        own = (cls for cls in getattr(comparator, "__mro__", ()) if not cls.__module__.startswith("sqlalchemy."))
+        own = (
+            cls for cls in getattr(comparator, "__mro__", ()) if not cls.__module__.startswith("sqlalchemy.")
+        )
         if any(name in vars(cls) for cls in own if cls is not object for name in _EQUALITY):
             return "its own comparator"
-        if isinstance(each, TypeDecorator) and (rule := comparing_otherwise(each.impl_instance)) is not None:
+        if isinstance(each, TypeDecorator) and (rule := _comparing_otherwise(each.impl_instance)) is not None:
             return rule
     return None
 
@@ -633,8 +637,8 @@ def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
     _refuse_expressions(type_)
     if _processes(type_):
         raise DeclarationError(
-            f"Encrypted cannot wrap {type(type_).__name__}: it converts values by processors of its own, which would be "
-            "passed over; make it a TypeDecorator with process_bind_param() and process_result_value()"
+            f"Encrypted cannot wrap {type(type_).__name__}: it converts values by processors of its own, which would "
+            "be passed over; make it a TypeDecorator with process_bind_param() and process_result_value()"
         )
     if isinstance(type_, sqltypes.Enum):
         return codecs.enum_codec(type_.enums)
@@ -671,10 +675,10 @@ def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
 
 
 def _processes(type_: Any) -> bool:
-    """Whether a type that is no TypeDecorator converts values by code of somebody's own, or MySQL's SET by its own."""
+    """Whether a type that is no TypeDecorator converts values by code of somebody's own."""
     own = (cls for cls in type(type_).__mro__ if not cls.__module__.startswith("sqlalchemy."))
     methods = ("bind_processor", "result_processor")
-    return isinstance(type_, mysql.SET) or any(method in vars(cls) for cls in own for method in methods)
+    return any(method in vars(cls) for cls in own for method in methods)
 
 
 def _is_plain_decorator(type_: Any) -> bool:
