@@ -76,6 +76,16 @@ _WRAPPERS = (Label, Grouping)
 _OURS = (Encrypted, SearchHash)
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a searchable encrypted column"
 _CASEFOLD = "to ignore case, declare it with normalize=casefold of sqla_byok.normalize and compare it with =="
+_IGNORING_CASE = {
+    operators.ilike_op,
+    operators.not_ilike_op,
+    operators.icontains_op,
+    operators.not_icontains_op,
+    operators.istartswith_op,
+    operators.not_istartswith_op,
+    operators.iendswith_op,
+    operators.not_iendswith_op,
+}
 _ROTATING = (
     "it cannot be compared with another column or a subquery while its salts are being rotated, nor across several "
     "tenants, since equal values may have unequal hashes; compare it with values"
@@ -110,8 +120,8 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         if op in NULL_TESTS and (operand is None or isinstance(operand, Null)):
             return super().operate(NULL_TESTS[op], None)
         if op not in LOOK_UPS:
-            ignores_case = f"; {_CASEFOLD}" if "ilike" in op.__name__ or op.__name__.startswith("i") else ""
-            _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {_INSTEAD}{ignores_case}")
+            instead = f"{_INSTEAD}; {_CASEFOLD}" if op in _IGNORING_CASE else _INSTEAD
+            _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {instead}")
         type_: Encrypted[Any] = self.expr.type  # type: ignore[assignment]
         if not type_.searchable and not isinstance(operand, ClauseElement):
             _refuse(self.expr, _NOT_SEARCHABLE)
