@@ -748,7 +748,6 @@ def test_what_the_database_may_evaluate_stays(byok: Byok, engine: Engine) -> Non
             postgresql_where=text('"mrn" is not null'),
             sqlite_where=text("patient.mrn IS NOT NULL"),
         ),
-        postgresql_with={"fillfactor": 50},
     )
     Index("of_objects", table.c.org, postgresql_where=table.c.mrn.is_not(None), postgresql_include=["mrn"])
     table.append_constraint(CheckConstraint(table.c.mrn.is_(None) | (table.c.org != "x"), name="objects"))
