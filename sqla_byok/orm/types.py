@@ -34,6 +34,7 @@ from sqla_byok.errors import (
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.normalize import identity, returned
 from sqla_byok.orm import direct, upstream
+from sqla_byok.orm.isolation import SEALED
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.slots import slot_of
 
@@ -312,6 +313,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             kept=(Sealed, lambda value: direct.resealed(slot, column, current(), value)),
         )
         checked = _checked(to_plain, column, EncodeError)
+        if checked is not None and self.should_evaluate_none:
+            checked = _none_when_sealed(checked, current)
         if self.mode == "direct":
             return direct.writer(slot, column, _chain(checked, seal), _driver_binary(dialect))
         return _chain(checked, seal, _driver_binary(dialect))
@@ -765,6 +768,11 @@ def _checked(
         raise error(f"{column}: the column's own type raised {name} for a value", column=column)
 
     return convert
+
+
+def _none_when_sealed(step: _Process, current: Callable[[], Any]) -> _Process:
+    """Keep None as NULL where nothing can be encrypted: there it was read of NULL, since JSON's null is sealed."""
+    return lambda value: None if value is None and current() is SEALED else step(value)
 
 
 def _driver_binary(dialect: Dialect) -> _Process | None:
