@@ -49,7 +49,7 @@ from sqla_byok.kms.secrets import SecretStore
 from sqla_byok.orm.guard import search_hash
 from sqla_byok.orm.hash_index import hash_index
 from sqla_byok.orm.sealed import Sealed
-from sqla_byok.orm.types import Digest, Encrypted
+from sqla_byok.orm.types import Digest, Encrypted, LeakWarning
 from sqla_byok.runtime import Byok, Outcome, Status
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "KmsNoAnswerError",
     "KmsRefusedError",
     "KmsUnavailableError",
+    "LeakWarning",
     "LocalKms",
     "MissingExtraError",
     "NoTenantError",

@@ -198,13 +198,11 @@ _UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA
 
 
 def bool_codec() -> Codec:
-    """``bool`` as one byte, 0 or 1."""
+    """``bool`` as one byte, 0 or 1; the numbers 0 and 1 are taken for one."""
 
     def encode(value: Any) -> bytes:
-        if value is True:
-            return b"\x01"
-        if value is False:
-            return b"\x00"
+        if isinstance(value, int) and value in (0, 1):
+            return b"\x01" if value else b"\x00"
         raise _expects("bool", value)
 
     def text(value: Any) -> bytes:
@@ -219,6 +217,8 @@ def bool_codec() -> Codec:
 def int_codec(bits: int = 64) -> Codec:
     """``int`` as 8 bytes, big-endian with sign, whatever its size, so that the length tells nothing.
 
+    A ``float`` or ``Decimal`` that is a whole number is taken as that.
+
     :param bits: the signed range of the column, 64 at most.
     """
     if not 1 <= bits <= 64:
@@ -226,16 +226,16 @@ def int_codec(bits: int = 64) -> Codec:
     bound = 1 << (bits - 1)
 
     def encode(value: Any) -> bytes:
-        _check_int(value)
-        if not -bound <= value < bound:
+        number = _whole(value)
+        if not -bound <= number < bound:
             raise UnfitError(f"is out of range for {bits} bits")
-        return int.to_bytes(value, 8, "big", signed=True)
+        return int.to_bytes(number, 8, "big", signed=True)
 
     def text(value: Any) -> bytes:
-        _check_int(value)
-        if not -_INT64 <= value < _INT64:
+        number = _whole(value)
+        if not -_INT64 <= number < _INT64:
             raise UnfitError("is out of range for 64 bits")
-        return int.__repr__(value).encode()
+        return int.__repr__(number).encode()
 
     def decode(data: bytes) -> int:
         return int.from_bytes(data, "big", signed=True)
@@ -246,25 +246,34 @@ def int_codec(bits: int = 64) -> Codec:
 _INT64 = 1 << 63
 
 
-def _check_int(value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _expects("int", value)
+def _whole(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) or (isinstance(value, Decimal) and value.is_finite()):
+        # Compared first: the int of Decimal("1E999999999") would fill the memory.
+        number = int(value) if -_INT64 <= value < _INT64 else _INT64
+        if number == value:
+            return number
+        raise UnfitError("is out of range, or not a whole number")
+    raise _expects("int", value)
 
 
 def float_codec(as_decimal: bool = False) -> Codec:
-    """``float`` or ``int`` as 8 bytes, IEEE 754 binary64, big-endian.
+    """``float``, ``int`` or ``Decimal`` as 8 bytes, IEEE 754 binary64, big-endian.
 
-    :param as_decimal: takes ``Decimal`` too, and reads ``Decimal`` back: the shortest that is that float.
+    :param as_decimal: reads ``Decimal`` back: the shortest that is that float. Without it, a ``Decimal`` is taken
+        where the float stands for it.
     """
-    kinds = (float, int, Decimal) if as_decimal else (float, int)
-    wanted = "float, int or Decimal" if as_decimal else "float or int"
 
     def number(value: Any) -> float:
         if type(value) is float:
             return value
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise _expects(wanted, value)
-        return _to_float(value)
+        if not isinstance(value, (float, int, Decimal)) or isinstance(value, bool):
+            raise _expects("float, int or Decimal", value)
+        x = _to_float(value)
+        if isinstance(value, Decimal) and not as_decimal and value.is_finite() and Decimal(repr(x)) != value:
+            raise UnfitError("has more digits than a float holds")
+        return x
 
     def encode(value: Any) -> bytes:
         return _DOUBLE.pack(number(value))
@@ -301,12 +310,12 @@ _INF = float("inf")
 
 
 def decimal_codec(precision: int | None = None, scale: int | None = None, as_float: bool = False) -> Codec:
-    """``Decimal`` or ``int`` as fixed-point text with ``scale`` decimals, the way NUMERIC shows it.
+    """``Decimal``, ``int`` or ``float`` as fixed-point text with ``scale`` decimals, the way NUMERIC shows it.
 
-    What NUMERIC(precision, scale) would round is refused. As in SQL, a precision alone means no decimals;
-    neither means as many as the value has.
+    A ``float`` is taken as the decimal number it prints as. What NUMERIC(precision, scale) would round is refused.
+    As in SQL, a precision alone means no decimals; neither means as many as the value has.
 
-    :param as_float: takes ``float`` too, as the decimal number it prints as, and reads ``float`` back.
+    :param as_float: reads ``float`` back.
     """
     if precision is not None and scale is None:
         scale = 0
@@ -316,10 +325,10 @@ def decimal_codec(precision: int | None = None, scale: int | None = None, as_flo
     size = None if whole_digits is None or scale is None else 1 + max(whole_digits, 1) + (scale and 1 + scale)
 
     def number(value: Any) -> Decimal:
-        if isinstance(value, float) and as_float:
+        if isinstance(value, float):
             value = Decimal(float.__repr__(value))
         elif not isinstance(value, (Decimal, int)) or isinstance(value, bool):
-            raise _expects("Decimal, int or float" if as_float else "Decimal or int", value)
+            raise _expects("Decimal, int or float", value)
         return _plain(Decimal(value))
 
     def encode(value: Any) -> bytes:
@@ -357,12 +366,14 @@ def _plain(x: Decimal) -> Decimal:
 
 
 def date_codec() -> Codec:
-    """``date`` as ISO 8601; a ``datetime`` is refused, its time would be lost."""
+    """``date`` as ISO 8601; a ``datetime`` is taken at midnight without zone, where nothing of it is lost."""
 
     def encode(value: Any) -> bytes:
-        if not isinstance(value, date) or isinstance(value, datetime):
+        if not isinstance(value, date):
             raise _expects("date", value)
-        return date.isoformat(value).encode()
+        if isinstance(value, datetime) and (value.tzinfo is not None or value.time() != time.min):
+            raise UnfitError("expects a date, got a datetime whose time or zone would be lost")
+        return date(value.year, value.month, value.day).isoformat().encode()
 
     def decode(data: bytes) -> date:
         return date.fromisoformat(data.decode("ascii"))
@@ -373,10 +384,13 @@ def date_codec() -> Codec:
 def datetime_codec(aware: bool) -> Codec:
     """``datetime`` as ISO 8601 with six decimals.
 
-    :param aware: with a zone only, stored in UTC, read back in UTC; else without zone only.
+    :param aware: with a zone only, stored in UTC, read back in UTC; else without zone only, or a ``date`` for its
+        midnight.
     """
 
     def naive(value: Any) -> bytes:
+        if type(value) is date:
+            value = datetime.combine(value, time.min)
         if not isinstance(value, datetime):
             raise _expects("datetime", value)
         if value.tzinfo is not None:

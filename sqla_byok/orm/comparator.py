@@ -73,6 +73,17 @@ _OF_HASHES = {
 _WRAPPERS = (Label, Grouping)
 _OURS = (Encrypted, SearchHash)
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a searchable encrypted column"
+_CASEFOLD = "to ignore case, declare it with normalize=casefold of sqla_byok.normalize and compare it with =="
+_IGNORING_CASE = {
+    operators.ilike_op,
+    operators.not_ilike_op,
+    operators.icontains_op,
+    operators.not_icontains_op,
+    operators.istartswith_op,
+    operators.not_istartswith_op,
+    operators.iendswith_op,
+    operators.not_iendswith_op,
+}
 _ROTATING = (
     "it cannot be compared with another column or a subquery while its salts are being rotated, nor across several "
     "tenants, since equal values may have unequal hashes; compare it with values"
@@ -107,7 +118,8 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         if op in NULL_TESTS and (operand is None or isinstance(operand, Null)):
             return super().operate(NULL_TESTS[op], None)
         if op not in LOOK_UPS:
-            _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {_INSTEAD}")
+            instead = f"{_INSTEAD}; {_CASEFOLD}" if op in _IGNORING_CASE else _INSTEAD
+            _refuse(self.expr, f"{spelled(op)} would run on ciphertext; {instead}")
         type_: Encrypted[Any] = self.expr.type  # type: ignore[assignment]
         if not type_.searchable and not isinstance(operand, ClauseElement):
             _refuse(self.expr, _NOT_SEARCHABLE)
@@ -298,7 +310,7 @@ def _hashed(operand: Any, column: Any) -> Any:
         _refuse(
             source,
             f"{getattr(source.table, 'description', None) or 'its FROM'} has no hash column for each of its rows; "
-            f"select {hash_key(_base(source).key)} there too, and instead of subqueryload() use selectinload()",
+            f"select {_hash_named(source)} there too, and instead of subqueryload() use selectinload()",
         )
     return _select_of_hash(bare, source, found) if isinstance(bare, ScalarSelect) else found
 
@@ -365,8 +377,10 @@ def _sibling(column: Any) -> ColumnElement[Any] | None:
     return found if found is not None and isinstance(found.type, SearchHash) else None
 
 
-def _base(column: Any) -> Any:
-    return next(iter(column.base_columns))
+def _hash_named(column: Any) -> str:
+    """The key of the hash column that belongs to a column; where it cannot be told, what it is."""
+    base = next(iter(column.base_columns))
+    return hash_key(base.key) if isinstance(getattr(base, "table", None), Table) else "its hash column"
 
 
 def way(column: Any) -> Any:

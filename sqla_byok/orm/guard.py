@@ -160,6 +160,10 @@ class _Why(NamedTuple):
 
 
 _PYTHON = "select the column and do it in Python"
+_CASEFOLD = (
+    "to find a value whatever its case, declare the column with searchable=True and normalize=casefold of "
+    "sqla_byok.normalize, and filter by column == value; to show it so, " + _PYTHON
+)
 _LOOK_UP = "filter by column == value, with the column on the left"
 _DECLARE = "declare it with Encrypted(…, searchable=True) and filter by =="
 
@@ -230,7 +234,8 @@ def _may_be_a_value(type_: Any, source: Any, why: _Why) -> bool:
 
 def _function(name: str) -> _Why:
     shown = f"{name}()" if name else "the function"
-    return _Why(f"{shown} would be computed on ciphertext", _PYTHON)
+    way = _CASEFOLD if name in ("lower", "upper") else _PYTHON
+    return _Why(f"{shown} would be computed on ciphertext", way)
 
 
 def _id(type_: Any) -> str:

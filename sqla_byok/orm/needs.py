@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from sqla_byok.keys.searchable import HashSpec, Searchable, Written
 from sqla_byok.orm import kept, tenant_column, upstream
 from sqla_byok.orm.guard import Guard
+from sqla_byok.orm.tenant_column import TenantRows
 from sqla_byok.orm.types import Encrypted, SearchHash
-from sqla_byok.orm.writes import refuse_embedded, written
+from sqla_byok.orm.writes import embedded, written
 
 __all__ = ["Need", "Needs", "needs_of"]
 
@@ -54,35 +55,34 @@ class Needs(NamedTuple):
     :param of: what it needs, by whose keys: None for the statement's own tenant's.
     :param sends: it has the customer's KMS encrypt values.
     :param conflict: the hash column by which an upsert finds its conflicts.
-    :param names_tenant: it writes rows of a table with a tenant's column.
+    :param tenant_rows: what it does with rows that belong to tenants.
     """
 
     refusal: tuple[str, str | None] | None
     of: Mapping[str | None, Need]
     sends: bool = False
     conflict: Any = None
-    names_tenant: bool = False
+    tenant_rows: TenantRows | None = None
 
 
 def needs_of(compiled: Any, guard: Guard) -> Needs | None:
     """What a compiled statement needs; None where nothing of it concerns us."""
-    refuse_embedded(getattr(compiled, "ctes", None) or ())
     verdict = guard.judge(compiled)
+    refusal, rows = embedded(compiled) or verdict.refusal, tenant_column.rows_of(compiled)
     of = _needs_of_owners(compiled)
     for owner, grouped in verdict.grouped.items():
         of.setdefault(owner, Need()).grouped = grouped
     for need in of.values():
         need.current = bool(need.binds or need.salts or need.grouped)
         need.hashes = need.current or bool(need.searched)
-    names_tenant = bool(getattr(compiled, "isinsert", False)) and tenant_column.has_one(compiled)
-    if verdict.refusal is None and not of and not names_tenant:
+    if refusal is None and rows is None and not of:
         return None
     return Needs(
-        verdict.refusal,
+        refusal,
         of,
         sends=any(isinstance(type_, Encrypted) and type_.mode == "direct" for type_ in _bound(compiled)),
         conflict=next(iter(_conflict_types(compiled, untargeted=True)), None),
-        names_tenant=names_tenant,
+        tenant_rows=rows,
     )
 
 
@@ -134,7 +134,7 @@ def _conflict_types(compiled: Any, *, untargeted: bool = False) -> list[SearchHa
     """
     if not getattr(compiled, "isinsert", False):
         return []
-    statement = upstream.resolved(compiled.statement)
+    statement = upstream.dml_of(upstream.resolved(compiled.statement))
     table, _ = upstream.target(statement)
     return [
         column.type

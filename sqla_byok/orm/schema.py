@@ -7,32 +7,36 @@ and then gets its column id, gives up ``unique`` and ``index``, and appends its 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
     CheckConstraint,
     Column,
+    ColumnDefault,
+    Computed,
+    FetchedValue,
     Index,
     LargeBinary,
     Table,
     UniqueConstraint,
     event,
+    text,
 )
 from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.schema import ColumnCollectionConstraint, MetaData
-from sqlalchemy.sql.elements import ColumnClause, TextClause, quoted_name
+from sqlalchemy.sql.elements import BinaryExpression, ClauseElement, ColumnClause, Null, quoted_name
 from sqlalchemy.sql.schema import CallableColumnDefault
-from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import BINARY, VARBINARY
 
 from sqla_byok.errors import DeclarationError
 from sqla_byok.normalize import identity
+from sqla_byok.orm import upstream
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, IndexedValue, IndexHash, SearchHash
 
-__all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "hash_key", "indexes_of"]
+__all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "declares_encrypted", "hash_key", "indexes_of"]
 
 SOURCE = "byok_source"
 """The key in a hash column's ``info`` that names the column it follows; of several, the first."""
@@ -74,6 +78,11 @@ def hash_key(key: str) -> str:
     return f"{key}_hash"
 
 
+def declares_encrypted(metadata: MetaData) -> bool:
+    """Whether any of its tables was declared with an encrypted column."""
+    return _IDS in metadata.info
+
+
 # -- the column ------------------------------------------------------------------------------------------------------
 
 
@@ -103,8 +112,8 @@ def _before_table(column: Column[Any], table: Any) -> None:
 def _after_table(column: Column[Any], table: Any) -> None:
     if not isinstance(table, Table) or not isinstance(column.type, Encrypted):
         return
-    for check in _checks(table):
-        _refuse_check(check, table)
+    for item, expression in _evaluated(table):
+        _refuse_named(item, expression, table)
     unique, index = column.info.pop(_MOVED, (None, None))
     if not column.type.searchable:
         return
@@ -137,6 +146,10 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
             info={SOURCE: column.key},
         )
         table.append_column(sibling)
+    # Where SQLite looks for what a column's own unique=True does on conflict.
+    on_conflict = column.dialect_options["sqlite"]["on_conflict_unique"]
+    if on_conflict is not None:
+        sibling.dialect_options["sqlite"]["on_conflict_unique"] = on_conflict
     sibling.default = sibling.onupdate = None
     for default in (column.default, column.onupdate):
         if default is not None:
@@ -344,7 +357,7 @@ def _is_sql_default(default: Any) -> bool:
 @event.listens_for(Index, "before_parent_attach")
 def _move_columns(constraint: Any, table: Any) -> None:
     """Point a unique constraint or index that names an encrypted column at its hash column; refuse any other."""
-    if not isinstance(table, Table):
+    if not isinstance(table, Table) or isinstance(constraint, CheckConstraint):
         return
     pending: list[Any] = constraint._pending_colargs
     for position, given in enumerate(pending):
@@ -358,56 +371,118 @@ def _move_columns(constraint: Any, table: Any) -> None:
             _after_table(column, table)
         sibling = table.c[hash_key(column.key)]
         if isinstance(constraint, Index):
-            if constraint.expressions[position] is not given:
+            if constraint.expressions[position] is not given or _is_narrowed(constraint, column):
                 _refuse_constraint(constraint, column)
             constraint.expressions[position] = sibling  # type: ignore[index]
         pending[position] = sibling
 
 
-@event.listens_for(Index, "after_parent_attach")
-def _index_attached(index: Index, table: Any) -> None:
-    """Refuse an index over an expression that names an encrypted column."""
-    for expression in index.expressions:
-        for column in _named_in(expression, table):
-            _refuse_constraint(index, column)
-
-
-@event.listens_for(CheckConstraint, "after_parent_attach")
-def _check_attached(check: CheckConstraint, parent: Any) -> None:
-    # A CHECK may come before the columns that it names: see _after_table.
-    if isinstance(parent, Table):
-        _refuse_check(check, parent)
-    else:
-        event.listen(parent, "after_parent_attach", lambda _, table: _refuse_check(check, table))
-
-
-def _checks(table: Table) -> list[CheckConstraint]:
-    """Those of the table and those of its columns."""
-    of_columns = [constraint for column in table.c for constraint in column.constraints]
-    return [c for c in (*table.constraints, *of_columns) if isinstance(c, CheckConstraint)]
-
-
-def _refuse_check(check: CheckConstraint, table: Any) -> None:
-    if isinstance(table, Table):
-        for column in _named_in(check.sqltext, table):
-            _refuse_constraint(check, column)
-
-
-def _named_in(expression: Any, table: Table) -> list[Column[Any]]:
-    """The encrypted columns that a SQL expression names, as objects or in its text."""
-    elements = list(iterate(expression))
-    text = " ".join(
-        element.text if isinstance(element, TextClause) else element.name
-        for element in elements
-        if isinstance(element, TextClause | ColumnClause)
+def _is_narrowed(index: Index, column: Column[Any]) -> bool:
+    """Whether a dialect's option says what the index makes of the column: of text, which its hash is not."""
+    given = index.dialect_kwargs
+    return any(
+        value and (not isinstance(value, Mapping) or not {column.name, column.key}.isdisjoint(value))
+        for option, value in given.items()
+        if option.endswith(("_ops", "_length", "_prefix"))
     )
-    words = re.sub(r"'[^']*'", "''", text).lower()
-    return [
+
+
+@event.listens_for(ColumnCollectionConstraint, "after_parent_attach")
+@event.listens_for(Index, "after_parent_attach")
+@event.listens_for(FetchedValue, "after_parent_attach")
+@event.listens_for(ColumnDefault, "after_parent_attach")
+def _item_attached(item: Any, parent: Any) -> None:
+    # It may come before the columns that it names: see _after_table.
+    if isinstance(parent, Table):
+        _refuse_item(item, parent)
+    elif isinstance(getattr(parent, "table", None), Table):
+        _refuse_item(item, parent.table)
+    else:
+        event.listen(parent, "after_parent_attach", lambda _, table: _refuse_item(item, table))
+
+
+def _refuse_item(item: Any, table: Any) -> None:
+    if isinstance(table, Table):
+        for expression in _expressions(item):
+            _refuse_named(item, expression, table)
+
+
+def _refuse_named(item: Any, expression: Any, table: Table) -> None:
+    for column in _named_in(expression, table, isinstance(item, Index)):
+        _refuse_constraint(item, column)
+
+
+def _evaluated(table: Table) -> Iterator[tuple[Any, Any]]:
+    """Whatever of a table the database evaluates, with its SQL expressions."""
+    items: list[Any] = [*table.constraints, *table.indexes]
+    for column in table.c:
+        given = (column.server_default, column.server_onupdate, column.default, column.onupdate)
+        items += [*column.constraints, *(one for one in given if one is not None)]
+    yield from ((item, expression) for item in items for expression in _expressions(item))
+    for option, value in table.dialect_kwargs.items():
+        if option.endswith("partition_by") and value is not None:
+            yield _PartitionKey(), text(value) if isinstance(value, str) else value
+
+
+class _PartitionKey:
+    """Stands for the key by which a table is parted."""
+
+
+def _expressions(item: Any) -> Iterator[Any]:
+    """The SQL expressions of a constraint, an index, a computed column or a default."""
+    if isinstance(item, Index):
+        yield from item.expressions
+        for option, value in item.dialect_kwargs.items():
+            if option.endswith("_where") and value is not None:
+                yield text(value) if isinstance(value, str) else value
+    elif isinstance(item, CheckConstraint | Computed):
+        yield item.sqltext
+    elif isinstance(item, ColumnCollectionConstraint):
+        yield from upstream.excluded(item)
+    else:
+        given = getattr(item, "arg", None)  # of a default; a plain string is a value
+        if isinstance(given, ClauseElement):
+            yield given
+
+
+# A name, quoted or not, perhaps with its table's; what is tested for NULL is not looked at.
+_NAME = r"""(?:"[^"]+"|`[^`]+`|\[[^\]]+\]|\w+)"""
+_NULL_TEST = re.compile(rf"(?:{_NAME}\s*\.\s*)*{_NAME}\s+is\s+(?:not\s+)?null\b", re.IGNORECASE)
+
+
+def _named_in(expression: Any, table: Table, of_index: bool) -> list[Column[Any]]:
+    """The encrypted columns that a SQL expression names, as objects or in its text, other than to test for NULL.
+
+    A name before a parenthesis is a function's; but for an index, where MySQL has a length there.
+    """
+    behind = r"(?!\w)" if of_index else r"(?!\w|\s*\()"
+    words, found = [], []
+    for element in _parts(expression):
+        other = getattr(element, "table", None)
+        if isinstance(element, Column) and isinstance(element.type, Encrypted):
+            found.append(element)
+        elif isinstance(element, ColumnClause) and (other is None or other.description == table.description):
+            words.append(element.name)
+        elif (given := upstream.text_of(element)) is not None:
+            words.append(_NULL_TEST.sub(" ", re.sub(r"'[^']*'", "''", given)))
+    spoken = " ; ".join(words).lower()
+    return found + [
         column
         for column in table.c
         if isinstance(column.type, Encrypted)
-        and re.search(rf"(?<!\w){re.escape(column.name.lower())}(?!\w)", words)
+        and re.search(rf"(?<!\w)(?<!::){re.escape(column.name.lower())}{behind}", spoken)
     ]
+
+
+def _parts(expression: Any) -> Iterator[Any]:
+    """The parts of a SQL expression, but for what is tested for NULL."""
+    if hasattr(expression, "__clause_element__"):
+        expression = expression.__clause_element__()
+    if isinstance(expression, BinaryExpression) and isinstance(expression.right, Null):
+        return
+    yield expression
+    for child in expression.get_children():
+        yield from _parts(child)
 
 
 @event.listens_for(Table, "after_parent_attach")
@@ -428,8 +503,8 @@ def _refuse_references(table: Table, metadata: MetaData) -> None:
 def _refuse_constraint(constraint: Any, column: Column[Any]) -> None:
     type_: Encrypted[Any] = column.type  # type: ignore[assignment]
     raise DeclarationError(
-        f"{type_.column_id}: {type(constraint).__name__} cannot hold on an encrypted column: {_WHY}. Unique "
-        "constraints and plain indexes work with searchable=True",
+        f"{type_.column_id}: {type(constraint).__name__.lstrip('_')} cannot hold on an encrypted column: {_WHY}. "
+        "Unique constraints and plain indexes work with searchable=True, and any may test it for NULL",
         column=type_.column_id,
     )
 

@@ -79,15 +79,20 @@ class Statements:
         """Complete an INSERT or UPDATE, and hold DML to the tenant's rows. SQLAlchemy's event ``before_execute``."""
         is_dml = getattr(clause, "is_dml", None)
         if is_dml is None:
+            if tenant_column.used:
+                tenant_column.refuse_compiled(clause, whose(options, self._blocks))
             refuse_compiled(clause)
         if not is_dml:
             return clause, multi, params
         statement, rows = upstream.resolved(clause), multi or ([params] if params else [])
+        tenant = whose(options, self._blocks) if tenant_column.used else None
         if tenant_column.used:
-            clause = statement = tenant_column.check(statement, rows, whose(options, self._blocks))
+            clause = statement = tenant_column.check(statement, rows, tenant)
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
             clause, rows = filled
             multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
+        if tenant_column.used:
+            clause = tenant_column.hold_conflicts(clause, tenant)
         return clause, multi, params
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
@@ -112,9 +117,11 @@ class Statements:
         :raises NoTenantError: it needs a tenant's keys, and there is no tenant.
         :raises KmsError: a tenant has to be opened, and its KMS refuses or does not answer.
         """
+        tenant = whose(options, self._blocks)
+        if needs.tenant_rows is not None:
+            tenant_column.check_compiled(needs.tenant_rows, tenant)
         if needs.refusal is not None:
             _refuse(needs.refusal)
-        tenant = whose(options, self._blocks)
         rings: dict[str | None, StatementRing] = {}
         for owner, need in needs.of.items():
             taker = tenant if owner is None or tenant is SEALED else owner
@@ -271,7 +278,7 @@ class Execution(upstream.Steps):
         finally:
             RUNNING.reset(token)
         self._byok = needs, turn
-        if needs.names_tenant:
+        if needs.tenant_rows is not None and needs.tenant_rows.defaults:
             tenant_column.check_defaults(self, turn.tenant)
         return self
 

@@ -2,34 +2,60 @@
 
 A flush is checked twice: an object against the tenant before its statement is made, which also sees whose the object
 was; and each statement, whoever made it. An UPDATE or DELETE is held to the tenant's own rows, since what its WHERE
-finds cannot be known beforehand.
+finds cannot be known beforehand; so is what an upsert does on conflict. What stands within another statement, in a CTE
+or elsewhere, is refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Alias, Column, Join, Table, event, inspect, or_
+from sqlalchemy import (
+    Alias,
+    Column,
+    Join,
+    PrimaryKeyConstraint,
+    Table,
+    UniqueConstraint,
+    event,
+    inspect,
+    literal,
+    or_,
+)
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.sql.selectable import TableClause
+from sqlalchemy.sql.visitors import iterate
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.current import attachment_of
 from sqla_byok.orm.rings import SEALED, Across
+from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.turns import Whose, shown, whose
 from sqla_byok.orm.types import Encrypted
 
-__all__ = ["TENANT_COLUMN", "check", "check_defaults", "has_one", "used"]
+__all__ = [
+    "TENANT_COLUMN",
+    "TenantRows",
+    "check",
+    "check_compiled",
+    "check_defaults",
+    "hold_conflicts",
+    "refuse_compiled",
+    "rows_of",
+    "used",
+]
 
 TENANT_COLUMN = "byok_tenant"
 """The key in a table's ``info`` that names its tenant's column, where no mapped class does by ``__byok_tenant__``."""
 
-used: list[str] = []
-"""The names of the tables that have such a column; empty for most applications, which then pay nothing."""
+used: dict[str, WeakSet[Table]] = {}
+"""The tables that have such a column, by name; empty for most applications, which then pay nothing."""
 
 _columns: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of a Table
 _NAMES = (str, int, UUID)
@@ -52,7 +78,7 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
         column = mapper.columns.get(name)
         table = mapper.local_table if column is None else column.table
         _declare(table, column, f"{cls.__name__}.__byok_tenant__", name)
-    if any(table in _columns for table in mapper.tables):
+    if any(_key_of(table) is not None for table in mapper.tables):
         for when in ("before_insert", "before_update", "before_delete"):
             event.listen(cls, when, _check_object)
 
@@ -60,15 +86,34 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
 def _declare(table: Any, column: Any, where: str, name: str) -> None:
     if not isinstance(table, Table) or not isinstance(column, Column):
         raise DeclarationError(f"{where}: {getattr(table, 'description', 'it')} has no column {name!r}")
-    if column.server_default is not None or column.computed is not None:
+    if _set_by_database(column):
         raise DeclarationError(
             f"{where}: what the database sets {name!r} to cannot be checked; set it in Python"
         )
     if _python_type(column) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
-    if table not in _columns:
-        used.append(table.fullname)
+    used.setdefault(table.name.lower(), WeakSet()).add(table)
     _columns[table] = column.key
+    table.info[TENANT_COLUMN] = column.key  # copies of the table carry it along
+
+
+def _set_by_database(column: Column[Any]) -> bool:
+    of_database = (column.server_default, column.server_onupdate, column.computed, column.identity)
+    of_python = (column.default, column.onupdate)
+    return any(one is not None for one in of_database) or any(
+        one is not None and (one.is_clause_element or one.is_sequence) for one in of_python
+    )
+
+
+def _key_of(table: Any) -> str | None:
+    """The key of a table's tenant column."""
+    key = _columns.get(table)
+    if (
+        key is None and isinstance(table, Table) and TENANT_COLUMN in table.info
+    ):  # a copy: it gets its info late
+        _table_declared(table, table.metadata)
+        key = _columns.get(table)
+    return key
 
 
 def _python_type(column: Any) -> type[Any] | None:
@@ -88,7 +133,7 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         return
     tenant = whose(connection.get_execution_options(), blocks)
     for table in mapper.tables:
-        key = _columns.get(table)
+        key = _key_of(table)
         if key is None:
             continue
         names = _allowed(table, tenant)
@@ -102,6 +147,19 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
 # -- statements ------------------------------------------------------------------------------------------------------
 
 
+class _Target(NamedTuple):
+    """What a statement writes to, where its rows belong to tenants."""
+
+    table: Any  # or an alias of it
+    column: Any  # the tenant's, in it
+    declared: Table  # the table that was declared with it
+
+    @property
+    def type(self) -> Any:
+        """How a tenant's name is stored."""
+        return self.declared.c[_columns[self.declared]].type
+
+
 def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) -> Any:
     """Check what an INSERT, UPDATE or DELETE sets a tenant's column to, and hold it to the tenant's rows.
 
@@ -112,57 +170,119 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
     :raises NoTenantError: if there is no tenant.
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
-    given = None
-    for target in _targets(upstream.target(clause)[0]):
-        table = target.element if isinstance(target, Alias) else target
-        key = _columns.get(table)
-        if key is None:
-            continue
-        names = _allowed(table, tenant)
+    dml = upstream.dml_of(clause)
+    if dml is not clause:
+        return upstream.with_dml(clause, check(dml, rows, tenant))
+    given, written = None, list(_written(clause))
+    for target in written:
+        names = _allowed(target.declared, tenant)
         if names is None:
             continue
         if not clause.is_delete:
             given = given or list(_given(clause, rows))
-            _check_given(clause, target.c[key], given, names)
+            _check_given(clause, target, _own(clause, target, given), names)
         if not clause.is_insert:
-            clause = clause.where(_held(target.c[key], names))
-        elif conflicts := upstream.conflicts(clause):
-            held = _held(target.c[key], names)
-            clause = upstream.with_conflicts(clause, [upstream.held_to(each, held) for each in conflicts])
+            clause = upstream.with_criterion(clause, _held(target, names))
     return clause
 
 
-def _held(column: Any, names: tuple[str, ...]) -> Any:
-    """True of the tenants' own rows."""
-    return or_(*(column == _typed(column, name) for name in names))
+def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
+    """Hold what an upsert does on conflict to the tenant's rows.
 
-
-def has_one(compiled: Any) -> bool:
-    """Whether a compiled INSERT writes to a table with a tenant's column."""
-    return compiled.statement.table in _columns
-
-
-def check_defaults(context: Any, tenant: Whose | None) -> None:
-    """Check what a Python-side default gave for a tenant's column.
-
-    :param context: the execution of an INSERT, just before it is sent.
+    :param clause: an INSERT that was checked, and is complete otherwise.
     """
-    table = context.compiled.statement.table
-    key = _columns.get(table)
-    names = None if key is None else _allowed(table, tenant)
-    if key is not None and names is not None:
-        for row in context.compiled_parameters:
-            if key in row:
-                _check_value(table.c[key], row[key], names)
+    dml = upstream.dml_of(clause)
+    conflicts = upstream.conflicts(dml)
+    if not conflicts:
+        return clause
+    for target in _written(dml):
+        names = _allowed(target.declared, tenant)
+        if names is not None:
+            held = _held(target, names)
+            conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
+            return upstream.with_dml(clause, upstream.with_conflicts(dml, conflicts))
+    return clause
 
 
-def _targets(table: Any) -> Iterator[Any]:
-    """The tables, or aliases of tables, that a statement writes to."""
+def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
+    """Refuse a statement that was compiled beforehand: it can be held to nothing any more."""
+    statement = upstream.dml_of(getattr(compiled, "statement", None))
+    if not getattr(statement, "is_dml", False):
+        return
+    for target in _written(statement):
+        if _allowed(target.declared, tenant) is not None:
+            raise UnsupportedQueryError(
+                f"{target.declared.fullname}: its rows belong to tenants, and a statement compiled beforehand cannot "
+                "be held to one of them; execute the statement itself"
+            )
+
+
+def _held(target: _Target, names: tuple[str, ...]) -> Any:
+    """True of the tenants' own rows."""
+    return or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
+
+
+def _written(clause: Any) -> Iterator[_Target]:
+    """What a statement writes to; MySQL's UPDATE of several tables sets columns of any of them."""
+    table, one_of_several = upstream.target(clause)
+    tables = list(_tables(table))
+    if clause.is_update and not one_of_several:
+        for other in (getattr(key, "table", None) for key, _ in upstream.values(clause)):
+            if other is not None and other not in tables:
+                tables.append(other)
+    for one in tables:
+        target = _target(one)
+        if target is not None:
+            yield target
+
+
+def _tables(table: Any) -> Iterator[Any]:
     if isinstance(table, Join):
-        yield from _targets(table.left)
-        yield from _targets(table.right)
-    elif isinstance(table, Table) or (isinstance(table, Alias) and isinstance(table.element, Table)):
+        yield from _tables(table.left)
+        yield from _tables(table.right)
+    else:
         yield table
+
+
+def _target(table: Any) -> _Target | None:
+    inner = table
+    while isinstance(inner, Alias):
+        inner = inner.element
+    if not isinstance(inner, TableClause):
+        return None
+    key = _key_of(inner)
+    if key is not None:
+        return _Target(table, table.c[key], upstream.plain_table(inner))  # type: ignore[arg-type]  # a Table
+    declared = _known_as(inner)
+    if declared is None:
+        return None
+    name = declared.c[_columns[declared]].name
+    column = next((column for column in table.c if column.name == name), None)
+    if column is None:
+        column = ColumnClause(name)
+        column.table = table
+    return _Target(table, column, declared)
+
+
+def _known_as(table: Any) -> Table | None:
+    """The declared table of which another object has the name: table(), or a Table that was reflected.
+
+    A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word.
+    """
+    found = [one for one in used.get(table.name.lower(), ()) if _may_be(one.schema, table.schema)]
+    if not found or (isinstance(table, Table) and _is_model(table)):
+        return None
+    return found[0]
+
+
+def _may_be(schema: str | None, other: str | None) -> bool:
+    return schema is None or other is None or schema == other
+
+
+def _is_model(table: Table) -> bool:
+    return declares_encrypted(table.metadata) or any(
+        one.metadata is table.metadata for one in tuple(_columns)
+    )
 
 
 def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[Any, Any]]:
@@ -188,19 +308,36 @@ def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[A
         }
 
 
+def _own(clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
+    """What the rows set in one table. SQLAlchemy goes by a key's name, unless an UPDATE has its table in its FROM."""
+    others: set[Any] = set()
+    if clause.is_update and clause.whereclause is not None:
+        elements = [*iterate(clause.table), *iterate(clause.whereclause)]
+        others = {getattr(element, "table", element) for element in elements} - {target.table, None}
+    return [
+        {
+            getattr(key, "key", key): value
+            for key, value in row.items()
+            if getattr(key, "table", None) not in others
+        }
+        for row in given
+    ]
+
+
 _ABSENT = object()
 
 
 def _check_given(
-    clause: Any, column: Any, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
+    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
 ) -> None:
+    column, default = target.column, getattr(target.column, "default", None)
     if column.key in upstream.select_names(clause):
         _unknown(column, "INSERT FROM SELECT sets it to")
     for row in given:
-        value = row.get(column.key, row.get(column, _ABSENT))
+        value = row.get(column.key, _ABSENT)
         if value is not _ABSENT:
             _check_value(column, _plain(column, value), names)
-        elif clause.is_insert and column.default is None:
+        elif clause.is_insert and default is None:
             _check_value(column, None, names)
     for conflict in upstream.conflicts(clause):
         for key, value in upstream.conflict_values(conflict):
@@ -226,6 +363,111 @@ def _unknown(column: Any, what: str) -> NoReturn:
     )
 
 
+# -- compiled statements ---------------------------------------------------------------------------------------------
+
+
+class TenantRows(NamedTuple):
+    """What a compiled statement does with rows that belong to tenants, so far as it is known only of it.
+
+    :param within: the tables that a statement within it writes to, which cannot be held to a tenant.
+    :param replaces: the tables of which it may delete rows without saying so.
+    :param defaults: whether a Python-side default or onupdate gives the tenant of its rows.
+    """
+
+    within: tuple[str, ...]
+    replaces: tuple[str, ...]
+    defaults: bool
+
+
+def rows_of(compiled: Any) -> TenantRows | None:
+    """What a compiled statement does with tenants' rows; None where there is nothing to look at."""
+    if not used or not hasattr(compiled, "isinsert"):
+        return None
+    top = upstream.dml_of(upstream.resolved(compiled.statement))
+    within = {
+        target.declared.fullname: None for dml in upstream.dml_within(compiled) for target in _written(dml)
+    }
+    replaces: list[str] = []
+    if getattr(top, "is_dml", False) and not top.is_delete:
+        dialect = compiled.dialect.name
+        told = any(map(_REPLACE.search, upstream.prefixes(top, dialect))) or _REPLACE.match(compiled.string)
+        replaces = [
+            target.declared.fullname
+            for target in _written(top)
+            if told or (dialect == "sqlite" and _replaces(target))
+        ]
+    defaults = _default(compiled) is not None
+    return TenantRows(tuple(within), tuple(replaces), defaults) if within or replaces or defaults else None
+
+
+def check_compiled(rows: TenantRows, tenant: Whose | None) -> None:
+    """Refuse what a compiled statement cannot be held to.
+
+    :raises NoTenantError: there is no tenant.
+    :raises UnsupportedQueryError: it cannot be held to the tenant's rows.
+    """
+    for name in rows.within:
+        if _allowed(name, tenant) is not None:
+            raise UnsupportedQueryError(
+                f"{name}: its rows belong to tenants, and an INSERT, UPDATE or DELETE within another statement cannot "
+                "be held to one of them; run it as a statement of its own"
+            )
+    for name in rows.replaces:
+        if _allowed(name, tenant) is not None:
+            raise UnsupportedQueryError(
+                f"{name}: its rows belong to tenants, and REPLACE would delete another tenant's row that has the same "
+                "key; use on_conflict_do_update(), which leaves such a row alone"
+            )
+
+
+_REPLACE = re.compile(r"\breplace\b", re.IGNORECASE)
+
+
+def _replaces(target: _Target) -> bool:
+    """Whether SQLite deletes a row, perhaps another tenant's, that has the key of one that is written."""
+    table, key = target.declared, _columns[target.declared]
+    options = [
+        (constraint.dialect_options["sqlite"].get("on_conflict"), constraint.columns.keys())
+        for constraint in table.constraints
+        if isinstance(constraint, UniqueConstraint | PrimaryKeyConstraint)
+    ]
+    for column in table.c:
+        of_column = column.dialect_options["sqlite"]
+        options += [
+            (of_column.get(f"on_conflict_{kind}"), [column.key])
+            for kind, there in (("primary_key", column.primary_key), ("unique", column.unique))
+            if there
+        ]
+    return any(_REPLACE.search(str(option)) and key not in keys for option, keys in options)
+
+
+def _default(compiled: Any) -> Any:
+    """The tenant's column of the table that is written to, where a default or onupdate in Python gives it."""
+    if not (compiled.isinsert or compiled.isupdate):
+        return None
+    statement = upstream.dml_of(upstream.resolved(compiled.statement))
+    table, _ = upstream.target(statement)
+    key = _key_of(table)
+    column = None if key is None else table.c[key]
+    given = column is not None and (column.default if compiled.isinsert else column.onupdate)
+    return column if given else None
+
+
+def check_defaults(context: Any, tenant: Whose | None) -> None:
+    """Check what a Python-side default or onupdate gave for a tenant's column.
+
+    :param context: the execution of a statement whose parameters are bound.
+    :raises NoTenantError: there is no tenant.
+    :raises TenantMismatchError: it gave the name of another one.
+    """
+    column = _default(context.compiled)
+    names = None if column is None else _allowed(column.table, tenant)
+    if names is not None:
+        for row in context.compiled_parameters:
+            if column.key in row:
+                _check_value(column, row[column.key], names)
+
+
 # -- one value -------------------------------------------------------------------------------------------------------
 
 
@@ -233,8 +475,8 @@ def _allowed(table: Any, tenant: Whose | None) -> tuple[str, ...] | None:
     """The tenants whose rows may be written; None for all of them, where nothing is encrypted or decrypted."""
     if tenant is None:
         raise NoTenantError(
-            f"{table.fullname}: its rows belong to tenants, and no tenant is set for this statement; run it in "
-            "byok.session(tenant, engine), or in byok.sealed(…) for rows of any tenant"
+            f"{getattr(table, 'fullname', table)}: its rows belong to tenants, and no tenant is set for this "
+            "statement; run it in byok.session(tenant, engine), or in byok.sealed(…) for rows of any tenant"
         )
     if tenant is SEALED:
         return None
@@ -253,13 +495,13 @@ def _check_value(column: Any, value: Any, names: tuple[str, ...]) -> None:
     )
 
 
-def _typed(column: Any, name: str) -> Any:
+def _typed(target: _Target, name: str) -> Any:
     """A tenant's name as a value of the column."""
-    kind = _python_type(column) or str
+    kind = _python_type(target) or str
     try:
         return kind(name)
     except ValueError:
         pass
     raise TenantMismatchError(
-        f"{column}: it holds no tenant of the name {name!r}, which is no {kind.__name__}", tenant=name
+        f"{target.column}: it holds no tenant of the name {name!r}, which is no {kind.__name__}", tenant=name
     )

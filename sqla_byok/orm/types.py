@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
@@ -13,6 +15,7 @@ from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, 
 from sqlalchemy.dialects import mysql
 from sqlalchemy.sql import sqltypes
 from sqlalchemy.sql.cache_key import NO_CACHE
+from sqlalchemy.sql.elements import Null
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeDecorator, TypeEngine, to_instance
 from sqlalchemy.util import memoized_property
@@ -31,12 +34,13 @@ from sqla_byok.errors import (
 )
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.normalize import identity, returned
-from sqla_byok.orm import direct
+from sqla_byok.orm import direct, upstream
 from sqla_byok.orm.current import attachment_of, taker_of
 from sqla_byok.orm.fetches import Reader
+from sqla_byok.orm.rings import SEALED
 from sqla_byok.orm.sealed import Sealed
 
-__all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "SearchHash"]
+__all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "LeakWarning", "SearchHash"]
 
 _T = TypeVar("_T")
 _Process = Callable[[Any], Any]
@@ -59,6 +63,10 @@ _RESULTS: dict[type, type[TypeEngine[Any]]] = {
 
 # Renders as a syntax error, so that a statement compiled with literal_binds carries neither plaintext nor a promise.
 _NOT_RENDERED = "ENCRYPTED VALUE NOT RENDERED"
+
+
+class LeakWarning(UserWarning):
+    """A column that shows its values by their frequencies was declared searchable."""
 
 
 class Digest(bytes):
@@ -146,9 +154,17 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.table = ""
         self._check_options()
         self.hashable = self.type_.hashable
+        # Of evaluates_none(), and of JSON: the ORM then binds a None that was set, where it would leave it out.
+        self.should_evaluate_none = self.type_.should_evaluate_none
 
     def _check_options(self) -> None:
         codec = _codec(self.type_)
+        for dialect_name, variant in upstream.variants(self.type_).items():
+            if _codec(variant).name != codec.name:
+                raise DeclarationError(
+                    f"the variant of {self.type_!r} for {dialect_name!r} takes other values than the type itself; wrap "
+                    "one of them, since on each database the same bytes are stored"
+                )
         if self.pad_to is not None and not 2 <= self.pad_to <= 65_536:
             raise DeclarationError("pad_to takes 2 to 65,536 bytes")
         if self.mode not in ("envelope", "direct"):
@@ -159,13 +175,30 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
                 raise DeclarationError(
                     "mode='direct' takes no owner: its values are encrypted by the tenant's KMS"
                 )
-        if not self.searchable:
-            if self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
-                raise DeclarationError("hash, salt_scope and normalize need searchable=True")
-            return
+        if self.searchable:
+            self._check_search(codec)
+        elif self.hash != "sha256" or self.salt_scope is not None or self.normalize is not None:
+            raise DeclarationError("hash, salt_scope and normalize need searchable=True")
+
+    def _check_search(self, codec: Codec) -> None:
         if codec.text is None:
             raise DeclarationError(
                 f"a column of type {self.type_!r} cannot be searchable: it has no canonical text"
+            )
+        rule = None if self.normalize is not None else _comparing_otherwise(self.type_)
+        if rule is not None:
+            raise DeclarationError(
+                f"a searchable column of type {self.type_!r} is compared by its hashes, which are exact, and not by "
+                f"{rule}; say with normalize= what is equal (sqla_byok.normalize.casefold ignores case), or declare it "
+                "with a plain type"
+            )
+        if codec.name in ("bool", "enum"):
+            warnings.warn(
+                f"Encrypted({self.type_!r}, searchable=True): its hashes have as few values as the column, so whoever "
+                "reads the database sees by their frequencies which rows have which; leave out searchable=True, or "
+                "ignore LeakWarning where that is known",
+                LeakWarning,
+                stacklevel=4,
             )
         if self.hash not in ALGORITHMS:
             raise DeclarationError(f"hash takes one of {', '.join(ALGORITHMS)}")
@@ -256,7 +289,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             return self.impl_instance
         if self.mode == "direct":
             return LargeBinary(DIRECT_SIZE)
-        size = _codec(self.type_).max_size
+        size = _codec(self.type_, dialect).max_size
         if size is None:
             return mysql.LONGBLOB()
         return LargeBinary(OVERHEAD + size + (self.pad_to or 0))
@@ -277,6 +310,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             kept=(Sealed, lambda value: direct.resealed(attachment, column, taker.ring(), value)),
         )
         checked = _checked(to_plain, column, EncodeError)
+        if checked is not None and self.should_evaluate_none:
+            checked = _none_when_sealed(checked, taker.ring)
         if self.mode == "direct":
             return direct.writer(attachment, column, taker, _chain(checked, seal), _driver_binary(dialect))
         return _chain(checked, seal, _driver_binary(dialect))
@@ -513,7 +548,9 @@ class IndexHash(SearchHash):
 
         def transformed(values: Any) -> Any:
             try:
-                return transform(*[as_loaded(value) for as_loaded, value in zip(loaded, values, strict=True)])
+                taken = [as_loaded(value) for as_loaded, value in zip(loaded, values, strict=True)]
+                # JSON's null is read as None too.
+                return None if any(each is None for each in taken) else transform(*taken)
             except UnfitError as error:
                 reason = str(error)
             except Exception as error:  # noqa: BLE001 - a user's function; its text could carry the value
@@ -544,10 +581,51 @@ def _unbound(value: Any) -> Any:
 
 
 def _undecorated(type_: TypeEngine[Any], dialect: Dialect | None = None) -> TypeEngine[Any]:
-    """The type inside all TypeDecorators; for a dialect, the one that they choose for it."""
+    """The type inside all TypeDecorators and variants; for a dialect, the one that they choose for it."""
+    type_ = _variant(type_, dialect)
     while _is_plain_decorator(type_):
-        type_ = _inside(type_, dialect)
+        _refuse_expressions(type_)
+        type_ = _variant(_inside(type_, dialect), dialect)
     return type_
+
+
+def _variant(type_: TypeEngine[Any], dialect: Dialect | None) -> TypeEngine[Any]:
+    return type_ if dialect is None else upstream.variants(type_).get(dialect.name, type_)
+
+
+def _refuse_expressions(type_: Any) -> None:
+    """Refuse a type that has the database make something of its values, which would be of ciphertext."""
+    for method in ("bind_expression", "column_expression"):
+        known = (None, getattr(TypeEngine, method), getattr(TypeDecorator, method))
+        if getattr(type(type_), method, None) not in known:
+            raise DeclarationError(
+                f"Encrypted cannot wrap {type(type_).__name__}: its {method}() would run on ciphertext; convert values "
+                "in Python, in the process_bind_param() and process_result_value() of a TypeDecorator"
+            )
+
+
+# Compared byte by byte, as hashes are.
+_EXACT = re.compile(r"(c|posix|ucs_basic|binary|c\.utf-?8|pg_c_utf8|.*_bin)\Z", re.IGNORECASE)
+_EQUALITY = ("operate", "__eq__", "__ne__", "in_", "not_in", "is_distinct_from")
+
+
+def _comparing_otherwise(type_: TypeEngine[Any]) -> str | None:
+    """The rule of a type by which unequal values are equal, in the database or by its own comparator; else None."""
+    for each in (type_, *upstream.variants(type_).values()):
+        collation = getattr(each, "collation", None)
+        if isinstance(collation, str) and not _EXACT.match(collation):
+            return f"its collation {collation!r}"
+        if "citext" in f"{type(each).__name__} {getattr(each, '__visit_name__', '')}".lower():
+            return "its rule that ignores case"
+        comparator = getattr(each, "comparator_factory", None)
+        own = (
+            cls for cls in getattr(comparator, "__mro__", ()) if not cls.__module__.startswith("sqlalchemy.")
+        )
+        if any(name in vars(cls) for cls in own if cls is not object for name in _EQUALITY):
+            return "its own comparator"
+        if isinstance(each, TypeDecorator) and (rule := _comparing_otherwise(each.impl_instance)) is not None:
+            return rule
+    return None
 
 
 def _decorators(type_: Any, *methods: str) -> Iterator[str]:
@@ -568,6 +646,12 @@ def _inside(decorator: Any, dialect: Dialect | None) -> TypeEngine[Any]:
 def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
     """The codec of a type, whatever TypeDecorators are around it."""
     type_ = _undecorated(type_, dialect)
+    _refuse_expressions(type_)
+    if _processes(type_):
+        raise DeclarationError(
+            f"Encrypted cannot wrap {type(type_).__name__}: it converts values by processors of its own, which would "
+            "be passed over; make it a TypeDecorator with process_bind_param() and process_result_value()"
+        )
     if isinstance(type_, sqltypes.Enum):
         return codecs.enum_codec(type_.enums)
     if isinstance(type_, sqltypes.String):
@@ -595,12 +679,18 @@ def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
     if isinstance(type_, sqltypes.JSON):
         dumps = getattr(dialect, "_json_serializer", None) or json.dumps
         loads = getattr(dialect, "_json_deserializer", None) or json.loads
-        # None is SQL NULL; JSON.NULL is JSON's null, encrypted.
         return codecs.json_codec(lambda value: "null" if value is sqltypes.JSON.NULL else dumps(value), loads)
     raise DeclarationError(
         f"Encrypted cannot wrap {type(type_).__name__}; wrap String, LargeBinary, JSON or another standard type, or a "
         "TypeDecorator over one"
     )
+
+
+def _processes(type_: Any) -> bool:
+    """Whether a type that is no TypeDecorator converts values by code of somebody's own."""
+    own = (cls for cls in type(type_).__mro__ if not cls.__module__.startswith("sqlalchemy."))
+    methods = ("bind_processor", "result_processor")
+    return any(method in vars(cls) for cls in own for method in methods)
 
 
 def _is_plain_decorator(type_: Any) -> bool:
@@ -615,9 +705,13 @@ def _is_plain_decorator(type_: Any) -> bool:
 
 def _plain(type_: Any, dialect: Dialect) -> tuple[_Process | None, Codec, _Process | None]:
     """How values of ``type_`` become what its codec takes, the codec, and the way back."""
+    type_ = _variant(type_, dialect)
     if isinstance(type_, sqltypes.Enum):
         before, after = _enum_steps(type_)
         return before, _codec(type_, dialect), after
+    if isinstance(type_, sqltypes.JSON):
+        none = None if type_.none_as_null else sqltypes.JSON.NULL
+        return _json_step(none), _codec(type_, dialect), None
     if not _is_plain_decorator(type_):
         return None, _codec(type_, dialect), None
     before, codec, after = _plain(_inside(type_, dialect), dialect)
@@ -626,6 +720,11 @@ def _plain(type_: Any, dialect: Dialect) -> tuple[_Process | None, Codec, _Proce
     to_plain = None if bind is None else lambda value: bind(value, dialect)
     from_plain = None if result is None else lambda value: result(value, dialect)
     return _chain_or_none(to_plain, before), codec, _chain_or_none(after, from_plain)
+
+
+def _json_step(none: Any) -> _Process:
+    """What JSON makes of None, NULL for a column that says so and else JSON's null; null() is always NULL."""
+    return lambda value: none if value is None else None if isinstance(value, Null) else value
 
 
 def _overrides(type_: TypeDecorator[Any], method: str) -> bool:
@@ -678,6 +777,11 @@ def _checked(
         raise error(f"{column}: the column's own type raised {name} for a value", column=column)
 
     return convert
+
+
+def _none_when_sealed(step: _Process, current: Callable[[], Any]) -> _Process:
+    """Keep None as NULL where nothing can be encrypted: there it was read of NULL, since JSON's null is sealed."""
+    return lambda value: None if value is None and current() is SEALED else step(value)
 
 
 def _driver_binary(dialect: Dialect) -> _Process | None:

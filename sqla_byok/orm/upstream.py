@@ -12,18 +12,22 @@ from importlib.util import find_spec
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import Engine, Table, UniqueConstraint, and_
-from sqlalchemy.orm import QueryableAttribute
+from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
+from sqlalchemy.orm import FromStatement, QueryableAttribute
 from sqlalchemy.orm.interfaces import CompileStateOption
-from sqlalchemy.sql.compiler import WARN_LINTING
+from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
+    BindParameter,
     ClauseElement,
+    ColumnClause,
+    Grouping,
     TableValuedColumn,
+    TextClause,
     _label_reference,
     _textual_label_reference,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import FromClause
+from sqlalchemy.sql.selectable import FromClause, TableClause
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -42,6 +46,9 @@ __all__ = [
     "conflict_values",
     "conflicts",
     "criteria",
+    "dml_of",
+    "dml_within",
+    "excluded",
     "executed",
     "fanned_out",
     "held_to",
@@ -52,6 +59,7 @@ __all__ = [
     "ordering",
     "parts",
     "plain_table",
+    "prefixes",
     "proxied",
     "reads_early",
     "referred",
@@ -70,7 +78,10 @@ __all__ = [
     "text_of",
     "unique_columns",
     "values",
+    "variants",
     "with_conflicts",
+    "with_criterion",
+    "with_dml",
     "with_multi_values",
     "with_target",
     "with_values",
@@ -250,13 +261,88 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
     return new
 
 
-def held_to(conflict: Any, criterion: Any) -> Any:
-    """A copy of the clause that updates only rows of which this is true; MySQL's has no such thing, and stays."""
-    if not hasattr(conflict, "update_whereclause"):
-        return conflict
-    new, given = copy(conflict), conflict.update_whereclause
-    new.update_whereclause = criterion if given is None else and_(given, criterion)
+def held_to(conflict: Any, column: Any, criterion: Any) -> Any:
+    """A copy of the clause that changes only rows of which this is true.
+
+    :param column: what it is true of. MySQL's clause has no WHERE, and its drivers take no parameter of ours there
+        with many rows: each column is left as it is where this one is not that of the row to be inserted.
+    """
+    new = copy(conflict)
+    if hasattr(conflict, "update_whereclause"):
+        given = conflict.update_whereclause
+        new.update_whereclause = criterion if given is None else and_(Grouping(given), criterion)
+    elif items := conflict_values(conflict):
+        columns, same = column.table.c, column == conflict.inserted_alias.c[column.key]
+        new.update = {
+            key: case((same, _expression(value, columns[key].type)), else_=columns[key])
+            for name, value in items
+            if (key := getattr(name, "key", name)) in columns
+        }
     return new
+
+
+def _expression(value: Any, type_: Any) -> Any:
+    """What stands for a plain value in an expression."""
+    if hasattr(value, "__clause_element__"):
+        value = value.__clause_element__()
+    return value if isinstance(value, ClauseElement) else BindParameter(None, value, type_=type_, unique=True)
+
+
+def with_criterion(dml: Any, criterion: Any) -> Any:
+    """A copy of an UPDATE or DELETE that reaches only rows of which this is true, whatever text its WHERE is of."""
+    given = dml._where_criteria
+    new = dml._generate()
+    new._where_criteria = (*((Grouping(and_(*given)),) if given else ()), criterion)
+    return new
+
+
+def dml_of(clause: Any) -> Any:
+    """The INSERT, UPDATE or DELETE whose rows make objects, of ``select(…).from_statement(…)``; else the same."""
+    while isinstance(clause, FromStatement):
+        clause = resolved(clause.element)
+    return clause
+
+
+def with_dml(clause: Any, dml: Any) -> Any:
+    """A copy of a statement with another one within; see :func:`dml_of`."""
+    if not isinstance(clause, FromStatement):
+        return dml
+    new = clause._clone()
+    new.element = with_dml(clause.element, dml)
+    return new
+
+
+def dml_within(compiled: Any) -> Iterator[Any]:
+    """Each INSERT, UPDATE or DELETE that a compiled statement has within, in a CTE or elsewhere."""
+    if not isinstance(compiled, SQLCompiler):
+        return
+    statement = executed(compiled)
+    # Without CTEs only a statement of somebody's own has any: EXPLAIN of one, say.
+    if compiled.ctes is None and _is_upstreams(statement):
+        return
+    tops = [dml_of(resolved(compiled.statement)), dml_of(statement)]
+    seen: dict[int, Any] = {}
+    todo = [statement, *(compiled.ctes or ())]
+    while todo:
+        element = resolved(todo.pop())
+        if isinstance(element, _LEAVES) or id(element) in seen:
+            continue
+        if hasattr(element, "__clause_element__"):
+            element = element.__clause_element__()
+        seen[id(element)] = element
+        todo.extend(children(element))
+        if getattr(element, "is_dml", False) and element not in tops and hasattr(element, "table"):
+            yield element
+
+
+# What has nothing within.
+_LEAVES = (TableClause, ColumnClause, BindParameter, TextClause)
+
+
+def prefixes(dml: Any, dialect: str) -> list[str]:
+    """What stands between INSERT or UPDATE and the table, on a dialect."""
+    found = (text_of(element) for element, only in dml._prefixes if only in (None, "*", dialect))
+    return [text for text in found if text is not None]
 
 
 def _values_name(conflict: Any) -> str:
@@ -459,6 +545,19 @@ def ordering(compound: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return compound._order_by_clauses, compound._group_by_clauses
 
 
+def excluded(constraint: Any) -> list[Any]:
+    """The SQL expressions of PostgreSQL's EXCLUDE; nothing of any other constraint over columns."""
+    where = getattr(constraint, "where", None)
+    found = [*(expression for expression, *_ in getattr(constraint, "_render_exprs", ())), where]
+    return [one for one in found if isinstance(one, ClauseElement)]
+
+
+def variants(type_: Any) -> Mapping[str, Any]:
+    """The types that stand for a type on some dialects, by their names: see ``with_variant()``."""
+    found: Mapping[str, Any] = type_._variant_mapping
+    return found
+
+
 def text_of(element: Any) -> str | None:
     """The SQL text of text(); of a template string (2.1) with the names of the columns and tables in it; else None."""
     if not getattr(element, "_is_text_clause", False):
@@ -478,12 +577,17 @@ def selected_by(compiled: Any) -> Any:
 def children(element: Any) -> Iterator[Any]:
     """The parts of an expression: what it tells, and of a class of somebody's own whatever else it holds."""
     yield from element.get_children()
-    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
-    if any(issubclass(cls, ClauseElement) for cls in own):  # also where the ORM annotated it
+    if not _is_upstreams(element):
         for value in tuple(vars(element).values()):
             for one in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(one, ClauseElement | QueryableAttribute):
                     yield one
+
+
+def _is_upstreams(element: Any) -> bool:
+    """Whether an element is of SQLAlchemy's own classes, the ORM's annotations apart."""
+    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
+    return not any(issubclass(cls, ClauseElement) for cls in own)
 
 
 def named_in_order_by(element: Any) -> str | None:

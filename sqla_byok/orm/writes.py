@@ -27,7 +27,7 @@ from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
-__all__ = ["fill", "refuse_compiled", "refuse_embedded", "written"]
+__all__ = ["embedded", "fill", "refuse_compiled", "written"]
 
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
@@ -77,7 +77,7 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
 
 def written(clause: Any) -> list[Mapping[str | None, Written]]:
     """What an INSERT or UPDATE makes known of each table that it writes to, by the owners of its columns."""
-    clause = upstream.resolved(clause)
+    clause = upstream.dml_of(upstream.resolved(clause))
     table, _ = upstream.target(clause)
     # MySQL's UPDATE of several tables sets columns of any of them.
     others = {key.table for key, _ in upstream.values(clause) if getattr(key, "table", None) is not None}
@@ -91,26 +91,33 @@ def _first(table: Any) -> Any:
     return table
 
 
-def refuse_embedded(ctes: Iterable[Any]) -> None:
-    """Refuse an INSERT or UPDATE within another statement, which never passes :func:`fill`."""
-    for cte in ctes:
-        statement: Any = getattr(cte, "element", None)
-        if (
-            getattr(statement, "is_dml", False)
-            and not statement.is_delete
-            and fill(statement, ()) is not None
-        ):
-            raise UnsupportedQueryError(
-                f"{statement.table.description}: an INSERT or UPDATE within a CTE cannot be given its hashes; run it "
-                "as a statement of its own"
+def concerns(clause: Any) -> bool:
+    """Whether an INSERT or UPDATE writes to encrypted columns, or to a table that has any."""
+    if not (clause.is_insert or clause.is_update):
+        return False
+    keys = [key for key, _ in upstream.values(clause)]
+    return _plan_of(_first(upstream.target(clause)[0])).encrypted or any(
+        isinstance(getattr(key, "type", None), _OURS) for key in keys
+    )
+
+
+def embedded(compiled: Any) -> tuple[str, None] | None:
+    """Why a compiled statement is refused that has an INSERT or UPDATE within, which never passes :func:`fill`."""
+    for statement in upstream.dml_within(compiled):
+        if concerns(statement):
+            return (
+                f"{statement.table.description}: an INSERT or UPDATE within another statement cannot be given its "
+                "hashes; run it as a statement of its own",
+                None,
             )
+    return None
 
 
 def refuse_compiled(compiled: Any) -> None:
     """Refuse an INSERT or UPDATE that was compiled beforehand: nothing can be added to it any more."""
     if getattr(compiled, "isinsert", False) or getattr(compiled, "isupdate", False):
-        statement = compiled.statement
-        if fill(statement, ()) is not None:
+        statement = upstream.dml_of(upstream.resolved(compiled.statement))
+        if concerns(statement):
             raise UnsupportedQueryError(
                 f"{statement.table.description}: a statement compiled beforehand cannot be given its hashes; execute "
                 "the statement itself"

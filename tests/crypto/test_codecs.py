@@ -322,21 +322,26 @@ UNFIT: list[tuple[str, Codec, Any, str]] = [
     ("unknown name", ENUM, "SECRET", "none of the enum's names"),
     ("no name", ENUM, 4242, "expects str, got int"),
     ("unhashable name", ENUM, ["SECRET"], "expects str, got list"),
-    ("int for bool", BOOL, 1, "expects bool, got int"),
+    ("int for bool", BOOL, 4242, "expects bool, got int"),
     ("bool for int", INT, True, "expects int, got bool"),
     ("str for int", INT, "4242", "expects int, got str"),
-    ("float for int", INT, 4242.0, "expects int, got float"),
+    ("float for int", INT, 4242.5, "not a whole number"),
+    ("Decimal for int", INT, Decimal("4242.5"), "not a whole number"),
+    ("huge Decimal for int", INT, Decimal("4242E999999"), "out of range"),
+    ("NaN for int", INT, math.nan, "not a whole number"),
+    ("NaN decimal for int", INT, Decimal("sNaN4242"), "expects int, got Decimal"),
     ("too large", INT, 2**63, "out of range for 64 bits"),
     ("too large for 16", codecs.int_codec(16), 32768, "out of range for 16 bits"),
     ("huge", INT, 10**5000, "out of range"),
-    ("bool for float", FLOAT, True, "expects float or int, got bool"),
-    ("str for float", FLOAT, "4242", "expects float or int, got str"),
-    ("Decimal for float", FLOAT, Decimal(4242), "expects float or int, got Decimal"),
+    ("bool for float", FLOAT, True, "expects float, int or Decimal, got bool"),
+    ("str for float", FLOAT, "4242", "expects float, int or Decimal, got str"),
+    ("Decimal for float", FLOAT, Decimal("42.42424242424242424242"), "more digits than a float holds"),
     ("huge for float", FLOAT, 10**400, "out of range for a float"),
     ("huge Decimal for float", FLOAT_DECIMAL, Decimal("4242E999"), "out of range for a float"),
     ("signalling NaN", FLOAT_DECIMAL, Decimal("sNaN4242"), "out of range for a float"),
-    ("float for Decimal", DECIMAL, 4242.5, "expects Decimal or int, got float"),
-    ("bool for Decimal", DECIMAL, True, "expects Decimal or int, got bool"),
+    ("float for Decimal", DECIMAL, "4242.5", "expects Decimal, int or float, got str"),
+    ("infinite float for Decimal", DECIMAL, math.inf, "not finite"),
+    ("bool for Decimal", DECIMAL, True, "expects Decimal, int or float, got bool"),
     ("NaN", DECIMAL, Decimal("NaN4242"), "not finite"),
     ("signalling NaN decimal", DECIMAL, Decimal("sNaN4242"), "not finite"),
     ("infinite", DECIMAL, -Decimal("inf"), "not finite"),
@@ -346,9 +351,10 @@ UNFIT: list[tuple[str, Codec, Any, str]] = [
     ("decimals in NUMERIC(5)", codecs.decimal_codec(5), Decimal("42.5"), "at most 0 decimals"),
     ("a bomb", DECIMAL, Decimal("42E999999999"), "more than 131072 digits"),
     ("a small bomb", DECIMAL, Decimal("42E-99999999"), "16383 decimals"),
-    ("datetime for date", DATE, datetime(1942, 4, 2), "expects date, got datetime"),
+    ("datetime for date", DATE, datetime(1942, 4, 2, 1), "time or zone would be lost"),
+    ("zone for date", DATE, datetime(1942, 4, 2, tzinfo=UTC), "time or zone would be lost"),
     ("str for date", DATE, "1942-04-02", "expects date, got str"),
-    ("date for datetime", NAIVE, date(1942, 4, 2), "expects datetime, got date"),
+    ("time for datetime", NAIVE, time(19, 42), "expects datetime, got time"),
     ("date for datetimetz", AWARE, date(1942, 4, 2), "expects datetime, got date"),
     ("zone for naive", NAIVE, datetime(1942, 4, 2, tzinfo=UTC), "without zone"),
     ("naive for zone", AWARE, datetime(1942, 4, 2), "with a zone"),
@@ -423,6 +429,27 @@ def test_what_no_query_would_find_has_no_text(x: float) -> None:
     assert len(FLOAT.encode(x)) == 8
     with pytest.raises(UnfitError, match="not finite"):
         _text(FLOAT, x)
+
+
+@pytest.mark.parametrize(
+    ("codec", "value", "taken_as"),
+    [
+        (BOOL, 1, True),
+        (BOOL, 0, False),
+        (INT, 5.0, 5),
+        (INT, Decimal("5.00"), 5),
+        (INT, -(2.0**63), -(2**63)),
+        (FLOAT, Decimal("0.1"), 0.1),
+        (DECIMAL, 12.5, Decimal("12.5")),
+        (DATE, datetime(1942, 4, 2), date(1942, 4, 2)),
+        (NAIVE, date(1942, 4, 2), datetime(1942, 4, 2)),
+    ],
+)
+def test_values_of_which_nothing_is_lost_are_taken(codec: Codec, value: Any, taken_as: Any) -> None:
+    """A value of a kindred type is stored and searched as the value that it equals."""
+    assert codec.encode(value) == codec.encode(taken_as)
+    assert _text(codec, value) == _text(codec, taken_as)
+    assert codec.decode(codec.encode(value)) == taken_as
 
 
 def test_codecs_have_names_of_their_own() -> None:

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import (
     Column,
+    Computed,
     Engine,
     ForeignKey,
+    Identity,
     Integer,
     LargeBinary,
     MetaData,
+    Sequence,
     String,
     Table,
+    UniqueConstraint,
     Uuid,
+    and_,
     bindparam,
+    column,
     delete,
     event,
+    exists,
     func,
     insert,
     literal,
+    literal_column,
+    or_,
     select,
+    table,
     text,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import ObjectNotExecutableError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, load_only, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.sql.expression import Executable
 
 from sqla_byok import (
     Byok,
@@ -322,23 +338,35 @@ def test_an_upsert_does_not_change_the_owner(byok: Byok, data: Engine) -> None:
 
 def test_an_upsert_leaves_another_tenants_row_alone(byok: Byok, data: Engine) -> None:
     """It is held to the tenant's rows like an UPDATE, whatever its own WHERE says."""
-    if data.dialect.name in ("mysql", "mariadb"):
-        pytest.skip("ON DUPLICATE KEY UPDATE takes no WHERE; docs/isolation.md says what to do")
-    make: Any = postgresql.insert if data.dialect.name == "postgresql" else sqlite.insert
+    make: Any = {"postgresql": postgresql, "sqlite": sqlite}.get(data.dialect.name, mysql)
     for tenant in ("t1", "t2"):  # by one compiled statement
         rows = [{"id": id_, "org_id": tenant, "kind": "patient", "name": f"new {tenant}"} for id_ in (1, 11)]
         with byok.session(tenant, data) as session:
             for where in (None, T.c.note.is_(None), T.c.id > 0):
                 for parameters in (rows, None):
-                    upsert = make(T) if parameters else make(T).values(rows)
-                    upsert = upsert.on_conflict_do_update(
-                        index_elements=["id"], set_={"name": upsert.excluded.name}, where=where
-                    )
+                    upsert = make.insert(T) if parameters else make.insert(T).values(rows)
+                    if make is mysql:  # which takes no WHERE; what is set first is seen by what is set next
+                        upsert = upsert.on_duplicate_key_update(
+                            org_id=upsert.inserted.org_id,
+                            note=literal_column("'upsert'"),
+                            name=upsert.inserted.name,
+                        )
+                    else:
+                        upsert = upsert.on_conflict_do_update(
+                            index_elements=["id"], set_={"name": upsert.excluded.name}, where=where
+                        )
                     session.execute(upsert, parameters)
             session.commit()
             own = 1 if tenant == "t1" else 11
             assert session.scalars(select(T.c.name).where(T.c.id == own)).all() == [f"new {tenant}"]
             assert session.scalars(select(T.c.id).where(T.c.name == f"new {tenant}")).all() == [own]
+    if make is not mysql:
+        return
+    with byok.session("t1", data) as session:
+        upsert = mysql.insert(T).values([{**row, "org_id": "t1"} for row in rows])
+        session.execute(upsert.on_duplicate_key_update(name="one value", note=func.lower("PLAIN")))
+        session.commit()
+        assert session.scalars(select(T.c.name).where(T.c.id == 1)).all() == ["one value"]
 
 
 @pytest.mark.parametrize(
@@ -371,17 +399,23 @@ def test_names_that_are_numbers_or_uuids(
 
 
 @pytest.mark.parametrize(
-    "column",
+    "declared",
     [
         None,
         Column("org", LargeBinary),
         Column("org", Encrypted(String(9))),
         Column("org", String(9), server_default="t1"),
+        Column("org", String(9), default=func.current_user()),
+        Column("org", String(9), onupdate=func.current_user()),
+        Column("org", String(9), default=select(literal("t1")).scalar_subquery()),
+        Column("org", Integer, Sequence("numbers")),
+        Column("org", Integer, Identity()),
+        Column("org", String(9), Computed("'t1'")),
     ],
 )
-def test_what_cannot_be_checked_is_refused_at_declaration(column: Column[Any] | None) -> None:
+def test_what_cannot_be_checked_is_refused_at_declaration(declared: Column[Any] | None) -> None:
     """A declaration that checks nothing would be worse than none."""
-    columns = [Column("id", Integer, primary_key=True), *([] if column is None else [column])]
+    columns = [Column("id", Integer, primary_key=True), *([] if declared is None else [declared])]
     with pytest.raises(DeclarationError, match="byok_tenant"):
         Table("bad", MetaData(), *columns, info={"byok_tenant": "org"})
 
@@ -421,6 +455,386 @@ def test_a_session_does_not_carry_values_into_another_tenants_block(byok: Byok, 
             session.commit()
         with byok.tenant("t1"):
             assert byok.reveal(held, "name") == "t1 Ada"
+
+
+# -- wherever in a statement it stands -------------------------------------------------------------------------------
+
+on_postgresql = pytest.mark.parametrize("sync_url", ["postgresql"], indirect=True)
+R: Any = Room.__table__
+F: Any = Free.__table__
+
+
+def rows_of(engine: Engine) -> list[Any]:
+    with engine.connect() as connection:
+        rooms = connection.execute(text("SELECT id, org_id FROM room ORDER BY id")).all()
+        frees = connection.execute(text("SELECT id, org_id FROM free ORDER BY id")).all()
+    return [*all_of(engine), rooms, frees]
+
+
+def gone(*, nesting: bool = False) -> Any:
+    return delete(R).where(R.c.id == 2).returning(R.c.id).cte("gone", nesting=nesting)
+
+
+class Explain(Executable, ClauseElement):
+    """A statement of somebody's own around another."""
+
+    inherit_cache = False
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+@compiles(Explain)
+def _explain(element: Explain, compiler: Any, **kwargs: Any) -> str:
+    return "EXPLAIN ANALYZE " + str(compiler.process(element.inner, **kwargs))
+
+
+WITHIN: dict[str, Callable[[], Any]] = {
+    "DELETE in a CTE": lambda: select(gone()),
+    "UPDATE in a CTE": lambda: select(
+        update(R).where(R.c.id == 2).values(org_id="t1").returning(R.c.id).cte("inner")
+    ),
+    "INSERT in a CTE": lambda: select(insert(R).values(id=9, org_id="t2").returning(R.c.id).cte("inner")),
+    "INSERT FROM SELECT in a CTE": lambda: select(
+        insert(R)
+        .from_select(["id", "org_id"], select(literal(9), literal("t2")))
+        .returning(R.c.id)
+        .cte("inner")
+    ),
+    "upsert in a CTE": lambda: select(
+        postgresql.insert(R)
+        .values(id=2, org_id="t1")
+        .on_conflict_do_update(index_elements=["id"], set_={"org_id": "t1"})
+        .returning(R.c.id)
+        .cte("inner")
+    ),
+    "encrypted": lambda: select(delete(T).where(T.c.id == 11).returning(T.c.id).cte("inner")),
+    "an alias of the CTE": lambda: select(gone().alias("other")),
+    "a CTE within a CTE": lambda: select(select(gone()).cte("outer")),
+    "nesting": lambda: select(select(gone(nesting=True)).subquery()),
+    "beside a SELECT": lambda: select(F.c.id).add_cte(gone()),
+    "beside an INSERT": lambda: insert(F).values(id=9).add_cte(gone()),
+    "beside an UPDATE": lambda: update(F).values(org_id="x").add_cte(gone()),
+    "beside a DELETE": lambda: delete(F).add_cte(gone()),
+    "in an INSERT FROM SELECT": lambda: insert(F).from_select(["id"], select(gone())),
+    "in a subquery": lambda: select(select(gone()).subquery()),
+    "in a scalar subquery": lambda: select(select(gone()).scalar_subquery()),
+    "in EXISTS": lambda: select(F.c.id).where(exists(select(gone()))),
+    "in IN": lambda: select(F.c.id).where(F.c.id.in_(select(gone()))),
+    "in a DELETE": lambda: delete(F).where(F.c.id.in_(select(gone()))),
+    "in a value": lambda: update(F).values(id=select(gone()).scalar_subquery()),
+    "in a union": lambda: union_all(select(F.c.id), select(gone())),
+    "of a light table": lambda: select(
+        delete(table("room", column("id"))).where(column("id") == 2).returning(column("id")).cte("inner")
+    ),
+    "from_statement": lambda: select(Free).from_statement(select(F).add_cte(gone())),
+    "of somebody's own": lambda: Explain(delete(R).where(R.c.id == 2)),
+}
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+@on_postgresql
+def test_dml_within_another_statement_is_refused(byok: Byok, data: Engine, kind: str) -> None:
+    """It cannot be held to the tenant; without one it is NoTenantError as anywhere; nothing is changed."""
+    with Session(data) as session:
+        session.add(Free(id=1))
+        session.commit()
+    before = rows_of(data)
+    with (
+        byok.session("t1", data) as session,
+        pytest.raises(UnsupportedQueryError, match="statement of its own"),
+    ):
+        session.execute(WITHIN[kind]())
+    with Session(data) as session, pytest.raises(NoTenantError):
+        session.execute(WITHIN[kind]())
+    assert rows_of(data) == before
+
+
+@on_postgresql
+def test_dml_within_another_statement_runs_where_it_may(byok: Byok, data: Engine) -> None:
+    """Sealed it reaches any tenant's rows; tables of no tenant need neither, nor does what only reads a tenant's."""
+    with byok.sealed(**WHO), Session(data) as session:
+        assert session.execute(select(gone())).scalars().all() == [2]
+        session.commit()
+    with Session(data) as session:
+        added = insert(F).from_select(["id"], select(R.c.id)).returning(F.c.id).cte("added")
+        assert session.scalars(select(added)).all() == [1]
+        session.commit()
+
+
+def forms_of_or(target: Any) -> list[Any]:
+    return [
+        text("id = 11 OR id = 12 OR id = 2"),
+        literal_column("id = 11 OR id = 12 OR id = 2"),
+        and_(literal_column("id = 11 OR id = 2"), target.c.id > 0),
+        or_(target.c.id == 11, target.c.id == 2),
+        (target.c.id == 11).op("OR")(target.c.id == 2),
+    ]
+
+
+@pytest.mark.parametrize("form", range(5))
+def test_text_in_where_does_not_reach_another_tenants_row(byok: Byok, data: Engine, form: int) -> None:
+    """An OR in a text does not take the tenant's condition for one of its alternatives."""
+    before = rows_of(data)
+    with byok.session("t1", data) as session:
+        for target in (T, R):
+            where = forms_of_or(target)[form]
+            session.execute(update(target).where(where).values(org_id="t1"))
+            session.execute(delete(target).where(where).where(target.c.id > 5))
+            upsert_where = {"sqlite": sqlite, "postgresql": postgresql}.get(data.dialect.name)
+            if upsert_where is not None:
+                upsert: Any = upsert_where.insert(target).values(id=12 if target is T else 2, org_id="t1")
+                session.execute(
+                    upsert.on_conflict_do_update(
+                        index_elements=["id"],
+                        set_={"org_id": "t1"},
+                        where=text(f"{target.name}.id > 0 OR 1 = 1"),
+                    )
+                )
+        session.commit()
+    found = rows_of(data)
+    assert [row for row in found[:-2] if row[-1] == "t2" or "t2" in row] == [
+        row for row in before[:-2] if "t2" in row
+    ]
+    assert (2, "t2") in found[-2]
+
+
+def others_of(engine: Engine, name: str) -> list[Any]:
+    """Objects for a table that know nothing of its tenants: lightweight, reflected, partly declared, aliased."""
+    names = [c.name for c in Base.metadata.tables[name].c]
+    return [
+        table(name, *map(column, names)),
+        table(name, column("id")),
+        Table(name, MetaData(), autoload_with=engine),
+        Table(name, MetaData(), Column("id", Integer, primary_key=True)),
+        table(name, *map(column, names)).alias("other"),
+    ]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_another_object_of_the_tables_name_is_held_too(byok: Byok, data: Engine, which: int) -> None:
+    """table() and reflected Tables reach the tenant's own rows only, and nothing without a tenant."""
+    before = rows_of(data)
+    room = others_of(data, "room")[which]
+    plain = getattr(room, "element", room)
+    with byok.session("t1", data) as session:
+        session.execute(update(room).values(id=room.c.id + 100))
+        session.execute(delete(room).where(room.c.id.in_([2, 102])) if room is plain else delete(R))
+        if "org_id" in plain.c:
+            for row in ({"id": 7, "org_id": "t2"}, {"id": 7}):
+                with pytest.raises(TenantMismatchError):
+                    session.execute(insert(plain).values(**row))
+            with pytest.raises(TenantMismatchError):
+                session.execute(update(room).values(org_id="t2"))
+            session.execute(insert(plain), {"id": 8, "org_id": "t1"})
+        else:
+            with pytest.raises(TenantMismatchError):
+                session.execute(insert(plain).values(id=7))
+        session.commit()
+    assert (2, "t2") in rows_of(data)[-2]
+    assert rows_of(data)[:-2] == before[:-2]
+    with Session(data) as session:
+        for write in (update(room).values(id=1), delete(room), insert(plain).values(id=1)):
+            with pytest.raises(NoTenantError):
+                session.execute(write)
+            session.rollback()
+
+
+def test_a_reflected_column_is_compared_as_it_was_declared(
+    byok: Byok, local_kms: LocalKms, engine: Engine
+) -> None:
+    """A UUID is stored otherwise on each database: the declared type says how, not the reflected one."""
+    tenant = uuid4()
+    declared = Table(
+        "site",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("org", Uuid),
+        info={"byok_tenant": "org"},
+    )
+    declared.create(engine)
+    byok.onboard(str(tenant), local_kms)
+    with byok.tenant(str(tenant)), engine.begin() as connection:
+        connection.execute(insert(declared), [{"id": 1, "org": tenant}])
+        for other in (Table("site", MetaData(), autoload_with=engine), table("site", column("id"))):
+            assert connection.execute(update(other).values(id=other.c.id)).rowcount == 1
+
+
+def test_a_model_of_its_own_is_taken_at_its_word(byok: Byok, data: Engine) -> None:
+    """Another model's table that has the same name, in another schema or among encrypted columns, needs no tenant."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Place(Other):
+        __tablename__ = "room"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Secret(Other):
+        __tablename__ = "secret_of_place"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str] = mapped_column(Encrypted(String(9)))
+
+    with Session(data) as session:
+        session.execute(update(Place).values(id=Place.id))
+        session.execute(select(F.c.id))
+        session.rollback()
+
+
+def test_a_copy_of_the_table_is_held_too(byok: Byok, data: Engine) -> None:
+    """to_metadata() carries the declaration along."""
+    copy = T.to_metadata(MetaData())
+    before = all_of(data)
+    with byok.session("t1", data) as session:
+        session.execute(delete(copy).where(copy.c.id == 11))
+        with pytest.raises(TenantMismatchError):
+            session.execute(insert(copy).values(**ROW))
+        session.commit()
+    with Session(data) as session, pytest.raises(NoTenantError):
+        session.execute(delete(copy))
+    assert all_of(data) == before
+
+
+def test_a_statement_compiled_beforehand_is_refused(byok: Byok, data: Engine) -> None:
+    """It can be held to nothing any more; of other tables, and sealed, it runs. 2.1 takes no compiled one at all."""
+    before = rows_of(data)
+    statements = [
+        update(R).values(id=3),
+        delete(R),
+        insert(R).values(id=7, org_id="t1"),
+        delete(T),
+        delete(table("room", column("id"))),
+    ]
+    for statement in statements:
+        compiled: Any = statement.compile(data)
+        for where, error in ((byok.tenant("t1"), UnsupportedQueryError), (nullcontext(), NoTenantError)):
+            with where, data.begin() as connection, pytest.raises((error, ObjectNotExecutableError)):
+                connection.execute(compiled)
+    assert rows_of(data) == before
+    if not hasattr(compiled, "_execute_on_connection"):
+        return
+    free: Any = insert(F).values(id=5).compile(data)
+    rooms: Any = delete(R).compile(data)
+    reading: Any = select(R.c.id).compile(data)
+    with data.begin() as connection:
+        connection.execute(free)
+        assert len(connection.execute(reading).all()) == 2
+    with byok.sealed(**WHO), data.begin() as connection:
+        connection.execute(rooms)
+    assert rows_of(data)[-2:] == [[], [(5, None)]]
+
+
+@pytest.mark.parametrize("sync_url", ["sqlite", "mariadb"], indirect=True)
+def test_replace_is_refused(byok: Byok, data: Engine) -> None:
+    """It would delete another tenant's row; what leaves such a row as it is may run."""
+    before = rows_of(data)
+    lite = data.dialect.name == "sqlite"
+    own = {"id": 2, "org_id": "t1"}
+    with byok.session("t1", data) as session:
+        if lite:
+            refused = [
+                insert(R).prefix_with("OR REPLACE").values(own),
+                update(R).prefix_with("or  replace").values(id=2),
+            ]
+            for statement in refused:
+                with pytest.raises(UnsupportedQueryError, match="REPLACE"):
+                    session.execute(statement)
+            with pytest.raises(UnsupportedQueryError, match="REPLACE"):
+                session.execute(
+                    insert(T).prefix_with("OR REPLACE", dialect="sqlite").values(id=11, org_id="t1")
+                )
+        ignore = "OR IGNORE" if lite else "IGNORE"
+        session.execute(insert(R).prefix_with(ignore).prefix_with("OR REPLACE", dialect="oracle").values(own))
+        session.execute(update(R).prefix_with(ignore).values(id=2))
+        session.commit()
+    assert rows_of(data) == before
+
+
+@pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("how", ["constraint", "primary key", "unique", "unique of the tenant"])
+def test_a_table_that_replaces_by_itself_is_refused(byok: Byok, engine: Engine, how: str) -> None:
+    """SQLite's ON CONFLICT REPLACE of a constraint does with every INSERT what OR REPLACE does with one."""
+    options: dict[str, Any] = {
+        "primary key": {"sqlite_on_conflict_primary_key": "REPLACE"},
+        "unique": {"sqlite_on_conflict_unique": "replace", "unique": True},
+    }
+    key = options.get(how, {})
+    constraints = {
+        "constraint": [UniqueConstraint("id", "code", sqlite_on_conflict="REPLACE")],
+        "unique of the tenant": [UniqueConstraint("org", "code", sqlite_on_conflict="REPLACE")],
+    }
+    bed = Table(
+        "bed",
+        MetaData(),
+        Column("id", Integer, primary_key=True, **(key if how == "primary key" else {})),
+        Column("code", Integer, **(key if how == "unique" else {})),
+        Column("org", String(9)),
+        *constraints.get(how, []),
+        info={"byok_tenant": "org"},
+    )
+    bed.create(engine)
+    with byok.tenant("t1"), engine.begin() as connection:
+        if how == "unique of the tenant":
+            connection.execute(insert(bed), {"id": 1, "code": 1, "org": "t1"})
+            return
+        with pytest.raises(UnsupportedQueryError, match="REPLACE"):
+            connection.execute(insert(bed), {"id": 1, "code": 1, "org": "t1"})
+
+
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+def test_update_of_several_tables_is_held_in_each(byok: Byok, data: Engine) -> None:
+    """MariaDB's sets columns of a table that is not the statement's own."""
+    with Session(data) as session:
+        session.add_all([Free(id=1), Free(id=2)])
+        session.commit()
+    before = rows_of(data)
+    both = update(F).where(F.c.id == R.c.id, R.c.id == 2)
+    with byok.session("t1", data) as session:
+        session.execute(both.values({F.c.org_id: "x", R.c.id: 77}))
+        with pytest.raises(TenantMismatchError):
+            session.execute(both.values({F.c.org_id: "t2", R.c.org_id: "t2"}))
+        session.commit()
+    assert rows_of(data) == before
+    with Session(data) as session, pytest.raises(NoTenantError):
+        session.execute(both.values({F.c.org_id: "x", R.c.id: 77}))
+
+
+def test_the_column_is_known_by_its_name_however_it_is_given(byok: Byok, data: Engine) -> None:
+    """SQLAlchemy goes by the key's name, whatever object it is; so does the check."""
+    before = rows_of(data)
+    for key in (column("org_id"), table("x", column("org_id")).c.org_id, R.c.org_id, Room.org_id):
+        for statement in (
+            update(R).values({key: "t2"}),
+            update(R).ordered_values((key, "t2")),
+            insert(R).values({"id": 9, key: "t2"}),
+        ):
+            with byok.session("t1", data) as session, pytest.raises(TenantMismatchError):
+                session.execute(statement)
+    assert rows_of(data) == before
+
+
+def test_an_onupdate_of_the_column_is_checked(byok: Byok, engine: Engine) -> None:
+    """What a Python function sets it to in an UPDATE is looked at as a default is."""
+    table_ = Table(
+        "shift",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("note", String(9)),
+        Column("org", String(9), onupdate=lambda: turn),
+        info={"byok_tenant": "org"},
+    )
+    table_.create(engine)
+    global turn
+    with byok.tenant("t1"), engine.begin() as connection:
+        connection.execute(insert(table_), {"id": 1, "org": "t1"})
+        connection.execute(update(table_).values(note="x"))
+        turn = "t2"
+        try:
+            with pytest.raises(TenantMismatchError):
+                connection.execute(update(table_).values(note="y"))
+        finally:
+            turn = "t1"
+        assert connection.execute(select(table_.c.org, table_.c.note)).all() == [("t1", "x")]
 
 
 async def test_flushes_and_statements_under_asyncio(abyok: Byok, async_engine: AsyncEngine) -> None:

@@ -21,7 +21,9 @@ from sqlalchemy import (
     Sequence,
     String,
     Table,
+    Text,
     TypeDecorator,
+    Unicode,
     UniqueConstraint,
     func,
     insert,
@@ -30,13 +32,15 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, ExcludeConstraint
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, declared_attr, mapped_column
 from sqlalchemy.schema import CreateIndex
 
-from sqla_byok import Byok, Encrypted
+from sqla_byok import Byok, Encrypted, hash_index
 from sqla_byok.errors import DeclarationError, UnsupportedQueryError
+from sqla_byok.normalize import casefold
 
 
 def searchable(**options: Any) -> Encrypted[str]:
@@ -258,6 +262,51 @@ def test_normalized_values_collide(byok: Byok, engine: Engine) -> None:
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
+class Collated(TypeDecorator[str]):
+    impl = String(20, collation="NOCASE")
+    cache_ok = True
+
+
+class CIText(Text):
+    """As packages for PostgreSQL's citext have it."""
+
+
+class IgnoresCase(TypeDecorator[str]):
+    impl = String(20)
+    cache_ok = True
+
+    class comparator_factory(TypeDecorator.Comparator[str]):  # noqa: N801 - SQLAlchemy's name
+        def __eq__(self, other: Any) -> Any:
+            return func.lower(self.expr) == func.lower(other)
+
+
+class Geometry(String):
+    """The database makes something else of its values, as PostGIS does."""
+
+    def bind_expression(self, bindvalue: Any) -> Any:
+        return func.ST_GeomFromText(bindvalue)
+
+
+class Shown(TypeDecorator[str]):
+    impl = String(20)
+    cache_ok = True
+
+    def column_expression(self, column: Any) -> Any:
+        return func.upper(column)
+
+
+class AroundShown(TypeDecorator[str]):
+    impl = Shown
+    cache_ok = True
+
+
+class Trimmed(String):
+    """Converts by a processor, and not by a TypeDecorator's method."""
+
+    def bind_processor(self, dialect: Any) -> Any:
+        return str.strip
+
+
 class Inside(TypeDecorator[str]):
     impl = Encrypted(String(20))
     cache_ok = True
@@ -273,6 +322,10 @@ def beside(*items: Any, type_: Any = None) -> Callable[[], Table]:
 
 def then(change: Callable[[Table], Any], *items: Any) -> Callable[[], Any]:
     return lambda: change(patient(Column("mrn", searchable()), *items))
+
+
+def encrypted_in(**options: Any) -> Callable[[], Table]:
+    return lambda: patient(Column("mrn", searchable()), **options)
 
 
 NOT_SEARCHABLE = Encrypted(String(20))
@@ -349,6 +402,132 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ExcludeConstraint, object": (
         then(lambda t: t.append_constraint(ExcludeConstraint((t.c.mrn, "=")))),
         "ExcludeConstraint",
+    ),
+    "ExcludeConstraint, expression": (
+        then(lambda t: t.append_constraint(ExcludeConstraint((func.lower(t.c.mrn), "=")))),
+        "ExcludeConstraint",
+    ),
+    "ExcludeConstraint, text": (
+        beside(lambda: ExcludeConstraint((text("lower(mrn)"), "="))),
+        "ExcludeConstraint",
+    ),
+    "ExcludeConstraint, WHERE": (
+        beside(lambda: ExcludeConstraint(("org", "="), where=text("mrn > 'A'"))),
+        "ExcludeConstraint",
+    ),
+    "ExcludeConstraint before the column": (
+        lambda: patient(ExcludeConstraint((text("lower(mrn)"), "=")), Column("mrn", searchable())),
+        "ExcludeConstraint",
+    ),
+    "predicate of an index": (
+        beside(lambda: Index("i", "org", postgresql_where=text("mrn <> 'x'"))),
+        "Index",
+    ),
+    "predicate of an index, sqlite": (
+        beside(lambda: Index("i", "org", sqlite_where=text('"MRN" > 3'))),
+        "Index",
+    ),
+    "predicate of an index, object": (
+        then(lambda t: Index("i", t.c.org, postgresql_where=t.c.mrn == "x")),
+        "Index",
+    ),
+    "predicate of an index on the column": (
+        then(lambda t: Index("i", t.c.mrn, unique=True, sqlite_where=func.length(t.c.mrn) > 3)),
+        "Index",
+    ),
+    "predicate of an index before the column": (
+        lambda: patient(Index("i", "org", postgresql_where=text("mrn = 'x'")), Column("mrn", searchable())),
+        "Index",
+    ),
+    "predicate of an index before a late column": (
+        lambda: patient(Index("i", "org", mssql_where=text("[mrn] = 'x'"))).append_column(
+            Column("mrn", searchable())
+        ),
+        "Index",
+    ),
+    "functional index before the column": (
+        lambda: patient(Index("i", text("lower(mrn)")), Column("mrn", searchable())),
+        "Index",
+    ),
+    "functional index of a column that is not searchable": (
+        beside(lambda: Index("i", func.lower(text("mrn"))), type_=Encrypted(String(20))),
+        "Index",
+    ),
+    "operator class": (
+        then(lambda t: Index("i", t.c.mrn, postgresql_ops={"mrn": "text_pattern_ops"})),
+        "Index",
+    ),
+    "prefix of an index": (beside(lambda: Index("i", "mrn", mysql_length={"mrn": 10})), "Index"),
+    "prefix of every column of an index": (beside(lambda: Index("i", "mrn", mariadb_length=10)), "Index"),
+    "prefix in text": (beside(lambda: Index("i", text("mrn(10)"))), "Index"),
+    "full text": (beside(lambda: Index("i", "mrn", mysql_prefix="FULLTEXT")), "Index"),
+    "computed from it": (
+        beside(lambda: Column("size", Integer, Computed("length(mrn)"))),
+        "Computed",
+    ),
+    "computed from it, persisted": (
+        beside(lambda: Column("upper", String, Computed("upper(`mrn`)", persisted=True))),
+        "Computed",
+    ),
+    "computed from it, before": (
+        lambda: patient(Column("size", Integer, Computed("length(mrn)")), Column("mrn", searchable())),
+        "Computed",
+    ),
+    "computed from it, late": (
+        then(lambda t: t.append_column(Column("size", Integer, Computed(func.length(t.c.mrn))))),
+        "Computed",
+    ),
+    "default of another column": (
+        beside(lambda: Column("upper", String, server_default=text("(upper(mrn))"))),
+        "DefaultClause",
+    ),
+    "default of another column, before": (
+        lambda: patient(
+            Column("upper", String, server_default=func.upper(text("mrn"))), Column("mrn", searchable())
+        ),
+        "DefaultClause",
+    ),
+    "SQL default of another column": (
+        beside(lambda: Column("upper", String, default=func.upper(text("mrn")))),
+        "ColumnElementColumnDefault",
+    ),
+    "SQL onupdate of another column": (
+        then(lambda t: t.append_column(Column("copy", String, onupdate=func.upper(t.c.mrn)))),
+        "ColumnElementColumnDefault",
+    ),
+    "partition key": (encrypted_in(postgresql_partition_by="LIST (mrn)"), "PartitionKey"),
+    "partition key, MySQL": (encrypted_in(mysql_partition_by="KEY(`mrn`)"), "PartitionKey"),
+    "a collation": (lambda: Encrypted(String(collation="NOCASE"), searchable=True), "'NOCASE'"),
+    "a collation that may ignore something": (
+        lambda: Encrypted(Unicode(9, collation="de_DE"), searchable=True),
+        "normalize=",
+    ),
+    "a collation of a dialect's type": (
+        lambda: Encrypted(mysql.VARCHAR(9, collation="utf8mb4_general_ci"), searchable=True),
+        "normalize=",
+    ),
+    "a collation of CHAR": (
+        lambda: Encrypted(mysql.CHAR(9, collation="latin1_swedish_ci"), searchable=True),
+        "normalize=",
+    ),
+    "a collation within a type": (lambda: Encrypted(Collated, searchable=True), "normalize="),
+    "a collation of a variant": (
+        lambda: Encrypted(
+            String(9).with_variant(mysql.VARCHAR(9, collation="utf8_bin_ci"), "mysql"), searchable=True
+        ),
+        "normalize=",
+    ),
+    "CITEXT": (lambda: Encrypted(postgresql.CITEXT(), searchable=True), "ignores case"),
+    "CIText of a package": (lambda: Encrypted(CIText, searchable=True), "ignores case"),
+    "a comparator": (lambda: Encrypted(IgnoresCase, searchable=True), "its own comparator"),
+    "bind_expression": (lambda: Encrypted(Geometry), "bind_expression"),
+    "column_expression": (lambda: Encrypted(Shown), "column_expression"),
+    "column_expression within a type": (lambda: Encrypted(AroundShown), "column_expression"),
+    "a processor": (lambda: Encrypted(Trimmed), "processors of its own"),
+    "a set": (lambda: Encrypted(mysql.SET("a", "b")), "cannot wrap SET"),
+    "a variant of another kind": (
+        lambda: Encrypted(String(9).with_variant(Integer(), "sqlite")),
+        "takes other values",
     ),
     "with_variant": (lambda: searchable().with_variant(String(20), "sqlite"), "with_variant"),
     "a variant": (encrypted(type_=String(20).with_variant(searchable(), "sqlite")), "as a variant"),
@@ -510,6 +689,151 @@ def test_constraints_on_other_columns_stay_as_they_are(byok: Byok, engine: Engin
     with engine.connect() as connection:
         assert connection.scalar(select(func.count()).select_from(table)) == 1
     assert "patient" in inspect(engine).get_table_names()
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        String(9, collation="NOCASE"),
+        postgresql.CITEXT(),
+        mysql.VARCHAR(9, collation="utf8mb4_general_ci"),
+        Collated(),
+        IgnoresCase(),
+        CIText(),
+    ],
+)
+def test_a_type_that_compares_otherwise_may_be_stored(inner: Any) -> None:
+    """It is only the search that has another rule: without one, with a normalizer, or by a hash_index it may stand."""
+    patient(Column("mrn", Encrypted(inner)))
+    patient(Column("mrn", Encrypted(inner, searchable=True, normalize=casefold), unique=True))
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Person(Base):
+        __tablename__ = "person"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        nick: Mapped[str] = mapped_column(Encrypted(inner))
+        by_nick = hash_index("nick", transform=casefold)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        String(9, collation="C"),
+        mysql.VARCHAR(9, collation="utf8mb4_bin"),
+        mysql.VARCHAR(9, binary=True),
+        String(9, collation="BINARY"),
+        Unicode(9),
+    ],
+)
+def test_a_type_that_compares_exactly_is_searchable_as_it_is(inner: Any) -> None:
+    """Hashes are exact too."""
+    patient(Column("mrn", Encrypted(inner, searchable=True), unique=True))
+
+
+def test_what_the_database_may_evaluate_stays(byok: Byok, engine: Engine) -> None:
+    """NULL tests are right on ciphertext; other columns, functions of the name and covering columns are no reason."""
+    table = patient(
+        Column("mrn", searchable(), unique=True),
+        Column("length", Encrypted(Integer)),
+        Column("size", Integer, Computed("length(org)", persisted=True)),
+        Column("kind", String(9), server_default=text("'mrn'"), onupdate=func.lower("MRN")),
+        Column("mode", String(9), server_default="mrn"),
+        CheckConstraint("mrn IS NOT NULL OR org IS NULL", name="given"),
+        CheckConstraint("""org <> '"mrn" > 3'""", name="text"),
+        Index(
+            "partial",
+            "mrn",
+            postgresql_where=text('"mrn" is not null'),
+            sqlite_where=text("patient.mrn IS NOT NULL"),
+        ),
+    )
+    Index("of_objects", table.c.org, postgresql_where=table.c.mrn.is_not(None), postgresql_include=["mrn"])
+    table.append_constraint(CheckConstraint(table.c.mrn.is_(None) | (table.c.org != "x"), name="objects"))
+    assert over(table)[1].count((["mrn_hash"], False)) == 1
+    copy = table.to_metadata(MetaData())
+    for one in (table, copy):
+        one.create(engine)
+        with byok.tenant("t1"), engine.begin() as connection:
+            connection.execute(insert(one).values(org="bern", mrn="A-1", length=3))
+            assert connection.execute(select(one.c.mrn, one.c.size)).all() == [("A-1", 4)]
+        with pytest.raises(DatabaseError), byok.tenant("t1"), engine.begin() as connection:
+            connection.execute(insert(one).values(org="bern", mrn=None))
+        one.drop(engine)
+
+
+@pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("how", ["column", "constraint"])
+def test_what_sqlite_does_on_conflict_moves_along(byok: Byok, engine: Engine, how: str) -> None:
+    """unique=True moves to the hash with what was said of its conflicts, however it was said."""
+    if how == "column":
+        table = patient(Column("mrn", searchable(), unique=True, sqlite_on_conflict_unique="IGNORE"))
+    else:
+        table = patient(
+            Column("mrn", searchable()), UniqueConstraint("mrn", "org", sqlite_on_conflict="IGNORE")
+        )
+    table.create(engine)
+    with byok.tenant("t1"), engine.begin() as connection:
+        for _ in range(2):
+            connection.execute(insert(table).values(org="bern", mrn="A-1"))
+        assert connection.scalars(select(table.c.mrn)).all() == ["A-1"]
+
+
+@pytest.mark.parametrize("sync_url", ["postgresql"], indirect=True)
+def test_nulls_that_are_not_distinct_move_along(byok: Byok, engine: Engine) -> None:
+    """NULL has no hash, so two of them collide there as they would in plaintext."""
+    with engine.connect() as connection:
+        if connection.dialect.server_version_info < (15,):  # type: ignore[operator]
+            pytest.skip("PostgreSQL before 15 has no NULLS NOT DISTINCT")
+    table = patient(Column("mrn", searchable()), UniqueConstraint("mrn", postgresql_nulls_not_distinct=True))
+    table.create(engine)
+    with byok.tenant("t1"), engine.begin() as connection:
+        connection.execute(insert(table).values(mrn=None))
+        with pytest.raises(IntegrityError):
+            connection.execute(insert(table).values(mrn=None))
+
+
+def test_refusals_hold_in_mixins_and_classes() -> None:
+    """A mixin's computed column and __table_args__ meet the encrypted column of the class, and the reverse."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Sized:
+        size: Mapped[int] = mapped_column(Computed("length(mrn)"))
+
+    class Coded:
+        mrn: Mapped[str] = mapped_column(searchable())
+
+    def first() -> None:
+        class Visit(Sized, Base):
+            __tablename__ = "visit"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            mrn: Mapped[str] = mapped_column(searchable())
+
+    def second() -> None:
+        class Stay(Coded, Base):
+            __tablename__ = "stay"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            size: Mapped[int] = mapped_column(Computed("length(mrn)"))
+
+    def third() -> None:
+        class Bed(Coded, Base):
+            __tablename__ = "bed"
+            __table_args__ = (Index("by_id", "id", sqlite_where=text("mrn > 'x'")),)
+            id: Mapped[int] = mapped_column(primary_key=True)
+
+    def fourth() -> None:
+        class Ward(Coded, Base):
+            __tablename__ = "ward"
+            id: Mapped[int] = mapped_column(primary_key=True)
+
+        Index("late", Ward.id, postgresql_where=Ward.mrn == "x")
+
+    for declare in (first, second, third, fourth):
+        with pytest.raises(DeclarationError, match=r"\.mrn: (Computed|Index) cannot hold"):
+            declare()
 
 
 def test_explicit_id_may_be_shared_between_tables_only() -> None:

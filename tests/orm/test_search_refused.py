@@ -389,3 +389,45 @@ def test_a_comparison_older_than_its_table_takes_the_salt_of_its_column(engine: 
         )
         assert connection.scalars(select(table.c.id).where(wanted)).all() == [1]
         assert connection.scalars(select(table.c.id).where(listed).order_by(table.c.id)).all() == [1, 3]
+
+
+@pytest.mark.parametrize("column", [P.mrn, P.name, P.__table__.c.mrn])
+def test_what_ignores_case_is_refused_with_the_way_to_do_it(column: Any) -> None:
+    """ilike() and its kin name normalize=casefold; what does not ignore case does not."""
+    for name in ("ilike", "not_ilike", "icontains", "istartswith", "iendswith"):
+        with pytest.raises(UnsupportedQueryError, match="normalize=casefold"):
+            getattr(column, name)("a")
+    for name in ("like", "is_distinct_from", "startswith"):
+        with pytest.raises(UnsupportedQueryError) as raised:
+            getattr(column, name)("a")
+        assert "casefold" not in str(raised.value)
+
+
+@pytest.mark.parametrize("function", [func.lower, func.upper])
+@pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
+def test_lower_and_upper_are_refused_with_the_way_to_do_it(byok: Byok, engine: Engine, function: Any) -> None:
+    """The usual way to ignore case in SQL is told what takes its place."""
+    for where in (
+        function(P.mrn) == "a",
+        function(P.mrn).in_(["a"]),
+        function(P.name) == func.lower(P.plain),
+    ):
+        with byok.session("t1", engine) as session, pytest.raises(UnsupportedQueryError) as raised:
+            session.execute(select(P.id).where(where))
+        assert "normalize=casefold" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        type_coerce(null(), P.__table__.c.mrn.type),
+        case((P.id == 1, P.mrn)),
+        func.coalesce(P.mrn, P.mrn, type_=P.__table__.c.mrn.type),
+    ],
+    ids=["type_coerce", "case", "coalesce"],
+)
+def test_a_column_without_a_name_is_not_named(expression: Any) -> None:
+    """A subquery of an expression has no hash column of a name that could be told."""
+    for other in (select(expression).subquery().c[0], select(expression.label("x")).subquery().c.x):
+        with pytest.raises(UnsupportedQueryError, match="select its hash column there too"):
+            str(select(P.id).where(P.mrn == other))

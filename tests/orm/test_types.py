@@ -2,6 +2,7 @@
 
 import enum
 import json
+import warnings
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -55,7 +56,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_byok import Byok, Encrypted
+from sqla_byok import Byok, Encrypted, LeakWarning
 from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError
 from sqla_byok.kms import Kms
 from sqla_byok.normalize import casefold
@@ -316,7 +317,7 @@ def test_any_value_round_trips(pad_to: int | None, byok: Byok, engine: Engine) -
 
 
 def test_json_null_and_none(byok: Byok, engine: Engine) -> None:
-    """None is SQL NULL; JSON.NULL is an encrypted null, which reads as None."""
+    """JSON's own rules: None is JSON's null, or NULL with none_as_null; unset and null() are NULL; all read as None."""
 
     class Base(DeclarativeBase):
         pass
@@ -324,26 +325,62 @@ def test_json_null_and_none(byok: Byok, engine: Engine) -> None:
     class Note(Base):
         __tablename__ = "note"
         id: Mapped[int] = mapped_column(primary_key=True)
+        plain: Mapped[Any] = mapped_column(JSON, nullable=True)
         body: Mapped[Any] = mapped_column(Encrypted(JSON), nullable=True)
+        as_null: Mapped[Any] = mapped_column(Encrypted(JSON(none_as_null=True)), nullable=True)
 
     Base.metadata.create_all(engine)
+    table: Any = Note.__table__
+    given = [None, JSON.NULL, ..., null(), {}]
+    rows = [{} if value is ... else {"plain": value, "body": value, "as_null": value} for value in given]
     with byok.session("t1", engine) as session:
-        session.add_all([Note(body=None), Note(body=JSON.NULL), Note(), Note(body=null()), Note(body={})])
+        session.add_all([Note(**row) for row in rows])
+        session.flush()
+        for row in rows:
+            session.execute(insert(Note), [row])
+            session.execute(insert(table).values(**row))
+            session.connection().execute(insert(table), [row])
+        updated = Note(body={}, plain={}, as_null={})
+        session.add(updated)
         session.commit()
-        raw = type_coerce(Note.__table__.c.body, LargeBinary)
-        assert session.scalars(select(Note.body).order_by(Note.id)).all() == [None, None, None, None, {}]
-        assert session.scalars(select(raw.is_(None)).order_by(Note.id)).all() == [
-            True,
-            False,
-            True,
-            True,
-            False,
+        updated.body = updated.plain = updated.as_null = None
+        session.commit()
+        found = session.execute(select(Note.body, Note.as_null).order_by(Note.id)).all()
+        documents = [row[0] for row in found]
+        assert [one for one in documents if one is not None] == [{}] * 4
+        raw = [type_coerce(table.c[key], LargeBinary).is_(None) for key in ("body", "as_null")]
+        stored = session.execute(select(Note.plain.is_(None), *raw).order_by(Note.id)).all()
+        assert [body for _, body, _ in stored] == [plain for plain, _, _ in stored]
+        assert [row[2] for row in stored[:5]] == [True, False, True, True, False]
+        assert tuple(stored[-1]) == (False, False, True)
+
+
+def test_a_type_that_evaluates_none_is_given_it(byok: Byok, engine: Engine) -> None:
+    """evaluates_none(), of the type inside or of Encrypted itself: a default does not take the place of a None."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Note(Base):
+        __tablename__ = "note"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        inner: Mapped[str | None] = mapped_column(Encrypted(String(9).evaluates_none()), default="x")
+        outer: Mapped[str | None] = mapped_column(
+            Encrypted(String(9), searchable=True).evaluates_none(), default="x"
+        )
+        plain: Mapped[str | None] = mapped_column(Encrypted(String(9)), default="x")
+
+    Base.metadata.create_all(engine)
+    assert Note.__table__.c.outer.type.column_id == "note.outer"
+    with byok.session("t1", engine) as session:
+        session.add(Note(inner=None, outer=None, plain=None))
+        session.add(Note())
+        session.commit()
+        assert session.execute(select(Note.inner, Note.outer, Note.plain).order_by(Note.id)).all() == [
+            (None, None, "x"),
+            ("x", "x", "x"),
         ]
-        assert session.scalars(select(Note.id).where(Note.body.is_(None)).order_by(Note.id)).all() == [
-            1,
-            3,
-            4,
-        ]
+        assert session.scalars(select(Note.id).where(Note.outer == "x")).all() == [2]
 
 
 @on_sqlite
@@ -524,7 +561,7 @@ UNFIT: dict[str, tuple[Any, Any, str]] = {
     "too many decimals": (Numeric(10, 2), Decimal("4711.4711"), "at most 2 decimals"),
     "too many digits": (Numeric(5, 2), Decimal("47114711.5"), "has more digits than NUMERIC(5, 2) holds"),
     "str for date": (Date, "1815-12-10", "expects date, got str"),
-    "datetime for date": (Date, datetime(1815, 12, 10), "expects date, got datetime"),  # noqa: DTZ001
+    "datetime for date": (Date, datetime(1815, 12, 10, 1), "whose time or zone would be lost"),  # noqa: DTZ001
     "zone for naive": (DateTime, datetime(1815, 12, 10, tzinfo=EAST), "expects a datetime without zone"),
     "naive for zone": (DateTime(timezone=True), datetime(1815, 12, 10), "with a zone"),  # noqa: DTZ001
     "unknown name": (Enum("a", "b", name="letters"), SECRET, "is none of the enum's names"),
@@ -900,6 +937,38 @@ def test_rendered_literals_carry_no_value() -> None:
         rendered = str(statement.compile(compile_kwargs={"literal_binds": True}))
         assert SECRET not in rendered
         assert "NOT RENDERED" in rendered
+
+
+@pytest.mark.parametrize("type_", [Boolean, Enum("a", "b", name="letters"), Enum(Color)])
+def test_a_searchable_column_of_few_values_warns(type_: Any) -> None:
+    """Frequencies give its values away; the warning names the leak, and nothing else warns."""
+    with pytest.warns(LeakWarning, match="frequencies") as caught:
+        Encrypted(type_, searchable=True)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Encrypted(type_)
+        Encrypted(String(3), searchable=True)
+        warnings.simplefilter("ignore", LeakWarning)
+        Encrypted(type_, searchable=True)
+
+
+@on_sqlite
+def test_a_variant_of_the_inner_type_holds_on_its_dialect(byok: Byok, engine: Engine) -> None:
+    """JSON().with_variant(JSONB) and the like are common, and wrap as the type itself; so does another length."""
+    table = Table(
+        "t",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("body", Encrypted(JSON().with_variant(postgresql.JSONB(), "postgresql"))),
+        Column("name", Encrypted(String(3).with_variant(String(5), "sqlite"))),
+    )
+    table.create(engine)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table).values(body=[1], name="abcde"))
+        assert session.execute(select(table.c.body, table.c.name)).all() == [([1], "abcde")]
+        with pytest.raises(EncodeError, match="at most 5"):
+            session.execute(insert(table).values(name="abcdef"))
 
 
 @on_sqlite

@@ -27,6 +27,7 @@ from sqlalchemy import (
     bindparam,
     create_engine,
     event,
+    func,
     insert,
     lambda_stmt,
     literal,
@@ -537,3 +538,77 @@ def test_what_the_guard_reads_of_other_statements() -> None:
     )
     (conflict,) = upstream.conflicts(upsert)
     assert len(upstream.conflict_criteria(conflict)) == 2
+
+
+def test_a_where_can_be_narrowed_whatever_stands_in_it() -> None:
+    """A criterion holds beside an OR in a text, in UPDATE, DELETE and both kinds of upsert."""
+    id_, or_text = table.c.id, text("a OR b")
+    for dml in (table.delete(), table.update().values(a="x")):
+        assert str(upstream.with_criterion(dml, id_ == 1)).split("WHERE")[1] == " t.id = :id_1"
+        narrowed = upstream.with_criterion(dml.where(or_text).where(table.c.b == "y"), id_ == 1)
+        assert str(narrowed).split("WHERE")[1] == " (a OR b AND t.b = :b_1) AND t.id = :id_1"
+    for module in (postgresql, sqlite):
+        upsert = module.insert(table).values(id=1)
+        upsert = upsert.on_conflict_do_update(index_elements=["id"], set_={"a": "x"}, where=or_text)
+        held = upstream.with_conflicts(
+            upsert, [upstream.held_to(one, id_, id_ == 1) for one in upstream.conflicts(upsert)]
+        )
+        assert (
+            str(held.compile(dialect=module.dialect())).split("WHERE")[1].startswith(" (a OR b) AND t.id = ")
+        )
+    replaced = mysql.insert(table).values(id=1).on_duplicate_key_update(a="x", b=table.c.a)
+    held = upstream.with_conflicts(
+        replaced, [upstream.held_to(one, id_, id_ == 1) for one in upstream.conflicts(replaced)]
+    )
+    assert str(held.compile(dialect=mysql.dialect())).split("UPDATE ")[1] == (
+        "a = CASE WHEN (t.id = VALUES(id)) THEN %s ELSE t.a END, "
+        "b = CASE WHEN (t.id = VALUES(id)) THEN t.a ELSE t.b END"
+    )
+
+
+def test_dml_is_found_within_a_statement(memory: Engine) -> None:
+    """In a CTE wherever it stands, also one that is nested; not the statement itself, nor where there is none."""
+    gone = table.delete().returning(table.c.id)
+    within = [
+        select(gone.cte()),
+        select(select(gone.cte(nesting=True)).subquery()),
+        select(literal(1)).add_cte(gone.cte()),
+        table.insert().from_select(["id"], select(gone.cte())),
+        select(Animal).from_statement(select(animal).add_cte(gone.cte())),
+    ]
+    for statement in within:
+        compiled = statement.compile(dialect=postgresql.dialect())
+        assert list(upstream.dml_within(compiled)) == [gone]
+    for statement in (gone, select(table), select(Animal).from_statement(insert(Animal).returning(Animal))):
+        compiled = statement.compile(dialect=postgresql.dialect())
+        assert list(upstream.dml_within(compiled)) == []
+
+
+def test_the_statement_of_from_statement_is_found_and_replaced() -> None:
+    """What makes objects of an INSERT is looked at as the INSERT."""
+    inner = insert(Animal).values(kind="animal").returning(Animal)
+    outer = select(Animal).from_statement(inner)
+    assert upstream.dml_of(outer) is inner
+    assert upstream.dml_of(inner) is inner
+    other = inner.values(name="x")
+    assert upstream.dml_of(upstream.with_dml(outer, other)) is other
+    assert upstream.dml_of(outer) is inner
+    assert upstream.with_dml(inner, other) is other
+
+
+def test_prefixes_of_a_dialect_are_told() -> None:
+    """OR REPLACE for one dialect is none on another."""
+    statement = table.insert().prefix_with("OR IGNORE").prefix_with("OR REPLACE", dialect="sqlite")
+    assert upstream.prefixes(statement, "sqlite") == ["OR IGNORE", "OR REPLACE"]
+    assert upstream.prefixes(statement, "postgresql") == ["OR IGNORE"]
+
+
+def test_expressions_of_an_exclusion_and_variants_of_a_type_are_told() -> None:
+    """They stand under names that SQLAlchemy does not document."""
+    expression, where = func.lower(text("a")), text("b > 1")
+    found = upstream.excluded(postgresql.ExcludeConstraint((expression, "="), ("b", "="), where=where))
+    assert [str(one) for one in found] == ["lower(a)", "b > 1"]
+    assert upstream.excluded(UniqueConstraint("a")) == []
+    variant = String(5)
+    assert upstream.variants(String(3).with_variant(variant, "sqlite")) == {"sqlite": variant}
+    assert upstream.variants(String(3)) == {}
