@@ -62,7 +62,7 @@ from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
 from sqla_byok.orm.constructs import is_own, parts_held
-from sqla_byok.orm.namesakes import Naming
+from sqla_byok.orm.namesakes import Naming, protected_in
 from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in
 from sqla_byok.orm.types import Encrypted, SearchHash
 
@@ -178,6 +178,7 @@ _BIND = _Why(
 )
 
 
+_EXPRESSIONS = (ClauseElement, tuple)
 _COMPARISONS = (_COMPARED, _TUPLE, _CASE, _HASH)
 
 
@@ -334,6 +335,10 @@ class _Scope(NamedTuple):
     grows: bool = False  # UPDATE and DELETE take in the tables of the columns that they name
 
 
+def _nothing(name: str) -> upstream.Named:
+    return upstream.Named([], [])
+
+
 class _Text(NamedTuple):
     """A piece of text, or the name of a column without a table."""
 
@@ -388,8 +393,9 @@ class _Walk:
         syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
         for piece in self._texts:
             names = {Name(piece.text)} if piece.column else columns_in(piece.text, syntax)
+            alone = piece.column or not tables_in(piece.text, syntax, fragment=True)
             for name in sorted(names, key=str):
-                if (type_ := self._meant_by(name, piece.scopes)) is not None:
+                if (type_ := self._meant_by(name, piece.scopes, alone)) is not None:
                     self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
 
     def tables_in_texts(self) -> Iterator[str]:
@@ -401,8 +407,12 @@ class _Walk:
                     if self._naming.protected(*name, anywhere=True):
                         yield name.name
 
-    def _meant_by(self, name: Name, scopes: tuple[_Scope, ...]) -> Any:
-        """The type of the encrypted column that a name means in a text; None where it means something else."""
+    def _meant_by(self, name: Name, scopes: tuple[_Scope, ...], alone: bool) -> Any:
+        """The type of the encrypted column that a name means in a text; None where it means something else.
+
+        :param alone: the text has no FROM of its own, so that what stands before the name is of the statement, such
+            as ``excluded`` or an alias that SQLAlchemy names.
+        """
         column, unnamed = self._naming.column(name.name), None
         for scope in reversed(scopes):
             known = [self._named_columns(source) for source in _flat(scope.froms)]
@@ -412,7 +422,7 @@ class _Walk:
                 if name.before is None or (called or "").lower() == name.before.lower():
                     if column in columns and (columns[column] is not None or name.before is not None):
                         return columns[column]
-                elif called is None:
+                elif alone or called is None:
                     unnamed = unnamed or columns.get(column)
             if name.before is None and any(column in columns for _, columns in known):
                 return None  # a column of a table nearer by
@@ -420,8 +430,7 @@ class _Walk:
 
     def _named_columns(self, source: Any) -> tuple[str | None, dict[str, Any]]:
         """The name of a FROM, None where SQLAlchemy makes one up, and its columns with the types of the encrypted."""
-        columns = self._columns_by_name(getattr(source, "c", ()))
-        columns.update(self._protected(source))
+        columns = {**self._columns_by_name(getattr(source, "c", ())), **self._protected(source)}
         name = getattr(source, "name", None)
         return (None if upstream.is_made_up(name) else name), columns
 
@@ -448,7 +457,11 @@ class _Walk:
             seen[id(element)] = element
             if isinstance(element, BindParameter):
                 value = value or not isinstance(element.type, _OURS)
-            elif isinstance(element, True_ | False_) or _is_text(element):
+            elif (
+                isinstance(element, True_ | False_)
+                or _is_text(element)
+                or not isinstance(element, _EXPRESSIONS)
+            ):
                 value = True
             elif isinstance(element, ColumnClause) and self._type_of(element) is not None:
                 ciphertext = True
@@ -480,7 +493,9 @@ class _Walk:
             return {}
         known = self._tables.get(id(table))
         if known is None:
-            found = self._naming.protected(table.name, table.schema)
+            # A Table with encrypted columns of its own is a model, and says which they are.
+            knows = isinstance(table, Table) and next(protected_in(table), None) is not None
+            found = {} if knows else self._naming.protected(table.name, table.schema)
             known = self._tables[id(table)] = (table, found)
         return known[1]
 
@@ -504,8 +519,10 @@ class _Walk:
                 self.whole_texts.extend(f"TABLE {table.name}" for table in upstream.tables_of(piece))
             return
         lists = self.statement(statement, None)
+        self._scopes.append(_Scope(_nothing, list(upstream.targets(self._compiled))))
         for column in upstream.returned(self._compiled):
             self._returned(column)
+        self._scopes.pop()
         for position in zip(*lists, strict=False):
             types = {type_.column_id: type_ for column in position for type_ in _stored_types(column)}
             if len(types) > 1:
@@ -573,6 +590,7 @@ class _Walk:
                 or any(not _is_encrypted(column) and not _is_null(column) for column in position)
             ):
                 self._refuse(encrypted[0].type, _MIXED)
+                self._parts.append(position)
         if compound.keyword.name != "UNION_ALL":  # EXCEPT ALL and INTERSECT ALL compare rows too
             self._compared_rows(lists)
         order_by, group_by = upstream.ordering(compound)
@@ -646,7 +664,7 @@ class _Walk:
     # -- INSERT, UPDATE and DELETE ---------------------------------------------------------------------------------
 
     def _dml(self, dml: Any) -> None:
-        self._scopes.append(_Scope(lambda _: upstream.Named([], []), [dml.table], grows=True))
+        self._scopes.append(_Scope(_nothing, [dml.table], grows=True))
         self.source(dml.table)
         if not dml.is_delete:
             self._written(dml)
@@ -691,10 +709,9 @@ class _Walk:
     def _set(self, table: Any, key: Any, value: Any) -> None:
         """A value in SET or VALUES. What may be set on an encrypted column itself is the matter of ``fill``."""
         value = _element(value)
-        if not isinstance(key, str):
-            if isinstance(getattr(key, "type", None), _OURS):
-                return
-            self._unknowing(table, key)
+        if not isinstance(key, str) and isinstance(getattr(key, "type", None), _OURS):
+            return
+        self._unknowing(table, key)
         column = _column_of(table, getattr(key, "key", key))
         if isinstance(getattr(column, "type", None), _OURS):
             return
@@ -733,14 +750,14 @@ class _Walk:
 
     def _derived(self, source: Any) -> None:
         """An alias, a subquery, or what else a FROM is made of."""
+        for other in upstream.around(source):
+            self._part(other, _COMPUTED)
         # Its statement sees the enclosing ones, but not what it stands beside.
         scopes = self._scopes
         self._scopes = scopes if isinstance(source, Lateral) else scopes[:-1]
         restated = upstream.restated(source)
         if restated is not None:
             self.source(restated)
-        for other in upstream.around(source):
-            self._part(other, _COMPUTED)
         inner = getattr(source, "element", None)
         if isinstance(inner, FromClause) and not isinstance(inner, SelectBase | FunctionElement):
             self.source(inner)
@@ -1064,12 +1081,18 @@ def _is_null_test(element: Any) -> bool:
     )
 
 
+def _but_columns(elements: Iterable[Any]) -> list[Any]:
+    return [element for element in elements if not isinstance(_bare(element), ColumnClause | Null)]
+
+
 def _made_of(element: Any) -> Iterable[Any]:
     """The parts that an expression's values come from, through subqueries too; not what is only tested or counted."""
     if isinstance(element, tuple):
         return element
-    if isinstance(element, HashComparison | Exists) or _is_null_test(element):
+    if isinstance(element, HashComparison | Exists):
         return ()
+    if _is_null_test(element):
+        return _but_columns((element.left, element.right))
     if isinstance(element, ColumnClause):
         inner = getattr(element.table, "element", element.table)
         rows = upstream.rows_of_values(inner) if upstream.has_rows(inner) else ()
@@ -1077,11 +1100,13 @@ def _made_of(element: Any) -> Iterable[Any]:
         return (*upstream.proxied(element), *rows, *told)
     if isinstance(element, FunctionElement) and not is_own(element):
         name = str(getattr(element, "name", "")).lower()
+        if name == "count":
+            return _but_columns(element.clauses)
         places = _PLACES.get(name, ())
         return [
             argument
             for place, argument in enumerate(element.clauses)
-            if name != "count" and not (place in places and isinstance(argument.type, Integer))
+            if not (place in places and isinstance(argument.type, Integer))
         ]
     if isinstance(element, ScalarSelect | SelectBase):
         inner = _inner(element)

@@ -83,6 +83,7 @@ __all__ = [
     "selected_by",
     "tables_of",
     "target",
+    "targets",
     "text_of",
     "unique_columns",
     "values",
@@ -551,6 +552,12 @@ def returned(compiled: Any) -> Sequence[Any]:
     if not getattr(statement, "is_dml", False):
         return ()
     return (*getattr(statement, "_returning", ()), *(compiled.effective_returning or ()))
+
+
+def targets(compiled: Any) -> list[Any]:
+    """The table that a compiled INSERT, UPDATE or DELETE is for."""
+    statement = resolved(compiled.statement)
+    return [statement.table] if getattr(statement, "is_dml", False) else []
 
 
 def written(dml: Any, compiled: Any) -> set[Any]:
