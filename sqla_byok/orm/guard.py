@@ -479,24 +479,18 @@ class _Walk:
             return type_
         if not isinstance(element, ColumnClause):
             return None
-        table: Any = element.table
-        while isinstance(table, AliasedReturnsRows):
-            table = table.element
-        found = self._protected(table)
+        found = self._protected(element.table)
         return found.get(self._naming.column(element.name)) if found else None
 
-    def _protected(self, table: Any) -> dict[str, Any]:
-        """The types of the encrypted columns of a table of this name, by name."""
-        while isinstance(table, AliasedReturnsRows):
-            table = table.element
-        if not isinstance(table, TableClause):
-            return {}
-        known = self._tables.get(id(table))
+    def _protected(self, source: Any) -> dict[str, Any]:
+        """The types of the encrypted columns of a table by its name, where it or an alias of it does not tell them."""
+        known = self._tables.get(id(source))
         if known is None:
+            table, found = _origin(source), {}
             # A Table with encrypted columns of its own is a model, and says which they are.
-            knows = isinstance(table, Table) and next(protected_in(table), None) is not None
-            found = {} if knows else self._naming.protected(table.name, table.schema)
-            known = self._tables[id(table)] = (table, found)
+            if isinstance(table, TableClause) and not (isinstance(table, Table) and protected_in(table)):
+                found = self._naming.protected(table.name, table.schema)
+            known = self._tables[id(source)] = (source, found)
         return known[1]
 
     def _ciphertext(self, element: Any) -> Any:
@@ -782,7 +776,7 @@ class _Walk:
     def visit(self, element: Any, why: _Why | None) -> None:
         """Any expression."""
         element = _element(element)  # an attribute, as mysql.match() keeps it
-        if element is None:
+        if not isinstance(element, ClauseElement):
             return
         if isinstance(element, ColumnClause):
             self._column(element, why)
@@ -869,8 +863,7 @@ class _Walk:
             return
         self._open.add(id(element))
         for child in _children(element):
-            if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
-                self.visit(child, why)
+            self.visit(child, why)
         self._open.discard(id(element))
 
     def _column(self, column: Any, why: _Why | None) -> None:
@@ -1035,7 +1028,9 @@ def _is_null(element: Any) -> bool:
 
 def _element(value: Any) -> Any:
     """An attribute as the construct that it stands for."""
-    return value.__clause_element__() if hasattr(value, "__clause_element__") else value
+    if isinstance(value, ClauseElement) or not hasattr(value, "__clause_element__"):
+        return value  # to ask an expression for an attribute that it has not costs much
+    return value.__clause_element__()
 
 
 def _origin(table: Any) -> Any:

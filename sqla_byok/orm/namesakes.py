@@ -6,7 +6,7 @@ MetaData, or made by pandas. Tables are known for as long as they live, in the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -32,9 +32,9 @@ def _protect(_: Any, table: Any) -> None:
         _tables.setdefault(table.name.lower(), WeakSet()).add(table)
 
 
-def protected_in(table: Any) -> Iterator[Any]:
-    """The encrypted columns and hash columns of a FROM that says so itself."""
-    return (column for column in table.c if isinstance(column.type, _OURS))
+def protected_in(table: Any) -> list[Any]:
+    """The encrypted columns and hash columns of a table that says so itself."""
+    return [column for column in table.c if isinstance(column.type, _OURS)]
 
 
 class Naming(NamedTuple):
@@ -60,11 +60,11 @@ class Naming(NamedTuple):
 
     def column(self, name: str) -> str:
         """What is equal for two names of one column."""
-        return _spelled(name, self.columns)
+        return self._spelled(name, self.columns)
 
     def same_table(self, table: Table, name: str, schema: str | None) -> bool:
         """Whether a table is the one of this name and schema."""
-        if _spelled(table.name, self.tables) != _spelled(name, self.tables):
+        if self._spelled(table.name, self.tables) != self._spelled(name, self.tables):
             return False
         if table.schema == schema or not self.translated.isdisjoint((table.schema, schema)):
             return True
@@ -86,7 +86,7 @@ class Naming(NamedTuple):
             for column in protected_in(table)
         }
 
-
-def _spelled(name: str, case_counts: bool) -> str:
-    # A name that SQLAlchemy is told not to quote is folded by the database.
-    return name if case_counts and getattr(name, "quote", None) is not False else name.lower()
+    def _spelled(self, name: str, case_counts: bool) -> str:
+        # PostgreSQL, where case counts in all names, folds those that SQLAlchemy is told not to quote.
+        folded = self.columns and getattr(name, "quote", None) is False
+        return name if case_counts and not folded else name.lower()

@@ -566,7 +566,7 @@ def written(dml: Any, compiled: Any) -> set[Any]:
     columns = list(getattr(dml.table, "c", ()))
     for row in (row for group in multi_values(dml) for row in group):
         keys.update(row if isinstance(row, Mapping) else [column.key for column in columns[: len(row)]])
-    if dml.is_insert and not keys:
+    if dml.is_insert and not keys and compiled.column_keys is None:
         return {column.key for column in columns}  # all of them
     default = "default" if dml.is_insert else "onupdate"
     return keys.union(column.key for column in columns if getattr(column, default, None) is not None)
