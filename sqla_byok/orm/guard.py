@@ -18,7 +18,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import Dialect, Integer, Select, Table
+from sqlalchemy import BINARY, VARBINARY, Dialect, Integer, LargeBinary, Select, Table
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -188,6 +188,15 @@ _PLACES = {
     **dict.fromkeys(("left", "right", "lpad", "rpad", "repeat", "round", "lag", "lead", "nth_value"), (1,)),
     "split_part": (2,),
 }
+
+
+# What may be asked of bytes that a Table takes for bytes.
+_MEASURING = ("length", "octet_length", "bit_length")
+
+
+def _is_raw(element: Any) -> bool:
+    type_ = getattr(element, "type", None)
+    return isinstance(element, ColumnClause) and isinstance(type_, LargeBinary | BINARY | VARBINARY)
 
 
 def _function(name: str) -> _Why:
@@ -705,13 +714,14 @@ class _Walk:
         value = _element(value)
         if not isinstance(key, str) and isinstance(getattr(key, "type", None), _OURS):
             return
-        self._unknowing(table, key)
+        # A value that is given an encrypted column's type, for bytes of one's own, is meant.
+        if not (isinstance(value, BindParameter) and isinstance(value.type, _OURS)):
+            self._unknowing(table, key)
         column = _column_of(table, getattr(key, "key", key))
         if isinstance(getattr(column, "type", None), _OURS):
             return
         if column is not None and isinstance(key, ColumnElement) and not isinstance(key, ColumnClause):
             self._part(key, _COMPUTED)
-        # A value that is given an encrypted column's type, for bytes of one's own, is meant.
         if isinstance(value, ClauseElement) and not isinstance(value, BindParameter):
             self._part(value, _COPIED)
 
@@ -951,8 +961,9 @@ class _Walk:
         elif name == "coalesce":
             self._alternatives(list(function.clauses), why)
         else:
+            measures = name in _MEASURING
             for argument in function.clauses:
-                self.visit(argument, _function(name))
+                self.visit(argument, None if measures and _is_raw(argument) else _function(name))
 
     def _case(self, case: Any, why: _Why | None) -> None:
         if case.value is not None:

@@ -561,15 +561,26 @@ def targets(compiled: Any) -> list[Any]:
 
 
 def written(dml: Any, compiled: Any) -> set[Any]:
-    """The keys of the columns that an INSERT or UPDATE writes, those with a default in Python among them."""
-    keys = {key for key, _ in values(dml)}.union(select_names(dml), compiled.column_keys or ())
+    """The keys of the columns that an INSERT or UPDATE writes other values to than it was given by name.
+
+    Those of parameters, of a SELECT, of positional rows, and of defaults in Python.
+    """
     columns = list(getattr(dml.table, "c", ()))
+    given = {key for key, _ in values(dml)}
+    keys = {*select_names(dml), *(compiled.column_keys or ())}
     for row in (row for group in multi_values(dml) for row in group):
-        keys.update(row if isinstance(row, Mapping) else [column.key for column in columns[: len(row)]])
-    if dml.is_insert and not keys and compiled.column_keys is None:
+        if isinstance(row, Mapping):
+            given.update(row)
+        else:
+            keys.update(column.key for column in columns[: len(row)])
+    if dml.is_insert and not (keys or given) and compiled.column_keys is None:
         return {column.key for column in columns}  # all of them
     default = "default" if dml.is_insert else "onupdate"
-    return keys.union(column.key for column in columns if getattr(column, default, None) is not None)
+    return keys.union(
+        column.key
+        for column in columns
+        if column.key not in given and getattr(column, default, None) is not None
+    )
 
 
 def beside(statement: Any) -> list[Any]:
