@@ -192,6 +192,7 @@ class _Level:
     called: str = ""  # the function whose arguments it has
     expects: bool = False  # a table comes next
     lists: bool = False  # a comma leads to another
+    opened: str = ""  # the word that said so
     names: str = ""  # what of WITH is being read: "name", "body", or "end"
     recursive: bool = False
     body_of: str | None = None  # the CTE whose body it is
@@ -253,7 +254,7 @@ class _Tables:
     def _sign(self, index: int, sign: str) -> None:
         level, before = self._levels[-1], self._at(index - 1)
         if sign == "(":
-            new = _Level(before.word, level.expects, level.expects)
+            new = _Level(before.word, level.expects, level.expects, level.opened)
             level.expects = False
             if level.names == "body" and before.word in ("as", "materialized"):
                 new.body_of, level.names = level.body_of, "end"
@@ -284,7 +285,7 @@ class _Tables:
         if word == "with":
             level.names, level.recursive = "name", self._at(index + 1).word == "recursive"
         elif self._opens(index, word):
-            level.expects, level.lists, level.names = True, True, ""
+            level.expects, level.lists, level.names, level.opened = True, True, "", word
         elif word in _ENDING:
             level.expects = False
             level.lists = level.lists and word == "on"
@@ -310,17 +311,13 @@ class _Tables:
 
     def _table(self, index: int) -> tuple[int, Name | None]:
         """The table whose name begins here, and where it ends; None for a function or a CTE."""
-        level, start, before = self._levels[-1], index, None
+        level, before = self._levels[-1], None
         while self._at(index + 1).kind == "." and self._at(index + 2).is_name:
             before = _spelled(self._tokens[index], self._syntax)
             index += 2
         level.expects = False
         name = Name(_spelled(self._tokens[index], self._syntax), before)
-        opened = next(
-            (self._at(at).word for at in range(start - 1, -1, -1) if self._at(at).word not in _PASSED), ""
-        )
-        written = opened in {*_FIRST, "into", "update"} or (opened == "from" and self._first == "delete")
-        if self._at(index + 1).kind == "(" and not written:
-            return index, None
+        if level.opened in {*_FIRST, "into", "update"} or (level.opened, self._first) == ("from", "delete"):
+            return index, name  # what is written to is no function, nor a CTE
         is_cte = before is None and any(name.name.lower() in each.ctes for each in self._levels)
-        return index, None if is_cte and not written else name
+        return index, None if is_cte or self._at(index + 1).kind == "(" else name
