@@ -317,7 +317,7 @@ class Guard:
         if not names:
             return None
         naming = Naming.of(self._dialect)
-        protected = (name.name for name in names if naming.protected(*name, anywhere=True))
+        protected = (name.name for name in names if naming.protected(*name, loosely=True))
         return self._about(next(protected, None), again)
 
     def _about(self, table: str | None, again: bool = False) -> tuple[str, str | None] | None:
@@ -413,7 +413,7 @@ class _Walk:
         for piece in self._texts:
             if not piece.column:
                 for name in tables_in(piece.text, syntax, fragment=True, in_from=piece.in_from):
-                    if self._naming.protected(*name, anywhere=True):
+                    if self._naming.protected(*name, loosely=True):
                         yield name.name
 
     def _meant_by(self, name: Name, scopes: tuple[_Scope, ...], alone: bool) -> Any:
@@ -1097,6 +1097,8 @@ def _made_of(element: Any) -> Iterable[Any]:
         return element
     if isinstance(element, HashComparison | Exists):
         return ()
+    if upstream.has_rows(element):
+        return tuple(upstream.rows_of_values(element))
     if _is_null_test(element):
         return _but_columns((element.left, element.right))
     if isinstance(element, ColumnClause):

@@ -71,18 +71,19 @@ class Naming(NamedTuple):
         mine, theirs = table.schema or self.schema, schema or self.schema
         return mine is None or theirs is None or mine.lower() == theirs.lower()
 
-    def protected(self, name: str, schema: str | None, anywhere: bool = False) -> dict[str, Any]:
+    def protected(self, name: str, schema: str | None, loosely: bool = False) -> dict[str, Any]:
         """The types of the encrypted columns and hash columns of a table, by name.
 
-        :param anywhere: take a name without a schema for that of a table of any schema.
+        :param loosely: as it stands in text: in upper or lower case, and of any schema where none is given.
         """
         tables = _tables.get(name.lower())
         if not tables:
             return {}
+        naming = self._replace(tables=False) if loosely else self
         return {
             self.column(column.name): column.type
             for table in tables
-            if self.same_table(table, name, table.schema if anywhere and schema is None else schema)
+            if naming.same_table(table, name, table.schema if loosely and schema is None else schema)
             for column in protected_in(table)
         }
 

@@ -19,7 +19,7 @@ class Syntax(NamedTuple):
     """How a database reads text."""
 
     mysql: bool = False  # backslashes in strings, and # comments
-    ansi_quotes: bool = True  # "x" is a name; on MySQL a string, but where its mode says so
+    ansi_quotes: bool = True  # "x" is a name; to MySQL a string, but where its mode says so
     brackets: bool = False  # [x] is a name
     dollars: bool = False  # $$x$$ is a string
     folds: bool = False  # a name without quotes is one in lower case
@@ -47,11 +47,11 @@ class Name(NamedTuple):
 
 class _Token(NamedTuple):
     text: str  # of a name: without its quotes
-    kind: str  # "word", "quoted" or "literal"; else a sign
+    kind: str  # "word", "quoted", "double" (a string to MySQL, but where a table stands), "literal"; else a sign
 
     @property
     def is_name(self) -> bool:
-        return self.kind in ("word", "quoted")
+        return self.kind in ("word", "quoted", "double")
 
     @property
     def word(self) -> str:
@@ -69,10 +69,7 @@ def _pattern(syntax: Syntax, backslashes: bool) -> re.Pattern[str]:
         [escaped] if backslashes else [f"[eE]{escaped}" if syntax.dollars else escaped[:0], r"'(?:[^']|'')*'"]
     )
     quoted = [r"`(?:[^`]|``)+`"]
-    if syntax.ansi_quotes:
-        quoted.append(r'"(?:[^"]|"")+"')
-    else:
-        literals.append(r'"(?:[^"\\]|""|\\.)*"' if backslashes else r'"(?:[^"]|"")*"')
+    double = r'"(?:[^"\\]|""|\\.)*"' if backslashes else r'"(?:[^"]|"")*"'
     if syntax.brackets:
         quoted.append(r"\[[^\]]+\]")
     if syntax.dollars:
@@ -86,6 +83,7 @@ def _pattern(syntax: Syntax, backslashes: bool) -> re.Pattern[str]:
         "skipped": [r"\s+", *skipped],
         "literal": [one for one in literals if one],
         "quoted": quoted,
+        "double": [double],
         "word": [r"[^\W\d][\w$]*"],
         "sign": ["."],
     }
@@ -96,8 +94,9 @@ def _tokens(text: str, syntax: Syntax, backslashes: bool) -> list[_Token]:
     found = []
     for match in _pattern(syntax, backslashes).finditer(text):
         whole = match[0]
-        if match["quoted"]:
-            found.append(_Token(whole[1:-1].replace(whole[-1] * 2, whole[-1]), "quoted"))
+        if match["quoted"] or match["double"]:
+            kind = "quoted" if match["quoted"] or syntax.ansi_quotes else "double"
+            found.append(_Token(whole[1:-1].replace(whole[-1] * 2, whole[-1]), kind))
         elif match["literal"]:
             found.append(_Token("", "literal"))
         elif match["word"]:
@@ -138,7 +137,7 @@ def columns_in(text: str, syntax: Syntax) -> set[Name]:
     for tokens in _readings(text, syntax):
         padded = [_NONE, _NONE, *tokens, _NONE]
         for first, before, token, after in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
-            if not token.is_name or after.kind in (".", "("):
+            if token.kind not in ("word", "quoted") or after.kind in (".", "("):
                 continue  # a table or a schema, or a function
             if before.kind == ".":
                 found.add(Name(_spelled(token, syntax), _spelled(first, syntax)))
@@ -149,7 +148,7 @@ def columns_in(text: str, syntax: Syntax) -> set[Name]:
 
 def _is_no_column(before: _Token, token: _Token, after: _Token) -> bool:
     """Whether a name without a table before it is a keyword, an alias, a unit or a type."""
-    if before.word == "as" or (before.kind == "literal" and token.kind == "word"):
+    if before.word == "as" or (before.kind in ("literal", "double") and token.kind == "word"):
         return True  # 1 AS mrn, INTERVAL 1 year
     if token.kind == "quoted":
         return False

@@ -557,7 +557,8 @@ def returned(compiled: Any) -> Sequence[Any]:
 def targets(compiled: Any) -> list[Any]:
     """The table that a compiled INSERT, UPDATE or DELETE is for."""
     statement = resolved(compiled.statement)
-    return [statement.table] if getattr(statement, "is_dml", False) else []
+    table = getattr(getattr(statement, "element", statement), "table", None)  # from_statement() has it within
+    return [] if table is None else [table]
 
 
 def written(dml: Any, compiled: Any) -> set[Any]:
