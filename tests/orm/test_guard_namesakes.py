@@ -380,3 +380,26 @@ def test_ddl_by_another_table_is_left_alone(crates: Engine) -> None:
     OTHER.drop(crates)
     OTHER.create(crates)
     OTHER.drop(crates)
+
+
+def test_a_view_is_what_is_declared_of_it(crates: Engine, byok: Byok) -> None:
+    """With the column's id it decrypts, is searched and guarded as the table; as bytes it is read as bytes."""
+    declared, raw = MetaData(), MetaData()
+    type_: Any = Encrypted(String(20), searchable=True, column_id="k_crate.owner")
+    view = Table("k_view", declared, Column("id", Integer, primary_key=True), Column("owner", type_))
+    as_bytes = Table("k_view", raw, Column("id", Integer), Column("stored", LargeBinary, key="owner"))
+    with crates.begin() as connection:
+        connection.execute(
+            text("CREATE VIEW k_view AS SELECT id, owner, owner_hash, owner AS stored FROM k_crate")
+        )
+    try:
+        with byok.session("t1", crates) as session:
+            connection = session.connection()
+            found = select(view.c.owner).where(view.c.owner == "Ada")
+            assert connection.execute(found).scalars().all() == ["Ada"]
+            with pytest.raises(UnsupportedQueryError):
+                connection.execute(select(view.c.id).order_by(view.c.owner))
+            assert b"Ada" not in bytes(connection.scalar(select(as_bytes.c.owner)))
+    finally:
+        with crates.begin() as connection:
+            connection.execute(text("DROP VIEW k_view"))
