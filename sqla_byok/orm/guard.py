@@ -366,6 +366,7 @@ class _Walk:
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
         self.whole_texts: list[str] = []  # statements that are text
+        self._embedded: list[Any] = []  # tables that are put into such a text
         self._texts: list[_Text] = []
         self._scopes: list[_Scope] = []
         self._parts: list[Any] = []  # the expressions that were walked, each as a whole
@@ -409,6 +410,9 @@ class _Walk:
 
     def tables_in_texts(self) -> Iterator[str]:
         """The tables with encrypted columns that its texts name."""
+        for table in self._embedded:
+            if self._naming.protected(table.name, table.schema):
+                yield table.name
         syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
         for piece in self._texts:
             if not piece.column:
@@ -519,7 +523,7 @@ class _Walk:
         if (text := upstream.text_of(statement)) is not None:
             self.whole_texts.append(text)
             for piece in upstream.pieces_of(statement):
-                self.whole_texts.extend(f"TABLE {table.name}" for table in upstream.tables_of(piece))
+                self._embedded.extend(upstream.tables_of(piece))
             return
         lists = self.statement(statement, None)
         self._scopes.append(_Scope(_nothing, list(upstream.targets(self._compiled))))
@@ -653,7 +657,7 @@ class _Walk:
 
     def _meant(self, element: Any, columns: Sequence[Any], shadowed: bool = False) -> list[Any]:
         """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
-        bare = element
+        bare: Any = element
         while isinstance(bare, UnaryExpression):
             bare = bare.element
         if isinstance(bare, ClauseList) and not is_own(bare):  # of an entity
