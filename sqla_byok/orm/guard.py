@@ -664,7 +664,9 @@ class _Walk:
             return [meant for one in bare.clauses for meant in self._meant(one, columns)]
         if (name := upstream.named_in_order_by(bare)) is not None:
             return self._of_name(name, shadowed)
-        text = bare.text if isinstance(bare, TextClause) else getattr(bare, "is_literal", False) and bare.name
+        text = bare.text if isinstance(bare, TextClause) else None
+        if isinstance(bare, ColumnClause) and bare.is_literal:
+            text = bare.name
         places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
         return [element, *(columns[place] for place in places if place < len(columns))]
 
