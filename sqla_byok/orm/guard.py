@@ -568,10 +568,10 @@ class _Walk:
         outer = {hash(source) for scope in self._scopes for source in scope.froms}
         froms = [source for source in parts.froms if hash(source) not in outer] or list(parts.froms)
         self._scopes.append(_Scope(parts.named, froms, parts.columns))
-        for column in parts.columns:
-            self._part(column, why)
         for source in parts.froms:
             self.source(source)
+        for column in parts.columns:
+            self._part(column, why)
         for criterion in parts.criteria:
             self._part(criterion, _TRUTH)
         if parts.distinct and not parts.distinct_on:
