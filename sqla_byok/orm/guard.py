@@ -10,6 +10,7 @@ what it names is refused where that is an encrypted column of the statement's ow
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections import Counter
@@ -274,12 +275,11 @@ class Guard:
             compiled = compiled.sql_compiler
         elif not isinstance(compiled, SQLCompiler):
             return _FINE
-        walk = _Walk(compiled)
-        walk.top(upstream.executed(compiled) if created is None else created)
-        for cte in compiled.ctes or ():
-            walk.source(cte)
-        walk.names(compiled.bind_names)
-        walk.named_in_texts()
+        statement = upstream.executed(compiled) if created is None else created
+        walk = _Walk(compiled).over(statement)
+        if walk.findings and walk.by_name:
+            gc.collect()  # a table that nobody has any more is no reason to refuse
+            walk = _Walk(compiled).over(statement)
         refused = walk.findings
         if self._reports and refused:
             for finding in refused:
@@ -365,6 +365,7 @@ class _Walk:
         self._naming = Naming.of(compiled.dialect, compiled.schema_translate_map)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
+        self.by_name = False  # a table was known by its name alone
         self.whole_texts: list[str] = []  # statements that are text
         self._embedded: list[Any] = []  # tables that are put into such a text
         self._texts: list[_Text] = []
@@ -375,6 +376,15 @@ class _Walk:
         self._open: set[int] = set()  # the ids of the expressions whose parts are being walked
         self._sources: dict[int, Any] = {}
         self._tables: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def over(self, statement: Any) -> _Walk:
+        """Walk the whole statement."""
+        self.top(statement)
+        for cte in self._compiled.ctes or ():
+            self.source(cte)
+        self.names(self._compiled.bind_names)
+        self.named_in_texts()
+        return self
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
@@ -503,6 +513,7 @@ class _Walk:
             # A Table with encrypted columns of its own is a model, and says which they are.
             if isinstance(table, TableClause) and not (isinstance(table, Table) and protected_in(table)):
                 found = self._naming.protected(table.name, table.schema)
+                self.by_name = self.by_name or bool(found)
             known = self._tables[id(source)] = (source, found)
         return known[1]
 
