@@ -226,7 +226,8 @@ class Byok(Secret):
         """
         for engine in engines:
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
-            attach(sync_engine, self._keyrings, self._blocks, Guard(guard, raw_sql, self._findings))
+            judge = Guard(guard, raw_sql, self._findings, sync_engine.dialect)
+            attach(sync_engine, self._keyrings, self._blocks, judge)
             self._dialect = self._dialect or type(sync_engine.dialect)()
 
     def guard_report(self) -> dict[str, dict[str, int]]:

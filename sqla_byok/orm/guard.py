@@ -4,11 +4,13 @@ It walks a statement once, when it was compiled, by an allow-list: an encrypted 
 selected, counted or tested for NULL, or where the comparator has made a look-up on its hash column of it. Wherever
 else one is met, the database would answer, and wrongly.
 
-Text is not parsed: see :meth:`Guard.text`.
+A column counts as encrypted also where another ``Table`` of the same name knows nothing of it. Text is not parsed:
+what it names is refused where that is an encrypted column of the statement's own tables; else see :meth:`Guard.text`.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections import Counter
@@ -16,9 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
-from sqlalchemy import Column, Select, Table, event
+from sqlalchemy import BINARY, VARBINARY, Dialect, Integer, LargeBinary, Select, Table
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -31,33 +32,39 @@ from sqlalchemy.sql.elements import (
     ClauseList,
     ColumnClause,
     ColumnElement,
+    False_,
     Grouping,
     Label,
     Null,
     Over,
     TextClause,
+    True_,
     Tuple,
     TypeCoerce,
     UnaryExpression,
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import (
+    AliasedReturnsRows,
     CompoundSelect,
     Exists,
     FromClause,
     Join,
+    Lateral,
     ScalarSelect,
     SelectBase,
     TableClause,
     TextualSelect,
     Values,
 )
-from sqlalchemy.sql.visitors import iterate
 
 from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
+from sqla_byok.orm.constructs import children, is_own
+from sqla_byok.orm.namesakes import Naming, protected_in
+from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Findings", "Guard", "Verdict", "search_hash"]
@@ -99,53 +106,6 @@ def search_hash(column: Any) -> ColumnElement[Any]:
     entity = {key: value for key, value in element._annotations.items() if key != "proxy_key"}
     annotated: ColumnElement[Any] = found._annotate(entity)
     return annotated
-
-
-# -- which tables have encrypted columns -----------------------------------------------------------------------------
-
-_tables: dict[str, WeakSet[Table]] = {}
-
-
-@event.listens_for(Encrypted, "after_parent_attach")
-def _declared(type_: Encrypted[Any], column: Any) -> None:
-    if isinstance(column, Column):
-        event.listen(column, "after_parent_attach", _protect)
-
-
-def _protect(_: Any, table: Any) -> None:
-    if isinstance(table, Table):
-        _tables.setdefault(table.name.lower(), WeakSet()).add(table)
-
-
-def _protected(name: str) -> dict[str, str]:
-    """The column ids of the encrypted columns and hash columns of all tables of a name, by lower-case column name."""
-    return {name: id_ for table in _tables.get(name.lower(), ()) for name, id_ in _encrypted_in(table)}
-
-
-def _encrypted_in(table: Table) -> Iterator[tuple[str, str]]:
-    for column in table.c:
-        if isinstance(column.type, _OURS):
-            yield column.name.lower(), _id(column.type)
-
-
-# Strings and comments first, so that nothing within them is taken for a name.
-_TOKENS = re.compile(
-    r"""'(?:[^']|'')*' | --[^\n]* | /\*.*?\*/ | \$(\w*)\$.*?\$\1\$ | %\(\w+\)s
-    | "((?:[^"]|"")+)" | `([^`]+)` | \[([^\]]+)\] | (?<![:@\w])(\w+)""",
-    re.VERBOSE | re.DOTALL,
-)
-_TOUCHING = frozenset(
-    ("select", "with", "insert", "update", "delete", "merge", "replace", "copy", "values", "table", "explain", "load")
-)  # fmt: skip
-
-
-def _names_in(text: str) -> list[str]:
-    """The names and words in SQL text, in lower case."""
-    found = (
-        match.group(2) or match.group(3) or match.group(4) or match.group(5)
-        for match in _TOKENS.finditer(text)
-    )
-    return [name.lower() for name in found if name]
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------
@@ -205,7 +165,11 @@ _VALUES = _Why("VALUES would carry ciphertext", "use in_() with the values")
 _RETURNED = _Why(
     "its type decrypts values of one column only", "select the parts apart, or declare one column_id"
 )
-_LIGHT = _Why("table() and column() know nothing of its encryption", "use the model or its Table")
+_LIGHT = _Why(
+    "table(), column() or another Table of its name knows nothing of its encryption",
+    "use the model or its Table",
+)
+_TEXT = _Why("textual SQL names it, and would see ciphertext", "use the model's columns")
 _HASHES = _Why(
     "its search hashes stand beside hashes that are made in another way, or beside other values",
     "give the columns one salt_scope, hash and normalize, and take none but their hashes",
@@ -219,17 +183,25 @@ _BIND = _Why(
 )
 
 
+_EXPRESSIONS = (ClauseElement, tuple)
 _COMPARISONS = (_COMPARED, _TUPLE, _CASE, _HASH)
 
 
-def _may_be_a_value(type_: Any, source: Any, why: _Why) -> bool:
-    """Whether a parameter may carry a value of the column in the clear, and is not merely a length or a position."""
-    if isinstance(type_, _OURS):
-        return False
-    try:
-        return why in _COMPARISONS or type_.python_type is source.python_type
-    except NotImplementedError:
-        return True
+# The places of a function's arguments that are lengths or positions, and so no values.
+_PLACES = {
+    **dict.fromkeys(("substr", "substring", "mid"), (1, 2)),
+    **dict.fromkeys(("left", "right", "lpad", "rpad", "repeat", "round", "lag", "lead", "nth_value"), (1,)),
+    "split_part": (2,),
+}
+
+
+# What may be asked of bytes that a Table takes for bytes.
+_MEASURING = ("length", "octet_length", "bit_length")
+
+
+def _is_raw(element: Any) -> bool:
+    type_ = getattr(element, "type", None)
+    return isinstance(element, ColumnClause) and isinstance(type_, LargeBinary | BINARY | VARBINARY)
 
 
 def _function(name: str) -> _Why:
@@ -288,16 +260,18 @@ class Guard:
     :param mode: ``"raise"`` or ``"report"``.
     :param raw_sql: ``"warn"``, ``"refuse"`` or ``"allow"``.
     :param findings: where reports go.
+    :param dialect: the engine's, which says how text is read.
     :raises ConfigurationError: for other words.
     """
 
-    def __init__(self, mode: str, raw_sql: str, findings: Findings) -> None:
+    def __init__(self, mode: str, raw_sql: str, findings: Findings, dialect: Dialect | None = None) -> None:
         if mode not in ("raise", "report"):
             raise ConfigurationError('guard takes "raise" or "report"')
         if raw_sql not in ("warn", "refuse", "allow"):
             raise ConfigurationError('raw_sql takes "warn", "refuse" or "allow"')
         self._reports, self._raw_sql, self._findings = mode == "report", raw_sql, findings
-        self._texts: dict[str, str | None] = {}
+        self._dialect = dialect
+        self._texts: dict[str, set[Name]] = {}
 
     def judge(self, compiled: Any) -> Verdict:
         """Walk a compiled statement."""
@@ -307,26 +281,25 @@ class Guard:
         elif not isinstance(compiled, SQLCompiler):
             return _FINE
         statement = upstream.executed(compiled) if created is None else created
-        if (text := upstream.text_of(statement)) is not None:
-            return Verdict(self.text(text))
-        walk = _Walk(compiled)
-        walk.top(statement)
-        for cte in compiled.ctes or ():
-            walk.source(cte)
-        walk.names(compiled.bind_names)
-        walk.loose()
+        walk = _Walk(compiled).over(statement)
+        if walk.findings and walk.by_name:
+            gc.collect()  # a table that nobody has any more is no reason to refuse
+            walk = _Walk(compiled).over(statement)
         refused = walk.findings
-        if self._reports:
+        if self._reports and refused:
             for finding in refused:
                 self._findings.note(finding)
-            refused = [finding for finding in refused if finding.leaks]
+            if not walk.sends_values():
+                refused = [finding for finding in refused if finding.leaks]
         if refused:
             return Verdict((refused[0].message, refused[0].column))
-        refusals = (self._about(text, table) for text, table in walk.named_in_texts())
-        refusal = next((refusal for refusal in refusals if refusal), None)
+        refusals = (
+            *(self.text(text) for text in walk.whole_texts),
+            *(self._about(table) for table in walk.tables_in_texts()),
+        )
         owners = {type_.source.owner for type_ in walk.grouped}
         return Verdict(
-            refusal,
+            next((refusal for refusal in refusals if refusal), None),
             {
                 owner: frozenset(type_.spec for type_ in walk.grouped if type_.source.owner == owner)
                 for owner in owners
@@ -340,17 +313,19 @@ class Guard:
         """
         if self._raw_sql == "allow":
             return None
-        if text not in self._texts:
-            names = _names_in(text)
-            touching = bool(names) and names[0] in _TOUCHING
-            table = next((name for name in names if _tables.get(name)), None) if touching else None
+        names, again = self._texts.get(text), True
+        if names is None:
             if len(self._texts) >= _TEXTS_KEPT:
                 self._texts.clear()
-            self._texts[text] = table
-            return self._about(text, table)
-        return self._about(text, self._texts[text], again=True)
+            names, again = tables_in(text, Syntax.of(self._dialect)), False
+            self._texts[text] = names
+        if not names:
+            return None
+        naming = Naming.of(self._dialect)
+        protected = (name.name for name in names if naming.protected(*name, loosely=True))
+        return self._about(next(protected, None), again)
 
-    def _about(self, text: str, table: str | None, again: bool = False) -> tuple[str, str | None] | None:
+    def _about(self, table: str | None, again: bool = False) -> tuple[str, str | None] | None:
         if table is None or self._raw_sql == "allow":
             return None
         # Not the text itself: it may hold values.
@@ -365,37 +340,64 @@ class Guard:
         return None
 
 
+class _Scope(NamedTuple):
+    """What names and texts within a statement can mean."""
+
+    named: Callable[[str], upstream.Named]
+    froms: list[Any]
+    columns: Sequence[Any] = ()
+    grows: bool = False  # UPDATE and DELETE take in the tables of the columns that they name
+
+
+def _nothing(name: str) -> upstream.Named:
+    return upstream.Named([], [])
+
+
+class _Text(NamedTuple):
+    """A piece of text, or the name of a column without a table."""
+
+    text: str
+    scopes: tuple[_Scope, ...]
+    in_from: bool = False
+    column: bool = False
+
+
 class _Walk:
     """One walk over a statement. ``why`` is None where an encrypted column may stand, and else says why it may not."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
+        self._naming = Naming.of(compiled.dialect, compiled.schema_translate_map)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
-        self._root: Any = None  # the expression that is being walked, as a whole
+        self.by_name = False  # a table was known by its name alone
+        self.whole_texts: list[str] = []  # statements that are text
+        self._embedded: list[Any] = []  # tables that are put into such a text
+        self._texts: list[_Text] = []
+        self._scopes: list[_Scope] = []
+        self._parts: list[Any] = []  # the expressions that were walked, each as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
         self._open: set[int] = set()  # the ids of the expressions whose parts are being walked
         self._sources: dict[int, Any] = {}
-        self._scopes: list[Callable[[str], upstream.Named]] = []
-        self._found: set[Table] = set()
-        self._light_names: set[str] = set()
-        self._texts: list[str] = []
-        self._loose: list[str] = []
+        self._tables: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def over(self, statement: Any) -> _Walk:
+        """Walk the whole statement."""
+        self.top(statement)
+        for cte in self._compiled.ctes or ():
+            self.source(cte)
+        self.names(self._compiled.bind_names)
+        self.named_in_texts()
+        return self
 
     # -- what is found ---------------------------------------------------------------------------------------------
 
-    def _refuse(self, type_: Any, why: _Why) -> None:
+    def _refuse(self, type_: Any, why: _Why, leaks: bool = False) -> None:
         source = type_.source if isinstance(type_, SearchHash) else type_
         way = why.way if source.searchable or why.unsearchable is None else why.unsearchable
-        leaks = self._root is not None and any(
-            isinstance(element, BindParameter) and _may_be_a_value(element.type, source, why)
-            for element in iterate(self._root)
-        )
-        self._add(_id(type_), why.what, way, leaks)
-
-    def _add(self, column: str, what: str, way: str, leaks: bool) -> None:
-        self.findings.append(Finding(column, f"{column}: {what}; {way}", leaks))
+        column = _id(type_)
+        self.findings.append(Finding(column, f"{column}: {why.what}; {way}", leaks))
 
     def names(self, bind_names: Mapping[Any, str]) -> None:
         """Find parameter names that stand for values of two columns, one of which is ours."""
@@ -404,41 +406,149 @@ class _Walk:
             kind = _kind(bind.type)
             first, type_ = kinds.setdefault(name, (kind, bind.type))
             if kind != first:
-                ours = bind.type if isinstance(bind.type, _OURS) else type_
-                self._add(_id(ours), _BIND.what, _BIND.way, True)
+                self._refuse(bind.type if isinstance(bind.type, _OURS) else type_, _BIND, True)
 
-    def loose(self) -> None:
-        """Find ``column("mrn")`` without a table, where a table of the statement has such an encrypted column."""
-        if self._loose:
-            encrypted = {name: id_ for table in self._found for name, id_ in _encrypted_in(table)}
-            for table in self._light_names:
-                encrypted.update(_protected(table))
-            for name in self._loose:
-                if name in encrypted:
-                    self._add(encrypted[name], _LIGHT.what, _LIGHT.way, True)
+    # -- text ------------------------------------------------------------------------------------------------------
 
-    def named_in_texts(self) -> Iterator[tuple[str, str | None]]:
-        """The pieces of text that name an encrypted column of the statement's tables, or another protected table."""
-        if not self._texts:
-            return
-        columns = {name: table.name for table in self._found for name, _ in _encrypted_in(table)}
-        here = {table.name.lower() for table in self._found}
-        here.update(column.name.lower() for table in self._found for column in table.c)
-        for text in self._texts:
-            for name in _names_in(text):
-                if name in columns or (_tables.get(name) and name not in here):
-                    yield text, columns.get(name, name)
-                    break
+    def _text(self, text: str, *, in_from: bool = False, column: bool = False) -> None:
+        self._texts.append(_Text(text, tuple(self._scopes), in_from, column))
+
+    def named_in_texts(self) -> None:
+        """Find the encrypted columns of the statement's own tables that its texts name."""
+        syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
+        for piece in self._texts:
+            names = {Name(piece.text)} if piece.column else columns_in(piece.text, syntax)
+            alone = piece.column or not tables_in(piece.text, syntax, fragment=True)
+            for name in sorted(names, key=str):
+                if (type_ := self._meant_by(name, piece.scopes, alone)) is not None:
+                    self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
+
+    def tables_in_texts(self) -> Iterator[str]:
+        """The tables with encrypted columns that its texts name."""
+        for table in self._embedded:
+            if self._naming.protected(table.name, table.schema):
+                yield table.name
+        syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
+        for piece in self._texts:
+            if not piece.column:
+                for name in tables_in(piece.text, syntax, fragment=True, in_from=piece.in_from):
+                    if self._naming.protected(*name, loosely=True):
+                        yield name.name
+
+    def _meant_by(self, name: Name, scopes: tuple[_Scope, ...], alone: bool) -> Any:
+        """The type of the encrypted column that a name means in a text; None where it means something else.
+
+        :param alone: the text has no FROM of its own, so that what stands before the name is of the statement, such
+            as ``excluded`` or an alias that SQLAlchemy names.
+        """
+        column, unnamed = self._naming.column(name.name), None
+        for scope in reversed(scopes):
+            known = [self._named_columns(source) for source in _flat(scope.froms)]
+            if name.before is None:
+                known.append((None, self._columns_by_name(scope.columns)))
+            for called, columns in known:
+                if name.before is None or (called or "").lower() == name.before.lower():
+                    if column in columns and (columns[column] is not None or name.before is not None):
+                        return columns[column]
+                elif alone or called is None:
+                    unnamed = unnamed or columns.get(column)
+            if name.before is None and any(column in columns for _, columns in known):
+                return None  # a column of a table nearer by
+        return unnamed
+
+    def _named_columns(self, source: Any) -> tuple[str | None, dict[str, Any]]:
+        """The name of a FROM, None where SQLAlchemy makes one up, and its columns with the types of the encrypted."""
+        columns = {**self._columns_by_name(getattr(source, "c", ())), **self._protected(source)}
+        name = getattr(source, "name", None)
+        return (None if upstream.is_made_up(name) else name), columns
+
+    def _columns_by_name(self, columns: Iterable[Any]) -> dict[str, Any]:
+        return {
+            self._naming.column(name): self._type_of(column) or self._ciphertext(column)
+            for column in columns
+            if isinstance(name := getattr(column, "name", None), str)
+        }
+
+    # -- what is sent with guard="report" --------------------------------------------------------------------------
+
+    def sends_values(self) -> bool:
+        """Whether a value stands beside ciphertext in some expression, or comes to it from another part."""
+        return any(self._sends_value(part) for part in self._parts)
+
+    def _sends_value(self, part: Any) -> bool:
+        value = ciphertext = False
+        waiting, seen = [part], dict[int, Any]()
+        while waiting and not (value and ciphertext):
+            element = _element(waiting.pop())
+            if element is None or id(element) in seen:
+                continue
+            seen[id(element)] = element
+            if isinstance(element, BindParameter):
+                value = value or not isinstance(element.type, _OURS)
+            elif (
+                isinstance(element, True_ | False_)
+                or _is_text(element)
+                or not isinstance(element, _EXPRESSIONS)
+            ):
+                value = True
+            elif isinstance(element, ColumnClause) and self._type_of(element) is not None:
+                ciphertext = True
+            else:
+                value = value or is_own(element)
+                waiting.extend(_made_of(element))
+        return value and ciphertext
+
+    # -- which columns are encrypted -------------------------------------------------------------------------------
+
+    def _type_of(self, element: Any) -> Any:
+        """The type of an encrypted column or hash column, also where its table says nothing of it; else None."""
+        type_ = getattr(element, "type", None)
+        if isinstance(type_, _OURS):
+            return type_
+        if not isinstance(element, ColumnClause):
+            return None
+        found = self._protected(element.table)
+        return found.get(self._naming.column(element.name)) if found else None
+
+    def _protected(self, source: Any) -> dict[str, Any]:
+        """The types of the encrypted columns of a table by its name, where it or an alias of it does not tell them."""
+        known = self._tables.get(id(source))
+        if known is None:
+            table, found = _origin(source), {}
+            # A Table with encrypted columns of its own is a model, and says which they are.
+            if isinstance(table, TableClause) and not (isinstance(table, Table) and protected_in(table)):
+                found = self._naming.protected(table.name, table.schema)
+                self.by_name = self.by_name or bool(found)
+            known = self._tables[id(source)] = (source, found)
+        return known[1]
+
+    def _ciphertext(self, element: Any) -> Any:
+        """The type of the encrypted column whose ciphertext an expression gives, under whatever type; else None."""
+        bare = _bare(element)
+        type_ = self._type_of(bare)
+        if isinstance(type_, Encrypted) or (type_ is not None and type_ is not getattr(bare, "type", None)):
+            return type_
+        return next(
+            (type_ for part in _given_by(bare) if (type_ := self._ciphertext(part)) is not None), None
+        )
 
     # -- statements ------------------------------------------------------------------------------------------------
 
     def top(self, statement: Any) -> None:
         """The statement itself."""
+        if (text := upstream.text_of(statement)) is not None:
+            self.whole_texts.append(text)
+            for piece in upstream.pieces_of(statement):
+                self._embedded.extend(upstream.tables_of(piece))
+            return
         lists = self.statement(statement, None)
+        self._scopes.append(_Scope(_nothing, list(upstream.targets(self._compiled))))
+        for column in upstream.returned(self._compiled):
+            self._returned(column)
+        self._scopes.pop()
         for position in zip(*lists, strict=False):
             types = {type_.column_id: type_ for column in position for type_ in _stored_types(column)}
             if len(types) > 1:
-                self._root = None
                 self._refuse(next(iter(types.values())), _RETURNED)
 
     def statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
@@ -446,10 +556,10 @@ class _Walk:
         key = (id(statement), why is None)
         known = self._seen.get(key)
         if known is None:
-            root, self._root = self._root, None
             self._seen[key] = known = (statement, [])
+            for cte in getattr(statement, "_independent_ctes", ()):
+                self.source(cte)
             known[1].extend(self._statement(statement, why))
-            self._root = root
         return known[1]
 
     def _statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
@@ -460,7 +570,7 @@ class _Walk:
         if getattr(statement, "is_dml", False):
             self._dml(statement)
         elif (text := upstream.text_of(getattr(statement, "element", statement))) is not None:
-            self._texts.append(text)
+            self._text(text)
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
@@ -471,11 +581,13 @@ class _Walk:
 
     def _select(self, select: Any, why: _Why | None) -> list[Any]:
         parts = upstream.parts(select, self._compiled)
-        self._scopes.append(parts.named)
-        for column in parts.columns:
-            self._part(column, why)
+        outer = {hash(source) for scope in self._scopes for source in scope.froms}
+        froms = [source for source in parts.froms if hash(source) not in outer] or list(parts.froms)
+        self._scopes.append(_Scope(parts.named, froms, parts.columns))
         for source in parts.froms:
             self.source(source)
+        for column in parts.columns:
+            self._part(column, why)
         for criterion in parts.criteria:
             self._part(criterion, _TRUTH)
         if parts.distinct and not parts.distinct_on:
@@ -487,6 +599,8 @@ class _Walk:
             self._ordered(column, parts.columns)
         for other in parts.others:
             self._part(other, _COMPUTED)
+        for hint in upstream.hints(select, self._compiled):
+            self._text(hint)
         self._scopes.pop()
         return parts.columns
 
@@ -499,29 +613,39 @@ class _Walk:
                 or any(not _is_encrypted(column) and not _is_null(column) for column in position)
             ):
                 self._refuse(encrypted[0].type, _MIXED)
+                self._parts.append(position)
         if compound.keyword.name != "UNION_ALL":  # EXCEPT ALL and INTERSECT ALL compare rows too
-            places = [[_place(column) for column in columns] for columns in lists]
-            origins = [[place and place[:2] for place in those] for those in places]
-            for columns in lists:
-                self._told_apart(columns, _SET, all(those == origins[0] for those in origins))
-            for position in zip(*lists, strict=False):
-                self._check_hashes(position)
+            self._compared_rows(lists)
         order_by, group_by = upstream.ordering(compound)
-        self._scopes.append(lambda name: upstream.named_in_compound(lists, name))
+        columns = lists[0] if lists else []
+        named = _Scope(lambda name: upstream.named_in_compound(lists, name), [], columns)
+        self._scopes.append(named)
         for column in order_by:
-            self._ordered(column, lists[0] if lists else ())
-        self._grouped(group_by, lists[0] if lists else ())
+            self._ordered(column, columns)
+        self._grouped(group_by, columns)
+        for other in upstream.beside(compound):
+            self._part(other, _COMPUTED)
         self._scopes.pop()
         return lists
 
+    def _compared_rows(self, lists: list[list[Any]]) -> None:
+        """The rows of the parts of a UNION or the like are compared with each other."""
+        places = [[_place(column) for column in columns] for columns in lists]
+        origins = [[place and place[:2] for place in those] for those in places]
+        for columns in lists:
+            self._told_apart(columns, _SET, all(those == origins[0] for those in origins))
+        for position in zip(*lists, strict=False):
+            self._check_hashes(position)
+            self._parts.append(position)
+
     def _told_apart(self, columns: Sequence[Any], why: _Why, alike: bool = True) -> None:
         """Rows are told apart by these columns: right where those that are equal are the same row."""
-        stored = [column for column in columns if _ciphertext(column) is not None]
+        stored = [column for column in columns if self._ciphertext(column) is not None]
         hashes = [column for column in columns if isinstance(getattr(column, "type", None), SearchHash)]
         if not (stored or hashes) or (alike and _are_rows(columns, stored + hashes)):
             return
         for column in stored:
-            self._refuse(_ciphertext(column), why)
+            self._refuse(self._ciphertext(column), why)
         for column in hashes:
             self._check_hashes([column])
             self.grouped.append(column.type)
@@ -540,7 +664,7 @@ class _Walk:
         ]
         self._told_apart(bare, _GROUP_BY)
         for element in bare:
-            if not isinstance(getattr(element, "type", None), _OURS) or not isinstance(element, ColumnClause):
+            if not isinstance(element, ColumnClause) or self._type_of(element) is None:
                 self._part(element, _GROUP_BY)
 
     def _ordered(self, element: Any, columns: Sequence[Any]) -> None:
@@ -549,72 +673,91 @@ class _Walk:
 
     def _meant(self, element: Any, columns: Sequence[Any], shadowed: bool = False) -> list[Any]:
         """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
-        bare = element
+        bare: Any = element
         while isinstance(bare, UnaryExpression):
             bare = bare.element
-        if isinstance(bare, ClauseList):  # of an entity
+        if isinstance(bare, ClauseList) and not is_own(bare):  # of an entity
             return [meant for one in bare.clauses for meant in self._meant(one, columns)]
         if (name := upstream.named_in_order_by(bare)) is not None:
             return self._of_name(name, shadowed)
-        text = bare.text if isinstance(bare, TextClause) else getattr(bare, "is_literal", False) and bare.name
+        text = bare.text if isinstance(bare, TextClause) else None
+        if isinstance(bare, ColumnClause) and bare.is_literal:
+            text = bare.name
         places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
-        return [columns[place] for place in places if place < len(columns)] or [element]
+        return [element, *(columns[place] for place in places if place < len(columns))]
+
+    # -- INSERT, UPDATE and DELETE ---------------------------------------------------------------------------------
 
     def _dml(self, dml: Any) -> None:
-        table = dml.table
-        self.source(table)
+        self._scopes.append(_Scope(_nothing, [dml.table], grows=True))
+        self.source(dml.table)
         if not dml.is_delete:
-            if _is_light(table):
-                for name in self._compiled.bind_names.values():  # of values and of rows given apart
-                    self._light(table, name)
-            items = [*upstream.values(dml)]
-            for group in upstream.multi_values(dml):
-                items += [item for row in group if isinstance(row, Mapping) for item in row.items()]
-            if upstream.select_names(dml):
-                self.statement(dml.select, _COPIED)
-            for conflict in upstream.conflicts(dml):
-                items += upstream.conflict_values(conflict)
-                for criterion in upstream.conflict_criteria(conflict):
-                    self._part(criterion, _COMPARED)
-                for target in upstream.conflict_elements(conflict):
-                    if isinstance(target, ClauseElement) and not isinstance(target, ColumnClause):
-                        self._part(target, _COMPUTED)
-            for key, value in items:
-                self._set(table, key, value)
+            self._written(dml)
         for criterion in upstream.criteria(dml):
             self._part(criterion, _TRUTH)
         for column in upstream.returning(dml):
-            if isinstance(column, ColumnElement):
-                self._part(column, None)
+            self._returned(column)
+        for other in upstream.beside(dml):
+            self._part(other, _COMPUTED)
+        for hint in upstream.hints(dml, self._compiled):
+            self._text(hint)
+        self._scopes.pop()
+
+    def _written(self, dml: Any) -> None:
+        table, items = dml.table, [*upstream.values(dml)]
+        for group in upstream.multi_values(dml):
+            items += [item for row in group if isinstance(row, Mapping) for item in row.items()]
+        if upstream.select_names(dml):
+            self.statement(dml.select, _COPIED)
+        for conflict in upstream.conflicts(dml):
+            items += upstream.conflict_values(conflict)
+            for criterion in upstream.conflict_criteria(conflict):
+                self._part(criterion, _COMPARED)
+            for target in upstream.conflict_elements(conflict):
+                if isinstance(target, ClauseElement) and not isinstance(target, ColumnClause):
+                    self._part(target, _COMPUTED)
+                else:
+                    self._unknowing(table, target)
+        for key, value in items:
+            self._set(table, key, value)
+        if self._protected(table) or not isinstance(table, Table):
+            for key in upstream.written(dml, self._compiled):
+                self._unknowing(table, key)
+
+    def _unknowing(self, table: Any, key: Any) -> None:
+        """A column that is written through a table which does not know that it is encrypted."""
+        column = _column_of(table, key)
+        type_ = self._type_of(column)
+        if type_ is not None and type_ is not column.type and not isinstance(column.type, _OURS):
+            self._refuse(type_, _LIGHT, True)
 
     def _set(self, table: Any, key: Any, value: Any) -> None:
         """A value in SET or VALUES. What may be set on an encrypted column itself is the matter of ``fill``."""
-        if hasattr(value, "__clause_element__"):
-            value = value.__clause_element__()
+        value = _element(value)
         if not isinstance(key, str) and isinstance(getattr(key, "type", None), _OURS):
             return
-        name = key if isinstance(key, str) else getattr(key, "key", None)
-        column = table.c.get(name) if hasattr(table, "c") else None
+        # A value that is given an encrypted column's type, for bytes of one's own, is meant.
+        if not (isinstance(value, BindParameter) and isinstance(value.type, _OURS)):
+            self._unknowing(table, key)
+        column = _column_of(table, getattr(key, "key", key))
         if isinstance(getattr(column, "type", None), _OURS):
             return
-        if column is not None and isinstance(key, ColumnElement):
+        if column is not None and isinstance(key, ColumnElement) and not isinstance(key, ColumnClause):
             self._part(key, _COMPUTED)
-        # A value that is given an encrypted column's type, for bytes of one's own, is meant.
         if isinstance(value, ClauseElement) and not isinstance(value, BindParameter):
             self._part(value, _COPIED)
+
+    def _returned(self, column: Any) -> None:
+        if isinstance(column, ColumnElement) or not isinstance(column, FromClause):
+            self._part(column, None)
 
     # -- FROM ------------------------------------------------------------------------------------------------------
 
     def source(self, source: Any) -> None:
         """Anything in a FROM."""
-        if isinstance(source, Table):
-            self._found.add(source)
-            return
-        if id(source) in self._sources:
+        if isinstance(source, Table) or id(source) in self._sources:
             return
         self._sources[id(source)] = source
-        if _is_light(source):
-            self._light_names.add(source.name)
         if isinstance(source, Join):
             self.source(source.left)
             self.source(source.right)
@@ -623,35 +766,50 @@ class _Walk:
             for column in source.c:
                 if isinstance(column.type, _OURS):
                     self._refuse(column.type, _VALUES)
-            for value in upstream.rows_of_values(source):
-                if isinstance(value, ClauseElement):
-                    self._part(value, _VALUES)
-        elif isinstance(source, FunctionElement) or upstream.text_of(source) is not None:
+            self._rows(source)
+        elif (text := upstream.text_of(source)) is not None:
+            self._text(text, in_from=True)
+        elif isinstance(source, FunctionElement):
             self._part(source, _COMPUTED)
         else:
-            restated = upstream.restated(source)
-            if restated is not None:
-                self.source(restated)
-            inner = getattr(source, "element", None)
-            if isinstance(inner, FromClause) and not isinstance(inner, SelectBase | FunctionElement):
-                self.source(inner)
-            elif inner is not None:
-                self.statement(inner, None)
+            self._derived(source)
+
+    def _derived(self, source: Any) -> None:
+        """An alias, a subquery, or what else a FROM is made of."""
+        for other in upstream.around(source):
+            self._part(other, _COMPUTED)
+        # Its statement sees the enclosing ones, but not what it stands beside.
+        scopes = self._scopes
+        self._scopes = scopes if isinstance(source, Lateral) else scopes[:-1]
+        restated = upstream.restated(source)
+        if restated is not None:
+            self.source(restated)
+        inner = getattr(source, "element", None)
+        if isinstance(inner, FromClause) and not isinstance(inner, SelectBase | FunctionElement):
+            self.source(inner)
+        elif inner is not None:
+            self.statement(inner, None)
+        self._scopes = scopes
+        if is_own(source):
+            self._within(source, _COMPUTED)
+
+    def _rows(self, values: Any) -> None:
+        for value in upstream.rows_of_values(values):
+            if isinstance(element := _element(value), ClauseElement):
+                self._part(element, _VALUES)
 
     # -- expressions -----------------------------------------------------------------------------------------------
 
     def _part(self, element: Any, why: _Why | None) -> None:
         """A whole expression: what is sent with a refused column is looked for within it."""
-        root, self._root = self._root, element
+        self._parts.append(element)
         self.visit(element, why)
-        self._root = root
 
     def visit(self, element: Any, why: _Why | None) -> None:
         """Any expression."""
-        if element is None:
+        element = _element(element)  # an attribute, as mysql.match() keeps it
+        if not isinstance(element, ClauseElement):
             return
-        if not isinstance(element, ClauseElement):  # an attribute, as mysql.match() keeps it
-            element = element.__clause_element__()
         if isinstance(element, ColumnClause):
             self._column(element, why)
         elif isinstance(element, HashComparison):
@@ -659,6 +817,10 @@ class _Walk:
         elif isinstance(element, BindParameter):
             if why is not None and isinstance(element.type, _OURS):
                 self._refuse(element.type, why)
+        elif isinstance(element, FunctionElement):
+            self._called(element, why)
+        elif is_own(element) and not isinstance(element, FromClause | SelectBase):
+            self._within(element, why or _COMPUTED)
         elif isinstance(element, BinaryExpression):
             self._binary(element)
         elif isinstance(element, BooleanClauseList) and element.operator is not operators.comma_op:
@@ -666,24 +828,16 @@ class _Walk:
                 self._part(criterion, _TRUTH)
         elif isinstance(element, Label | Grouping):
             self.visit(element.element, why)
-        elif (text := upstream.text_of(element)) is not None:
-            self._texts.append(text)
         else:
             self._rarer(element, why)
 
     def _rarer(self, element: Any, why: _Why | None) -> None:
-        if isinstance(element, FunctionElement):
-            self._called(element, why)
-        elif isinstance(element, Exists):
-            self.statement(_inner(element), None)
-        elif isinstance(element, ScalarSelect):
-            if why is not None and isinstance(element.type, Encrypted):
-                self._refuse(element.type, why)
-            self.statement(_inner(element), why)
-        elif isinstance(element, SelectBase):
-            self.statement(element, why)
-        elif isinstance(element, FromClause):
-            self.source(element)
+        if (text := upstream.text_of(element)) is not None:
+            self._text(text)
+            for piece in upstream.pieces_of(element):
+                for column in upstream.columns_of(piece):
+                    self.visit(column, _TEXT)
+                self.visit(piece, _TEXT)
         elif isinstance(element, Case):
             self._case(element, why)
         elif isinstance(element, Cast):
@@ -699,56 +853,90 @@ class _Walk:
             self.visit(element.element, _COMPUTED)
             self.visit(element.partition_by, _WINDOW)
             self.visit(element.order_by, _WINDOW)
-        elif (name := upstream.named_in_order_by(element)) is not None:
+        elif isinstance(element, UnaryExpression) and why is None:
+            self._within(element, _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED)
+        elif not (self._nested(element, why) or self._named(element, why)):
+            self._within(element, why or _COMPUTED)
+
+    def _nested(self, element: Any, why: _Why | None) -> bool:
+        """A statement or a FROM in an expression; False for anything else."""
+        if isinstance(element, Exists):
+            self.statement(_inner(element), None)
+        elif isinstance(element, ScalarSelect):
+            if why is not None and isinstance(element.type, Encrypted):
+                self._refuse(element.type, why)
+            self.statement(_inner(element), why)
+        elif isinstance(element, SelectBase):
+            self.statement(element, why)
+        elif isinstance(element, FromClause):
+            self.source(element)
+        elif upstream.has_rows(element):  # VALUES as an operand
+            self._rows(element)
+        else:
+            return False
+        return True
+
+    def _named(self, element: Any, why: _Why | None) -> bool:
+        """A string that names a column, or a FROM that stands for its row; False for anything else."""
+        if (name := upstream.named_in_order_by(element)) is not None:
             for column in self._of_name(name, shadowed=True):
                 self._part(column, why)
         elif (row := upstream.row_of(element)) is not None:
             self.source(row)
-            if why is not None and (carried := _ciphertext(element)) is not None:
+            if why is not None and (carried := self._ciphertext(element)) is not None:
                 self._refuse(carried, why)
         else:
-            if isinstance(element, UnaryExpression) and why is None:
-                why = _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED
-            self._within(element, why or _COMPUTED)
+            return False
+        return True
 
     def _within(self, element: Any, why: _Why) -> None:
         """The parts of an expression. Those of somebody's own may lead back to it."""
         if id(element) in self._open:
             return
         self._open.add(id(element))
-        for child in upstream.children(element):
-            if isinstance(child, ClauseElement) or hasattr(child, "__clause_element__"):
-                self.visit(child, why)
+        for child in children(element):
+            self.visit(child, why)
         self._open.discard(id(element))
 
     def _column(self, column: Any, why: _Why | None) -> None:
-        type_, table = column.type, column.table
-        if table is None:
-            if isinstance(type_, Encrypted) and why is not None:
-                self._refuse(type_, why)
-            (self._texts if column.is_literal else self._loose).append(column.name.lower())
-            return
-        self.source(table)
-        if isinstance(type_, Encrypted):
+        table = column.table
+        if column.is_literal:
+            self._text(column.name)
+        elif table is None:
+            self._text(column.name, column=True)
+        if table is not None:
+            self.source(table)
+            if self._scopes and self._scopes[-1].grows:
+                self._scopes[-1].froms.append(table)
+        type_ = self._type_of(column)
+        if type_ is None:
+            if (
+                why is not None
+                and not isinstance(table, Table)
+                and (carried := self._ciphertext(column)) is not None
+            ):
+                self._refuse(carried, why)
+        elif type_ is not column.type:
+            self._of_unknowing(column, type_, why)
+        elif isinstance(type_, Encrypted):
             if why is not None:
                 self._refuse(type_, why)
-        elif isinstance(type_, SearchHash):
-            if why in _COMPARISONS:
-                self._refuse(type_, _HASH)
-            elif why is not None:
-                self._check_hashes([column])
-                self.grouped.append(type_)
-        elif not isinstance(table, Table):
-            if why is not None and (carried := _ciphertext(column)) is not None:
-                self._refuse(carried, why)
-            for base in column.base_columns:
-                if _is_light(getattr(base, "table", None)):
-                    self._light(base.table, base.name)
+        elif table is not None:
+            self._hash(column, type_, why)
 
-    def _light(self, table: Any, name: str) -> None:
-        known = _protected(table.name)
-        if name.lower() in known:
-            self._add(known[name.lower()], _LIGHT.what, _LIGHT.way, True)
+    def _hash(self, column: Any, type_: Any, why: _Why | None) -> None:
+        if why in _COMPARISONS:
+            self._refuse(type_, _HASH)
+        elif why is not None:
+            self._check_hashes([column])
+            self.grouped.append(type_)
+
+    def _of_unknowing(self, column: Any, type_: Any, why: _Why | None) -> None:
+        """An encrypted column or hash column of a table that says nothing of it; its bytes may be read, of a Table."""
+        if not isinstance(_origin(column.table), Table):
+            self._refuse(type_, _LIGHT, True)
+        elif why is not None:
+            self._refuse(type_, _Why(why.what, _LIGHT.way))
 
     def _looked_up(self, comparison: HashComparison) -> None:
         for side in (_bare(comparison.left), _bare(comparison.right)):
@@ -762,14 +950,14 @@ class _Walk:
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
         parts = upstream.parts(select, self._compiled)
-        self._scopes.append(parts.named)
+        self._scopes.append(_Scope(parts.named, list(parts.froms), parts.columns))
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         self._scopes.pop()
 
     def _binary(self, binary: Any) -> None:
         left, right = binary.left, binary.right
-        if binary.operator in (operators.is_, operators.is_not) and (_is_null(left) or _is_null(right)):
+        if _is_null_test(binary):
             self.visit(left, None)
             self.visit(right, None)
             return
@@ -787,15 +975,17 @@ class _Walk:
 
     def _called(self, function: Any, why: _Why | None) -> None:
         name = str(getattr(function, "name", "")).lower()
-        arguments = list(function.clauses)
-        if name == "count":
-            for argument in arguments:
+        if is_own(function):
+            self._within(function, _function(name))
+        elif name == "count":
+            for argument in function.clauses:
                 self.visit(argument, None)
         elif name == "coalesce":
-            self._alternatives(arguments, why)
+            self._alternatives(list(function.clauses), why)
         else:
-            for argument in arguments:
-                self.visit(argument, _function(name))
+            measures = name in _MEASURING
+            for argument in function.clauses:
+                self.visit(argument, None if measures and _is_raw(argument) else _function(name))
 
     def _case(self, case: Any, why: _Why | None) -> None:
         if case.value is not None:
@@ -830,7 +1020,7 @@ class _Walk:
         """
         if not self._scopes:
             return []
-        meant, alike = self._scopes[-1](name)
+        meant, alike = self._scopes[-1].named(name)
         if shadowed:
             return meant + alike if any(isinstance(column, Label) for column in meant) else meant
         return meant[:1]
@@ -869,16 +1059,84 @@ def _is_null(element: Any) -> bool:
     return isinstance(bare, Null)
 
 
-def _is_light(table: Any) -> bool:
-    return isinstance(table, TableClause) and not isinstance(table, Table)
+def _element(value: Any) -> Any:
+    """An attribute as the construct that it stands for."""
+    if isinstance(value, ClauseElement) or not hasattr(value, "__clause_element__"):
+        return value  # to ask an expression for an attribute that it has not costs much
+    return value.__clause_element__()
 
 
-def _ciphertext(element: Any) -> Any:
-    """The type of the encrypted column whose ciphertext an expression gives, under whatever type; else None."""
-    bare = _bare(element)
-    if _is_encrypted(bare):
-        return bare.type
-    return next((type_ for part in _given_by(bare) if (type_ := _ciphertext(part)) is not None), None)
+def _origin(table: Any) -> Any:
+    """The table of which a FROM is an alias, or one of its aliases."""
+    while isinstance(table, AliasedReturnsRows):
+        table = table.element
+    return table
+
+
+def _column_of(table: Any, key: Any) -> Any:
+    """The column that a key of VALUES or SET stands for; None for an unknown one."""
+    if isinstance(key, ColumnClause) and (getattr(key, "table", None) is not None or not hasattr(table, "c")):
+        return key
+    name = key if isinstance(key, str) else getattr(key, "key", None)
+    return table.c.get(name) if hasattr(table, "c") else None
+
+
+def _flat(froms: Iterable[Any]) -> Iterator[Any]:
+    """The members of a FROM, without joins."""
+    for source in froms:
+        if isinstance(source, Join):
+            yield from _flat((source.left, source.right))
+        else:
+            yield source
+
+
+def _is_text(element: Any) -> bool:
+    return bool(getattr(element, "is_literal", False)) or upstream.text_of(element) is not None
+
+
+def _is_null_test(element: Any) -> bool:
+    return (
+        isinstance(element, BinaryExpression)
+        and element.operator in (operators.is_, operators.is_not)
+        and (_is_null(element.left) or _is_null(element.right))
+    )
+
+
+def _but_columns(elements: Iterable[Any]) -> list[Any]:
+    return [element for element in elements if not isinstance(_bare(element), ColumnClause | Null)]
+
+
+def _made_of(element: Any) -> Iterable[Any]:
+    """The parts that an expression's values come from, through subqueries too; not what is only tested or counted."""
+    if isinstance(element, tuple):
+        return element
+    if isinstance(element, HashComparison | Exists):
+        return ()
+    if upstream.has_rows(element):
+        return tuple(upstream.rows_of_values(element))
+    if _is_null_test(element):
+        return _but_columns((element.left, element.right))
+    if isinstance(element, ColumnClause):
+        inner = getattr(element.table, "element", element.table)
+        rows = upstream.rows_of_values(inner) if upstream.has_rows(inner) else ()
+        told = (inner,) if isinstance(inner, FunctionElement | TextualSelect) else ()
+        return (*upstream.proxied(element), *rows, *told)
+    if isinstance(element, FunctionElement) and not is_own(element):
+        name = str(getattr(element, "name", "")).lower()
+        if name == "count":
+            return _but_columns(element.clauses)
+        places = _PLACES.get(name, ())
+        return [
+            argument
+            for place, argument in enumerate(element.clauses)
+            if not (place in places and isinstance(argument.type, Integer))
+        ]
+    if isinstance(element, ScalarSelect | SelectBase):
+        inner = _inner(element)
+        if isinstance(inner, TextualSelect):
+            return (inner.element,)
+        return inner.selects if isinstance(inner, CompoundSelect) else tuple(inner.selected_columns)
+    return children(element) if isinstance(element, ClauseElement) else ()
 
 
 def _given_by(element: Any) -> Iterable[Any]:

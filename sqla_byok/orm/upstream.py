@@ -6,6 +6,7 @@ lines, 2.0 and 2.1, are tested against what stands here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from importlib.util import find_spec
@@ -13,32 +14,39 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
-from sqlalchemy.orm import FromStatement, QueryableAttribute
+from sqlalchemy.orm import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
+    BinaryExpression,
     BindParameter,
     ClauseElement,
     ColumnClause,
     Grouping,
     TableValuedColumn,
     TextClause,
+    _anonymous_label,
     _label_reference,
     _textual_label_reference,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import FromClause, TableClause
+from sqlalchemy.sql.selectable import FromClause, ScalarValues, TableClause, Values
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
+
+from sqla_byok.orm.constructs import children, is_own
 
 __all__ = [
     "FanOut",
     "Named",
     "Parts",
     "Steps",
-    "children",
+    "around",
+    "beside",
+    "case_counts",
+    "columns_of",
     "compiled_anew",
     "conflict_columns",
     "conflict_criteria",
@@ -51,13 +59,17 @@ __all__ = [
     "excluded",
     "executed",
     "fanned_out",
+    "has_rows",
     "held_to",
+    "hints",
     "in_greenlet",
+    "is_made_up",
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
     "ordering",
     "parts",
+    "pieces_of",
     "plain_table",
     "prefixes",
     "proxied",
@@ -67,6 +79,7 @@ __all__ = [
     "resolved",
     "restated",
     "result_types",
+    "returned",
     "returning",
     "row_of",
     "rows_of_values",
@@ -74,7 +87,9 @@ __all__ = [
     "select_names",
     "selected_by",
     "step_in",
+    "tables_of",
     "target",
+    "targets",
     "text_of",
     "unique_columns",
     "values",
@@ -85,6 +100,7 @@ __all__ = [
     "with_multi_values",
     "with_target",
     "with_values",
+    "written",
 ]
 
 T = TypeVar("T")
@@ -318,7 +334,7 @@ def dml_within(compiled: Any) -> Iterator[Any]:
         return
     statement = executed(compiled)
     # Without CTEs only a statement of somebody's own has any: EXPLAIN of one, say.
-    if compiled.ctes is None and _is_upstreams(statement):
+    if compiled.ctes is None and not is_own(statement):
         return
     tops = [dml_of(resolved(compiled.statement)), dml_of(statement)]
     seen: dict[int, Any] = {}
@@ -514,7 +530,6 @@ def parts(select: Any, compiled: Any) -> Parts:
             columns.append(column)
     on = getattr(select, "_pre_columns_clause", None)  # 2.1
     distinct_on = [*select._distinct_on, *getattr(on, "_distinct_on", ())]
-    others = [getattr(select, name, None) for name in _OTHERS]
     texts = [element for element, _ in (*select._prefixes, *select._suffixes)]
     return Parts(
         columns=columns,
@@ -525,7 +540,7 @@ def parts(select: Any, compiled: Any) -> Parts:
         order_by=select._order_by_clauses,
         distinct=bool(select._distinct) or any("DISTINCT" in str(text_of(text)).upper() for text in texts),
         distinct_on=distinct_on,
-        others=[*(other for other in others if other is not None), *texts],
+        others=beside(select),
     )
 
 
@@ -559,35 +574,34 @@ def variants(type_: Any) -> Mapping[str, Any]:
 
 
 def text_of(element: Any) -> str | None:
-    """The SQL text of text(); of a template string (2.1) with the names of the columns and tables in it; else None."""
+    """The SQL text of text(); of a template string (2.1) without the columns and values in it; else None."""
     if not getattr(element, "_is_text_clause", False):
         return None
     pieces = getattr(element, "parts", None) or [element]
-    return "".join(
-        getattr(piece, "text", None) or " ".join(str(getattr(one, "name", "")) for one in iterate(piece))
-        for piece in pieces
-    )
+    return "".join(getattr(piece, "text", None) or " ? " for piece in pieces)
+
+
+def pieces_of(text: Any) -> list[Any]:
+    """What stands in a template string beside text."""
+    return [piece for piece in getattr(text, "parts", ()) if getattr(piece, "text", None) is None]
+
+
+def columns_of(element: Any) -> list[Any]:
+    """The columns in an expression, but those of comparisons."""
+    if isinstance(element, BinaryExpression):
+        return []
+    return [one for one in iterate(element) if isinstance(one, ColumnClause)]
+
+
+def tables_of(element: Any) -> set[Any]:
+    """The tables that an expression names, itself or by their columns."""
+    found = {getattr(one, "table", one) for one in iterate(element)}
+    return {table for table in found if isinstance(table, TableClause)}
 
 
 def selected_by(compiled: Any) -> Any:
     """The SELECT of a compiled CREATE VIEW or CREATE TABLE AS (2.1); None of any other statement."""
     return getattr(getattr(compiled, "statement", None), "selectable", None)
-
-
-def children(element: Any) -> Iterator[Any]:
-    """The parts of an expression: what it tells, and of a class of somebody's own whatever else it holds."""
-    yield from element.get_children()
-    if not _is_upstreams(element):
-        for value in tuple(vars(element).values()):
-            for one in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(one, ClauseElement | QueryableAttribute):
-                    yield one
-
-
-def _is_upstreams(element: Any) -> bool:
-    """Whether an element is of SQLAlchemy's own classes, the ORM's annotations apart."""
-    own = (cls for cls in type(element).__mro__ if not cls.__module__.startswith("sqlalchemy."))
-    return not any(issubclass(cls, ClauseElement) for cls in own)
 
 
 def named_in_order_by(element: Any) -> str | None:
@@ -617,6 +631,16 @@ def proxied(column: Any) -> Sequence[Any]:
     return found
 
 
+def is_made_up(name: Any) -> bool:
+    """Whether SQLAlchemy gives the FROM its name when it is compiled."""
+    return name is None or isinstance(name, _anonymous_label)
+
+
+def has_rows(element: Any) -> bool:
+    """Whether it is a VALUES, in a FROM or as an operand."""
+    return isinstance(element, Values | ScalarValues)
+
+
 def row_of(element: Any) -> Any:
     """The FROM of which an expression is the whole row; None for any other."""
     return element.scalar_alias if isinstance(element, TableValuedColumn) else None
@@ -644,6 +668,75 @@ def returning(dml: Any) -> Sequence[Any]:
     """What an INSERT, UPDATE or DELETE returns."""
     found: Sequence[Any] = dml._returning
     return found
+
+
+def returned(compiled: Any) -> Sequence[Any]:
+    """The same of a compiled statement: the ORM's bulk INSERT has it in another one than :func:`executed` gives."""
+    statement = resolved(compiled.statement)
+    if not getattr(statement, "is_dml", False):
+        return ()
+    return (*getattr(statement, "_returning", ()), *(compiled.effective_returning or ()))
+
+
+def targets(compiled: Any) -> list[Any]:
+    """The table that a compiled INSERT, UPDATE or DELETE is for."""
+    statement = resolved(compiled.statement)
+    table = getattr(getattr(statement, "element", statement), "table", None)  # from_statement() has it within
+    return [] if table is None else [table]
+
+
+def written(dml: Any, compiled: Any) -> set[Any]:
+    """The keys of the columns that an INSERT or UPDATE writes other values to than it was given by name.
+
+    Those of parameters, of a SELECT, of positional rows, and of defaults in Python.
+    """
+    columns = list(getattr(dml.table, "c", ()))
+    given = {key for key, _ in values(dml)}
+    keys = {*select_names(dml), *(compiled.column_keys or ())}
+    for row in (row for group in multi_values(dml) for row in group):
+        if isinstance(row, Mapping):
+            given.update(row)
+        else:
+            keys.update(column.key for column in columns[: len(row)])
+    if dml.is_insert and not (keys or given) and compiled.column_keys is None:
+        return {column.key for column in columns}  # all of them
+    default = "default" if dml.is_insert else "onupdate"
+    return keys.union(
+        column.key
+        for column in columns
+        if column.key not in given and getattr(column, default, None) is not None
+    )
+
+
+def beside(statement: Any) -> list[Any]:
+    """What stands in an INSERT, UPDATE, DELETE or UNION before and behind its clauses."""
+    found = [getattr(statement, name, None) for name in _OTHERS]
+    texts = (*getattr(statement, "_prefixes", ()), *getattr(statement, "_suffixes", ()))
+    return [one for one in (*found, *(element for element, _ in texts)) if one is not None]
+
+
+def around(source: Any) -> list[Any]:
+    """What stands before and behind a FROM: of a CTE its prefixes and suffixes, and what a TABLESAMPLE samples by."""
+    found = [*beside(source), getattr(source, "sampling", None), getattr(source, "seed", None)]
+    return [one for one in found if isinstance(one, ClauseElement)]
+
+
+_INDEX_HINT = re.compile(r"\b(?:index|key)\b[^()]*\([^()]*\)|\bindexed\s+by\s+\S+", re.IGNORECASE)
+
+
+def hints(statement: Any, compiled: Any) -> list[str]:
+    """The texts of hints, for the database that it was compiled for, without the names of indexes."""
+    here = ("*", compiled.dialect.name)
+    found = [text for (_, dialect), text in getattr(statement, "_hints", {}).items() if dialect in here]
+    found += [text for dialect, text in getattr(statement, "_statement_hints", ()) if dialect in here]
+    return [_INDEX_HINT.sub(" ", text) for text in found]
+
+
+def case_counts(dialect: Any) -> tuple[bool, bool]:
+    """Whether names that differ in upper and lower case are two: those of tables, and those of columns."""
+    if dialect.name in ("mysql", "mariadb"):
+        return getattr(dialect, "_casing", 0) == 0, False
+    return (dialect.name == "postgresql",) * 2
 
 
 def conflict_criteria(conflict: Any) -> list[Any]:

@@ -367,6 +367,23 @@ REFUSED: dict[str, Refused] = {
     "VALUES": Refused(
         lambda p, r: select(values(column("v", p.mrn.type), name="v").data([("a",)]).c.v)
     ),
+    "VALUES of columns": Refused(
+        lambda p, r: select(values(column("v", String), name="v").data([(p.mrn,)]).c.v)
+    ),
+    "VALUES of expressions": Refused(
+        lambda p, r: select(p.id).where(
+            p.note.in_(values(column("v", String), name="v").data([(func.lower(p.mrn),)]).scalar_values())
+        )
+    ),
+    "VALUES in a CTE": Refused(
+        lambda p, r: select(values(column("v", String), name="v").data([(func.lower(p.mrn),)]).cte().c.v)
+    ),
+    "a table-valued function": Refused(
+        lambda p, r: select(func.json_each(p.mrn).table_valued("value").c.value)
+    ),
+    "TABLESAMPLE": Refused(
+        lambda p, r: select(p.id.table.tablesample(func.bernoulli(func.length(p.mrn)), name="few").c.id)
+    ),
     "a name for two columns": Refused(
         lambda p, r: select(p.id).where(or_(p.mrn == bindparam("q"), p.nick == bindparam("q"))), NICK
     ),
@@ -383,6 +400,18 @@ REFUSED: dict[str, Refused] = {
     "DELETE USING": Refused(lambda p, r: delete(r.id.table).where(r.pid == p.id, p.mrn == p.note)),
     "INSERT FROM SELECT into plain": Refused(
         lambda p, r: insert(p.id.table).from_select(["id", "note"], select(r.id, r.code)), CODE
+    ),
+    "INSERT RETURNING": Refused(lambda p, r: insert(p.id.table).values(id=9).returning(func.lower(p.mrn))),
+    "UPDATE RETURNING": Refused(lambda p, r: _update(p).values(note="x").returning(cast(p.mrn, String).label("x"))),
+    "UPDATE FROM RETURNING": Refused(
+        lambda p, r: update(r.id.table).where(r.pid == p.id).values(pid=None).returning(func.lower(p.mrn))
+    ),
+    "DELETE RETURNING": Refused(lambda p, r: delete(p.id.table).returning(p.id, literal(SECRET) == p.mrn)),
+    "RETURNING in a CTE": Refused(
+        lambda p, r: select(delete(p.id.table).returning(func.lower(p.mrn).label("x")).cte().c.x)
+    ),
+    "RETURNING in a CTE beside": Refused(
+        lambda p, r: select(r.id).add_cte(delete(p.id.table).returning(func.lower(p.mrn).label("x")).cte())
     ),
     "column() beside the table": Refused(lambda p, r: select(column("mrn")).select_from(p.id.table)),
     "SELECT from table()": Refused(
@@ -430,6 +459,7 @@ REFUSED_ORM: dict[str, Refused] = {
     ),
     "a bundle": Refused(lambda p, r: select(Bundle("b", func.upper(_P.mrn)))),
     "DISTINCT of an entity's column": Refused(lambda p, r: select(_P.mrn, _P.n).distinct()),
+    "INSERT RETURNING entities": Refused(lambda p, r: insert(_P).values(id=9).returning(_P, func.lower(_P.mrn))),
     "bulk UPDATE": Refused(lambda p, r: update(_P).values(note=_P.mrn)),
     "bulk DELETE": Refused(lambda p, r: delete(_R).where(func.lower(_R.code) == "x"), CODE),
 }  # fmt: skip

@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Table,
     bindparam,
+    cast,
     column,
     create_engine,
     event,
@@ -29,6 +30,7 @@ from sqlalchemy import (
     inspect,
     lambda_stmt,
     literal,
+    literal_column,
     select,
     table,
     text,
@@ -268,6 +270,44 @@ def test_upserts_are_walked(engine: Engine, byok: Byok) -> None:
             with reached(engine) as sent, pytest.raises(UnsupportedQueryError):
                 session.execute(statement)
             assert sent == []
+
+
+def test_returning_of_many_rows_is_walked(engine: Engine, byok: Byok) -> None:
+    """The ORM's bulk INSERT keeps RETURNING in another statement than it compiles; executemany has it in one."""
+    dialect: Any = {"sqlite": sqlite, "postgresql": postgresql}.get(engine.dialect.name)
+    rows = [{"id": 8, "mrn": "a"}, {"id": 9, "mrn": "b"}]
+    returned = (
+        func.lower(P.mrn),
+        cast(P.mrn, String).label("x"),
+        literal_column("mrn"),
+        text("g_patient.mrn"),
+        literal(SECRET) == P.mrn,
+        Shout(P.mrn),
+    )
+    ENCRYPTED.Base.metadata.create_all(engine)
+    for element in returned:
+        for table_ in (P, P.__table__):
+            statements = [
+                insert(table_).returning(element),
+                insert(table_).returning(P.id, element),
+                insert(table_).returning(P.id, element, sort_by_parameter_order=True),
+            ]
+            if dialect is not None:
+                given = dialect.insert(table_)
+                set_ = {"note": given.excluded.note}
+                statements.append(
+                    given.on_conflict_do_update(index_elements=["id"], set_=set_).returning(element)
+                )
+            for statement in statements:
+                with byok.session("t1", engine) as session:
+                    executes: Any = session if table_ is P else session.connection()
+                    with reached(engine) as sent, pytest.raises(UnsupportedQueryError):
+                        executes.execute(statement, rows)
+                    assert sent == []
+    if dialect is not None:
+        with byok.session("t1", engine) as session:
+            fine = insert(P).returning(P, P.mrn, P.mrn.is_(None), sort_by_parameter_order=True)
+            assert [row.mrn for row in session.execute(fine, rows)] == ["a", "b"]
 
 
 def test_a_statement_is_walked_once(engine: Engine, byok: Byok, monkeypatch: pytest.MonkeyPatch) -> None:

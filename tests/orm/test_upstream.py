@@ -612,3 +612,62 @@ def test_expressions_of_an_exclusion_and_variants_of_a_type_are_told() -> None:
     variant = String(5)
     assert upstream.variants(String(3).with_variant(variant, "sqlite")) == {"sqlite": variant}
     assert upstream.variants(String(3)) == {}
+
+
+def test_what_the_guard_reads_of_what_is_written_and_returned(memory: Engine) -> None:
+    """guard.py: `written`, `returned`, `targets`, `beside`, `hints`, `around` and `has_rows`."""
+    animal: Any = Animal.__table__
+    compiled = insert(animal).compile(memory, column_keys=["name"])
+    assert upstream.written(insert(animal), compiled) == {"name"}
+    assert upstream.written(insert(animal), insert(animal).compile(memory)) == set(animal.c.keys())
+    assert upstream.written(insert(animal).values(name="x"), insert(animal).compile(memory)) == set()
+    two = [column.key for column in animal.c][:2]
+    assert upstream.written(insert(animal).values([(1, "x")]), compiled) == {*two, "name"}
+    copied = insert(animal).from_select(["name"], select(animal.c.name))
+    assert upstream.written(copied, insert(animal).compile(memory, column_keys=[])) == {"name"}
+
+    seen: list[Any] = []
+    event.listen(memory, "before_cursor_execute", lambda *args: seen.append(args[4].compiled))
+    with Session(memory) as session:
+        session.execute(insert(Animal).returning(func.lower(Animal.name)), [{"name": "x"}, {"name": "y"}])
+        session.execute(select(Animal.id))
+    bulk, selected = seen
+    assert "lower" in {getattr(column, "name", None) for column in upstream.returned(bulk)}
+    assert [table.name for table in upstream.targets(bulk)] == [animal.name]
+    assert not upstream.returned(selected)
+    assert not upstream.targets(selected)
+
+    hinted = (
+        select(animal.c.id)
+        .prefix_with(text("a"))
+        .suffix_with(text("b"))
+        .with_hint(animal, "USE INDEX (mrn)")
+        .with_statement_hint("c")
+        .with_statement_hint("d", "oracle")
+    )
+    assert [upstream.text_of(one) for one in upstream.beside(hinted.limit(None))] == ["a", "b"]
+    assert [hint.split() for hint in upstream.hints(hinted, selected)] == [["USE"], ["c"]]
+    assert upstream.hints(update(animal).with_hint("e"), selected) == ["e"]
+    few = animal.tablesample(func.bernoulli(1), seed=text("2"))
+    assert len(upstream.around(few)) == 2
+    assert upstream.around(animal) == []
+    given = values(animal.c.id, name="v").data([(1,)])
+    assert upstream.has_rows(given)
+    assert upstream.has_rows(given.scalar_values())
+    assert list(upstream.rows_of_values(given.scalar_values())) == [1]
+    assert not upstream.has_rows(animal)
+
+
+def test_names_that_sqlalchemy_makes_up_and_cases_that_count(memory: Engine) -> None:
+    """guard.py, namesakes.py: `is_made_up`, `tables_of`, `columns_of` and `case_counts`."""
+    animal: Any = Animal.__table__
+    assert [upstream.is_made_up(one.name) for one in (animal, animal.alias(), animal.alias("a"))] == [
+        False,
+        True,
+        False,
+    ]
+    assert upstream.tables_of(func.lower(animal.c.name)) == {animal}
+    assert upstream.columns_of(func.lower(animal.c.name)) == [animal.c.name]
+    assert upstream.columns_of(animal.c.name == "x") == []
+    counts = [upstream.case_counts(module.dialect()) for module in (postgresql, sqlite, mysql)]
+    assert counts == [(True, True), (False, False), (True, False)]

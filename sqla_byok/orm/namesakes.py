@@ -1,0 +1,93 @@
+"""Which tables have encrypted columns, by name: for whatever names a table without saying that it is encrypted.
+
+Text does, ``table()``, and another :class:`~sqlalchemy.Table` of the same name: reflected, automapped, of another
+MetaData, or made by pandas. Tables are known for as long as they live, in the whole process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+from sqlalchemy import Column, Table, event
+
+from sqla_byok.orm import upstream
+from sqla_byok.orm.types import Encrypted, SearchHash
+
+__all__ = ["Naming", "protected_in"]
+
+_OURS = (Encrypted, SearchHash)
+_tables: dict[str, WeakSet[Table]] = {}
+
+
+@event.listens_for(Encrypted, "after_parent_attach")
+def _declared(type_: Encrypted[Any], column: Any) -> None:
+    if isinstance(column, Column):
+        event.listen(column, "after_parent_attach", _protect)
+
+
+def _protect(_: Any, table: Any) -> None:
+    if isinstance(table, Table):
+        _tables.setdefault(table.name.lower(), WeakSet()).add(table)
+
+
+def protected_in(table: Any) -> list[Any]:
+    """The encrypted columns and hash columns of a table that says so itself."""
+    return [column for column in table.c if isinstance(column.type, _OURS)]
+
+
+class Naming(NamedTuple):
+    """When two names are one, in a database.
+
+    :param tables: whether upper and lower case make two names of a table.
+    :param columns: the same of a column.
+    :param schema: where a table is whose schema is not given; None where nobody knows.
+    :param translated: the schemas that are replaced when a statement is executed.
+    """
+
+    tables: bool = False
+    columns: bool = False
+    schema: str | None = None
+    translated: frozenset[str | None] = frozenset()
+
+    @classmethod
+    def of(cls, dialect: Any, translated: Mapping[str | None, Any] | None = None) -> Naming:
+        """That of a dialect."""
+        tables, columns = upstream.case_counts(dialect)
+        schema = getattr(dialect, "default_schema_name", None)
+        return cls(tables, columns, schema, frozenset(translated or ()))
+
+    def column(self, name: str) -> str:
+        """What is equal for two names of one column."""
+        return self._spelled(name, self.columns)
+
+    def same_table(self, table: Table, name: str, schema: str | None) -> bool:
+        """Whether a table is the one of this name and schema."""
+        if self._spelled(table.name, self.tables) != self._spelled(name, self.tables):
+            return False
+        if table.schema == schema or not self.translated.isdisjoint((table.schema, schema)):
+            return True
+        mine, theirs = table.schema or self.schema, schema or self.schema
+        return mine is None or theirs is None or mine.lower() == theirs.lower()
+
+    def protected(self, name: str, schema: str | None, loosely: bool = False) -> dict[str, Any]:
+        """The types of the encrypted columns and hash columns of a table, by name.
+
+        :param loosely: as it stands in text: in upper or lower case, and of any schema where none is given.
+        """
+        tables = _tables.get(name.lower())
+        if not tables:
+            return {}
+        naming = self._replace(tables=False) if loosely else self
+        return {
+            self.column(column.name): column.type
+            for table in tables
+            if naming.same_table(table, name, table.schema if loosely and schema is None else schema)
+            for column in protected_in(table)
+        }
+
+    def _spelled(self, name: str, case_counts: bool) -> str:
+        # PostgreSQL, where case counts in all names, folds those that SQLAlchemy is told not to quote.
+        folded = self.columns and getattr(name, "quote", None) is False
+        return name if case_counts and not folded else name.lower()
