@@ -516,7 +516,8 @@ def _may_bind(ring: Statements | None, clock: Clock, compared: int) -> None:
 
 def is_known(column: Any, ring: Keyring) -> bool:
     """Whether a column was ever hashed, as far as the process knows. Where not, it has to look again to say so."""
-    type_: Any = search_hash(column).type
+    hash_column: Any = search_hash(column)
+    type_ = hash_column.type.source.hash_type
     return ring.searchable.knows_all([type_.spec])
 
 
@@ -531,7 +532,8 @@ def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialec
     :raises KeystoreUnavailableError: if the salts may have changed since the process looked.
     """
     _may_bind(ring, clock, 0)
-    type_: Any = search_hash(column).type
+    hash_column: Any = search_hash(column)
+    type_ = hash_column.type.source.hash_type
     ring.searchable.check(ring.tenant, (), [type_.spec])
     slots, found = slot_of(dialect), []
     token = slots.binding.set(ring)
