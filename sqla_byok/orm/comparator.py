@@ -297,7 +297,7 @@ def _hashed(operand: Any, column: Any) -> Any:
         _refuse(
             source,
             f"{getattr(source.table, 'description', None) or 'its FROM'} has no hash column for each of its rows; "
-            f"select {hash_key(_base(source).key)} there too, and instead of subqueryload() use selectinload()",
+            f"select search_hash({_base(source).key}) there too, and instead of subqueryload() use selectinload()",
         )
     return _select_of_hash(bare, source, found) if isinstance(bare, ScalarSelect) else found
 
@@ -413,9 +413,7 @@ def _selected(select: Any) -> Any:
 
 def _select_of_hash(select: Any, source: Any, found: Any) -> Any:
     """The same scalar subquery of the hash column."""
-    # The ORM finds the entity in a column's annotations, and by it the joins and criteria of an inheriting class.
-    entity = {key: value for key, value in source._annotations.items() if key != "proxy_key"}
-    return _bare(select.element).with_only_columns(found._annotate(entity)).scalar_subquery()
+    return _bare(select.element).with_only_columns(upstream.of_entity(found, source)).scalar_subquery()
 
 
 def _beside_hash(operand: Any, column: Any) -> Any:

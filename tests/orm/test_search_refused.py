@@ -36,7 +36,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.default_comparator import operator_lookup
 from sqlalchemy.sql.operators import ColumnOperators
 
-from sqla_byok import Byok, Encrypted, UnsupportedQueryError
+from sqla_byok import Byok, Encrypted, UnsupportedQueryError, search_hash
 from sqla_byok.normalize import casefold
 from sqla_byok.orm.comparator import HashComparison
 
@@ -264,13 +264,16 @@ def _distinct_on(statement: Any, column: Any) -> Any:
 
 A = aliased(P)
 _no_hash = select(P.id, P.mrn).subquery("sub")
-_borrowed = select(P.own.label("mrn"), P.mrn_hash).subquery("sub")
-_of_two_aliases = select(P.id, P.mrn, A.mrn_hash.label("mrn_hash")).subquery("sub")
+_borrowed = select(P.own.label("mrn"), search_hash(P.mrn)).subquery("sub")
+_of_two_aliases = select(P.id, P.mrn, search_hash(A.mrn).label("mrn_hash")).subquery("sub")
 _of_crossed_aliases = union_all(
-    select(P.id, A.mrn, P.mrn_hash.label("mrn_hash")), select(A.id, P.mrn, A.mrn_hash.label("mrn_hash"))
+    select(P.id, A.mrn, search_hash(P.mrn).label("mrn_hash")),
+    select(A.id, P.mrn, search_hash(A.mrn).label("mrn_hash")),
 ).subquery("sub")
-_of_two_scopes = union_all(select(P.own, P.own_hash), select(R.own, R.own_hash)).subquery("sub")
-_half = union_all(select(P.mrn, P.mrn_hash), select(R.mrn, null())).subquery("sub")
+_of_two_scopes = union_all(select(P.own, search_hash(P.own)), select(R.own, search_hash(R.own))).subquery(
+    "sub"
+)
+_half = union_all(select(P.mrn, search_hash(P.mrn)), select(R.mrn, null())).subquery("sub")
 
 COMPILED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "another scope": (lambda: P.mrn == P.own, "p.mrn", "salt_scope"),

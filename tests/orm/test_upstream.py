@@ -38,7 +38,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SADeprecationWarning
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, deferred, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, aliased, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.types import TypeDecorator
@@ -282,27 +282,75 @@ def test_a_constraints_columns_can_be_replaced_before_it_is_attached(make: Calla
     assert "(b)" in sql_of(ddl)
 
 
-def test_a_property_can_be_added_before_a_class_is_mapped() -> None:
-    """`Mapper._init_properties` in instrument_class, and `_columntoproperty` of a mapped class."""
+def test_columns_are_left_out_of_a_mapping_and_shown_in_subqueries() -> None:
+    """`exclude_properties` and `persist_selectable` in instrument_class, `_iterate_polymorphic_properties` after it."""
 
     class Other(DeclarativeBase):
         pass
 
+    def left_out(mapper: Any) -> list[Any]:
+        return [column for column in mapper.persist_selectable.c if column.key == "b"]
+
     @event.listens_for(Mapper, "instrument_class")
-    def add(mapper: Any, cls: Any) -> None:
-        if cls.__name__ == "Thing":
-            mapper._init_properties.setdefault("late", deferred(mapper.local_table.c.b))
+    def leave_out(mapper: Any, cls: Any) -> None:
+        if mapper.local_table.name in ("thing", "part"):
+            mapper.exclude_properties = {*(mapper.exclude_properties or ()), *left_out(mapper)}
+            upstream.show_in_subqueries(mapper, left_out)
 
     class Thing(Other):
         __table__ = Table(
             "thing", Other.metadata, Column("id", Integer, primary_key=True), Column("b", String)
         )
 
-    event.remove(Mapper, "instrument_class", add)
+    class Part(Thing):
+        __tablename__ = "part"
+        id: Mapped[int] = mapped_column(ForeignKey("thing.id"), primary_key=True)
+
+    event.remove(Mapper, "instrument_class", leave_out)
+    assert Thing.__mapper__.attrs.keys() == Part.__mapper__.attrs.keys() == ["id"]
     assert sql_of(select(Thing)) == "SELECT thing.id FROM thing"
+    assert select(Thing).subquery().c.keys() == ["id", "b"]
+    assert sql_of(select(select(Part).subquery())).startswith("SELECT anon_1.id, anon_1.id_1, anon_1.b FROM")
+    inner = "(SELECT thing.id AS id, thing.b AS b FROM thing) AS anon_1"
+    for _ in range(2):
+        assert sql_of(select(select(Thing).subquery())) == f"SELECT anon_1.id, anon_1.b FROM {inner}"
+    assert sql_of(select(aliased(Thing, select(Thing).subquery()))) == f"SELECT anon_1.id FROM {inner}"
+
+
+def test_a_mapper_tells_its_columns_and_properties() -> None:
+    """`_init_properties` in instrument_class, `_columntoproperty` and `inherits` of a mapped class."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Thing(Other):
+        __table__ = Table("thing", MetaData(), Column("id", Integer, primary_key=True), Column("b", String))
+        other = __table__.c.b
+
+    assert list(Thing.__mapper__._init_properties) == ["other"]
     assert Animal.__mapper__._columntoproperty[animal.c.name].key == "name"
     assert animal.c.name in Animal.__mapper__._columntoproperty
     assert Dog.__mapper__.inherits is Animal.__mapper__
+
+
+def test_a_column_can_stand_for_an_entity() -> None:
+    """`_annotations` and `_propagate_attrs`: one that is not mapped brings the criteria of its class."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Thing(Other):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str] = mapped_column(String(10))
+        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "thing"}  # noqa: RUF012
+
+    class Part(Thing):
+        __mapper_args__ = {"polymorphic_identity": "part"}  # noqa: RUF012
+
+    Thing.__table__.append_column(Column("b", String))  # type: ignore[attr-defined]
+    column = upstream.of_entity(Thing.__table__.c.b, Part.id.__clause_element__())
+    assert sql_of(select(column)).startswith("SELECT thing.b FROM thing WHERE thing.kind IN")
 
 
 # -- comparator.py ---------------------------------------------------------------------------------------------------
