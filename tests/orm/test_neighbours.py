@@ -41,7 +41,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.types import TypeDecorator
 
 from sqla_byok import Byok, Encrypted, LocalKms, hash_index
-from sqla_byok.normalize import last
+from sqla_byok.normalize import last, named
 
 WHY_FLASK = "needs flask, flask-sqlalchemy and flask-admin, in the project's test dependencies"
 CANARIES = (b"A-1", b"B-2", b"Lovelace", b"1815", b"4100")
@@ -52,6 +52,11 @@ class Ward(enum.Enum):
 
     north = "n"
     south = "s"
+
+
+@named("mail-and-mrn")
+def together(mail: str, mrn: str) -> str:
+    return f"{mail}/{mrn}"
 
 
 class Initials(TypeDecorator[str]):
@@ -289,22 +294,21 @@ def test_flask_admin_over_flask_sqlalchemy(tmp_path: Path, local_kms: LocalKms) 
 
 @pytest.fixture(params=["sqlalchemy_continuum", "sqlalchemy_history"])
 def versioned(request: pytest.FixtureRequest, sqlite_engine: Engine) -> Iterator[Any]:
-    """The model with Continuum's or History's versions."""
+    """Continuum or History, versioning what is declared from now on."""
     package = pytest.importorskip(request.param, reason="Continuum 2 needs Python 3.11")
     manager = package.VersioningManager()
     package.make_versioned(manager=manager, user_cls=None)
     try:
-        found = hospital(versioned=True)
-        configure_mappers()
-        found.metadata.create_all(sqlite_engine)
-        yield package, found
+        yield package
     finally:
         package.remove_versioning(manager=manager)
 
 
 def test_versions_and_revert(versioned: Any, sqlite_engine: Engine) -> None:
     """Every version is encrypted under its own table's columns, can be searched, and be gone back to."""
-    package, patient = versioned
+    package, patient = versioned, hospital(versioned=True)
+    configure_mappers()
+    patient.metadata.create_all(sqlite_engine)
     version = package.version_class(patient)
     assert {"mrn_hash", "phone_last4_hash"}.isdisjoint(version.__mapper__.attrs.keys())
     assert version.__table__.c.mrn.type.column_id == "patient_version.mrn"
@@ -329,3 +333,40 @@ def test_versions_and_revert(versioned: Any, sqlite_engine: Engine) -> None:
         assert session.scalars(select(patient.id).where(patient.mrn == "A-1")).all() == [1]
         assert session.scalars(select(patient.id).where(patient.phone_last4 == "1234")).all() == [1]
         assert session.scalars(select(patient.id).where(patient.mrn == "B-2")).all() == []
+
+
+def test_versions_of_columns_with_other_names(versioned: Any, sqlite_engine: Engine) -> None:
+    """A version's columns have the attributes' names; their hashes follow, those over several columns too."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Guest(Base):
+        __tablename__ = "guest"
+        __versioned__: Any = {}  # noqa: RUF012 - Continuum's declaration, and History's
+        id: Mapped[int] = mapped_column(primary_key=True)
+        mrn: Mapped[str] = mapped_column("record_number", Encrypted(String(20), searchable=True))
+        mail: Mapped[str] = mapped_column("m", Encrypted(String(20), searchable=True), key="k")
+        mail_end = hash_index("mail", transform=last(2))
+        both = hash_index("mail", "mrn", transform=together)
+
+    configure_mappers()
+    Base.metadata.create_all(sqlite_engine)
+    version = versioned.version_class(Guest)
+    table = version.__table__
+    with Session(sqlite_engine) as session:
+        guest = Guest(id=1, mrn="A-1", mail="a@x.org")
+        session.add(guest)
+        session.commit()
+        guest.mrn = "B-2"
+        session.commit()
+        for criterion, found in (
+            (version.mrn == "B-2", ["B-2"]),
+            (version.mail == "a@x.org", ["A-1", "B-2"]),
+            (table.c.mail_end_hash == "rg", ["A-1", "B-2"]),
+            (table.c.both_hash == "a@x.org/A-1", ["A-1"]),
+        ):
+            assert sorted(session.scalars(select(version.mrn).where(criterion))) == found
+        guest.versions[0].revert()
+        session.commit()
+        assert session.scalars(select(Guest.id).where(Guest.both == "a@x.org/A-1")).all() == [1]
