@@ -40,7 +40,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from sqla_byok import Byok, Encrypted, LocalKms, hash_index
+from sqla_byok import Byok, Encrypted, LocalKms, UnsupportedQueryError, hash_index
 from sqla_byok.normalize import last, named
 
 WHY_FLASK = "needs flask, flask-sqlalchemy and flask-admin, in the project's test dependencies"
@@ -254,6 +254,7 @@ def test_flask_admin_over_flask_sqlalchemy(tmp_path: Path, local_kms: LocalKms) 
         SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path / 'flask.db'}",
         SQLALCHEMY_ENGINE_OPTIONS={"execution_options": {"byok_tenant": "t1"}},
         SECRET_KEY="only for this test",
+        TESTING=True,
     )
     db = SQLAlchemy(app, model_class=declarative_base())
     patient = hospital(db.Model)
@@ -278,6 +279,8 @@ def test_flask_admin_over_flask_sqlalchemy(tmp_path: Path, local_kms: LocalKms) 
     client = app.test_client()
     page = client.get("/admin/patient/").text
     assert not [value for value in SHOWN if value not in page]
+    with pytest.raises(UnsupportedQueryError, match="ORDER BY"):
+        client.get(f"/admin/patient/?sort={[name for name, _ in view.get_list_columns()].index('mrn')}")
     assert client.post("/admin/patient/new/", data=BO).status_code == 302
     assert "Ada Lovelace" in client.get("/admin/patient/edit/?id=1").text
     assert client.post("/admin/patient/edit/?id=1", data={**BO, "mrn": "A-9"}).status_code == 302
