@@ -646,8 +646,8 @@ def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
         # None is SQL NULL; JSON.NULL is JSON's null, encrypted.
         return codecs.json_codec(lambda value: "null" if value is sqltypes.JSON.NULL else dumps(value), loads)
     raise DeclarationError(
-        f"Encrypted cannot wrap {type(type_).__name__}; wrap String, LargeBinary, JSON or another standard type, or a "
-        "TypeDecorator over one"
+        f"Encrypted cannot wrap {_declared_class(type(type_)).__name__}; wrap String, LargeBinary, JSON or another "
+        "standard type, or a TypeDecorator over one"
     )
 
 

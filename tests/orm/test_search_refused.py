@@ -308,16 +308,20 @@ COMPILED: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "in_ (union)": (lambda: P.mrn.in_(select(P.mrn).union(select(R.mrn))), "p.mrn", "no search hash"),
     "== (select of another scope)": (lambda: P.mrn == select(R.own).scalar_subquery(), "p.mrn", "salt_scope"),
-    "a subquery without hash": (lambda: _no_hash.c.mrn == VALUE, "p.mrn", "select mrn_hash there too"),
+    "a subquery without hash": (
+        lambda: _no_hash.c.mrn == VALUE,
+        "p.mrn",
+        r"select search_hash\(mrn\) there too",
+    ),
     "a cte without hash": (
         lambda: (lambda cte: cte.c.mrn.in_([VALUE]))(select(P.mrn).cte("c")),
         "p.mrn",
-        "select mrn_hash there too",
+        r"select search_hash\(mrn\) there too",
     ),
     "in_ (select from a subquery without hash)": (
         lambda: R.mrn.in_(select(_no_hash.c.mrn)),
         "p.mrn",
-        "select mrn_hash there too",
+        r"select search_hash\(mrn\) there too",
     ),
     "a label that borrows another's name": (lambda: _borrowed.c.mrn == VALUE, "p.own", "there too"),
     "another alias's hash": (lambda: _of_two_aliases.c.mrn == VALUE, "p.mrn", "there too"),
