@@ -48,7 +48,7 @@ from sqla_byok.metrics import observe
 from sqla_byok.orm.current import attachment_of, refuse_foreign
 from sqla_byok.orm.digests import hashes, is_known
 from sqla_byok.orm.direct import areveal, reveal
-from sqla_byok.orm.guard import Findings, Guard
+from sqla_byok.orm.guard import Findings, Guard, search_hash
 from sqla_byok.orm.hash_index import searched_id
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.statements import attach
@@ -769,8 +769,8 @@ class Byok(Secret):
                 mrn = byok.hash(Patient.mrn, "A-1")
                 connection.execute(text("SELECT id FROM patient WHERE mrn_hash = :mrn"), {"mrn": mrn})
 
-        :param column: the attribute or column; searchable.
-        :param value: what its type takes; normalized as the column says.
+        :param column: the attribute or column, searchable, or a :class:`~sqla_byok.hash_index`.
+        :param value: what its type takes, normalized as the column says; for a hash_index the transform's result.
         :returns: 32 bytes.
         :raises UnsupportedQueryError: while the tenant's search salts are being rotated, when a value may have several
             hashes: take :meth:`hashes` with IN. And if the column has no hashes, or the value is None.
@@ -854,7 +854,8 @@ class Byok(Secret):
 
     def _tenant_of_column(self, column: Any) -> str:
         """Whose keys the column takes: its owner's, or those of the tenant whose turn it is."""
-        owner: str | None = getattr(getattr(column, "type", None), "owner", None)
+        hash_column: Any = search_hash(column)
+        owner: str | None = hash_column.type.source.owner
         return self._required_tenant() if owner is None else owner
 
     def _required_tenant(self) -> str:

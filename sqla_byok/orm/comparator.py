@@ -378,9 +378,11 @@ def _sibling(column: Any) -> ColumnElement[Any] | None:
 
 
 def _hash_named(column: Any) -> str:
-    """The key of the hash column that belongs to a column; where it cannot be told, what it is."""
+    """How the hash column of a column is asked for; where its name cannot be told, what it is."""
     base = next(iter(column.base_columns))
-    return hash_key(base.key) if isinstance(getattr(base, "table", None), Table) else "its hash column"
+    return (
+        f"search_hash({base.key})" if isinstance(getattr(base, "table", None), Table) else "its hash column"
+    )
 
 
 def way(column: Any) -> Any:
@@ -428,9 +430,7 @@ def _selected(select: Any) -> Any:
 
 def _select_of_hash(select: Any, source: Any, found: Any) -> Any:
     """The same scalar subquery of the hash column."""
-    # The ORM finds the entity in a column's annotations, and by it the joins and criteria of an inheriting class.
-    entity = {key: value for key, value in source._annotations.items() if key != "proxy_key"}
-    return _bare(select.element).with_only_columns(found._annotate(entity)).scalar_subquery()
+    return _bare(select.element).with_only_columns(upstream.of_entity(found, source)).scalar_subquery()
 
 
 def _beside_hash(operand: Any, column: Any) -> Any:

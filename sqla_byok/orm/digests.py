@@ -18,8 +18,8 @@ __all__ = ["hashes", "is_known"]
 
 def is_known(column: Any, ring: Keyring) -> bool:
     """Whether a column was ever hashed, as far as the process knows. Where not, it has to look again to say so."""
-    type_: Any = search_hash(column).type
-    return ring.searchable.knows_all([type_.spec])
+    hash_column: Any = search_hash(column)
+    return ring.searchable.knows_all([hash_column.type.source.hash_type.spec])
 
 
 def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialect) -> list[Digest]:
@@ -34,7 +34,8 @@ def hashes(column: Any, value: Any, ring: Keyring, clock: Clock, dialect: Dialec
     """
     if clock.boot() >= ring.write_until:
         ring.outdated()
-    type_: Any = search_hash(column).type
+    hash_column: Any = search_hash(column)
+    type_ = hash_column.type.source.hash_type
     ring.searchable.check(ring.tenant, (), [type_.spec])
     with running(Turn(attachment_of(dialect), ring.tenant, {type_.owner: ring})):
         found = [type_.at(nth).bind_processor(dialect)(value) for nth in range(len(ring.live_salts))]

@@ -63,6 +63,7 @@ from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
 from sqla_byok.orm.constructs import children, is_own
+from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import Naming, protected_in
 from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in
 from sqla_byok.orm.types import Encrypted, SearchHash
@@ -75,19 +76,26 @@ _TEXTS_KEPT = 1_000
 
 
 def search_hash(column: Any) -> ColumnElement[Any]:
-    """The hash column of a searchable encrypted column, to group by or to count distinct values on purpose.
+    """The hash column of a searchable encrypted column or of a :class:`~sqla_byok.hash_index`.
 
     ::
 
+        select(Patient.id, search_hash(Patient.mrn))                                 # to read the hashes of rows
         select(search_hash(Patient.city), func.count()).group_by(search_hash(Patient.city))
+        inner = select(Patient.id, Patient.mrn, search_hash(Patient.mrn)).subquery() # can be searched by inner.c.mrn
 
-    The database then sees which rows share a value, which it does anyway. While a tenant's search salts are being
+    No attribute is mapped to it: this is the way to group by it, to count distinct values or to carry it through a
+    subquery. The database sees which rows share a value, which it does anyway. While a tenant's search salts are being
     rotated one value may have two hashes: a statement that groups by them is refused for that tenant meanwhile.
 
-    :param column: the attribute or column, also of an alias, or of a subquery that selects the hash column too.
+    :param column: the attribute, column or hash_index, also of an alias; a column of a subquery or CTE that selects
+        the hash column too. For what an INSERT of a class returns, take the column of its table.
     :returns: the hash column in the same FROM. Fetched, it is a :class:`~sqla_byok.Digest`.
     :raises UnsupportedQueryError: if it is no searchable encrypted column, or its FROM has no hash column.
     """
+    comparator = getattr(column, "comparator", None)
+    if isinstance(comparator, IndexComparator):
+        return comparator.hash_column()
     element = column.__clause_element__() if hasattr(column, "__clause_element__") else column
     type_ = getattr(_bare(element), "type", None)
     name = getattr(type_, "column_id", None)
@@ -100,12 +108,10 @@ def search_hash(column: Any) -> ColumnElement[Any]:
     found = hash_column_of(element)
     if found is None:
         raise UnsupportedQueryError(
-            f"{name}: its FROM has no hash column for each of its rows; select the hash column there too",
+            f"{name}: its FROM has no hash column for each of its rows; select search_hash() of it there too",
             column=name,
         )
-    entity = {key: value for key, value in element._annotations.items() if key != "proxy_key"}
-    annotated: ColumnElement[Any] = found._annotate(entity)
-    return annotated
+    return upstream.of_entity(found, element)
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------

@@ -26,12 +26,19 @@ from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import ConfigurationError, DeclarationError, UnsupportedQueryError
 from sqla_byok.normalize import identity
-from sqla_byok.orm.comparator import LOOK_UPS, NULL_TESTS, HashComparison, hash_column_of, spelled
+from sqla_byok.orm import upstream
+from sqla_byok.orm.comparator import (
+    LOOK_UPS,
+    NULL_TESTS,
+    HashComparison,
+    hash_column_of,
+    spelled,
+)
 from sqla_byok.orm.schema import IndexOf, add_index, hash_key
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, IndexHash, SearchHash
 
-__all__ = ["hash_index", "searched_id"]
+__all__ = ["IndexComparator", "hash_index", "searched_id"]
 
 _T = TypeVar("_T")
 
@@ -91,7 +98,7 @@ class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_p
         if name is not None and not name.isidentifier():
             raise DeclarationError("hash_index takes a name like an attribute's")
         identity(transform)
-        super().__init__(self._result_of, custom_comparator=lambda cls: _IndexComparator(cls, self))  # type: ignore[arg-type] # a function of the class
+        super().__init__(self._result_of, custom_comparator=lambda cls: IndexComparator(cls, self))  # type: ignore[arg-type] # a function of the class
         self._given = sources
         self._name = name
         self.transform = transform
@@ -149,11 +156,11 @@ class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_p
         index = IndexOf(key[: -len(hash_key(""))], tuple(column.key for column in columns), self.transform)
         add_index(table, index, self.unique)
         if len(columns) > 1:
-            _bring_along(mapper, columns, table.c[key])
+            _bring_along(mapper, columns)
 
 
-def _bring_along(mapper: Mapper[Any], sources: list[Any], hash_column: Any) -> None:
-    """Have a flush that changes one source set the others too; or no hash, where it becomes None."""
+def _bring_along(mapper: Mapper[Any], sources: list[Any]) -> None:
+    """Have a flush that changes one source set the others too. Where it becomes None there is no hash anyway."""
 
     def before_update(mapper: Mapper[Any], connection: Any, instance: Any) -> None:
         known = mapper._columntoproperty
@@ -161,10 +168,7 @@ def _bring_along(mapper: Mapper[Any], sources: list[Any], hash_column: Any) -> N
             return  # a class in the same table that has not all of them
         attributes, names = inspect(instance).attrs, [known[source].key for source in sources]
         changed = [name for name in names if attributes[name].history.has_changes()]
-        if hash_column in known and any(attributes[name].loaded_value is None for name in changed):
-            setattr(instance, known[hash_column].key, None)
-            flag_modified(instance, known[hash_column].key)
-        elif changed:
+        if changed and all(attributes[name].loaded_value is not None for name in changed):
             for name in names:
                 if name not in changed:
                     getattr(instance, name)
@@ -184,7 +188,7 @@ def _bring_along(mapper: Mapper[Any], sources: list[Any], hash_column: Any) -> N
 
 @event.listens_for(Mapper, "instrument_class", insert=True)
 def _add_indexes(mapper: Mapper[Any], cls: type[Any]) -> None:
-    """Before the hash columns of the table are mapped: see schema.py."""
+    """Before the hash columns of the table are left out of the mapping: see schema.py."""
     inherited = () if mapper.inherits is None or mapper.concrete else tuple(_declared(mapper.inherits.class_))
     for index in _declared(cls):
         if not any(index is other for other in inherited):
@@ -214,7 +218,7 @@ def _column(mapper: Mapper[Any], attribute: str) -> Any:
     )
 
 
-class _IndexComparator(Comparator[Any]):
+class IndexComparator(Comparator[Any]):
     """What ``Patient.phone_last4`` is in a query."""
 
     def __init__(self, cls: Any, index: hash_index[Any]) -> None:
@@ -224,11 +228,20 @@ class _IndexComparator(Comparator[Any]):
     @property
     def hash_type(self) -> SearchHash:
         """The type of the hash column."""
-        found = self._hash_column(self._operand())
-        if found is None:
-            self._refuse("its FROM has not its hash column")
+        found: Any = self.hash_column()
         type_: SearchHash = found.type
         return type_
+
+    def hash_column(self) -> ColumnElement[Any]:
+        """The hash column in the FROM of the sources.
+
+        :raises UnsupportedQueryError: it has none there.
+        """
+        source = self._operand()
+        found = self._hash_column(source)
+        if found is None:
+            self._refuse("its FROM has not its hash column")
+        return upstream.of_entity(found, source)
 
     def __clause_element__(self) -> NoReturn:
         self._refuse(
@@ -276,7 +289,7 @@ def searched_id(attribute: Any) -> str:
     if isinstance(attribute, str):
         return attribute
     comparator = getattr(attribute, "comparator", None)
-    if isinstance(comparator, _IndexComparator):
+    if isinstance(comparator, IndexComparator):
         type_: Any = comparator.hash_type.source
     else:
         type_ = getattr(attribute, "type", None)
@@ -316,7 +329,7 @@ class IndexComparison(HashComparison):
             where = getattr(getattr(source, "table", None), "description", None) or "its FROM"
             raise UnsupportedQueryError(
                 f"{self.index.removesuffix('_hash')}: {where} has no column {self.index} for each of its rows; "
-                "select it there too, and instead of subqueryload() use selectinload()",
+                "select search_hash() of it there too, and instead of subqueryload() use selectinload()",
                 column=self.index.removesuffix("_hash"),
             )
         right = self._compared(self.right, found)

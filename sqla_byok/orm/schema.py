@@ -24,7 +24,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import NoReferenceError
-from sqlalchemy.orm import ColumnProperty, Mapper
+from sqlalchemy.orm import Mapper
 from sqlalchemy.schema import ColumnCollectionConstraint, MetaData
 from sqlalchemy.sql.elements import BinaryExpression, ClauseElement, ColumnClause, Null, quoted_name
 from sqlalchemy.sql.schema import CallableColumnDefault
@@ -33,7 +33,6 @@ from sqlalchemy.types import BINARY, VARBINARY
 from sqla_byok.errors import DeclarationError
 from sqla_byok.normalize import identity
 from sqla_byok.orm import upstream
-from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Encrypted, IndexedValue, IndexHash, SearchHash
 
 __all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "declares_encrypted", "hash_key", "indexes_of"]
@@ -66,8 +65,12 @@ class IndexOf(NamedTuple):
         )
 
 
+# In the info of a hash column: the names of its sources, by which a copy finds them where their keys are others.
+_NAMES = "byok_source_names"
 # In the info of a source whose sibling was made; copies of the column carry it along.
 _HAS_HASH = "byok_has_hash"
+# In the info of a column that was read from the database and may be a hash column: whose it is, nobody has said.
+_REFLECTED = "byok_reflected"
 _MOVED = "byok_moved"
 _IDS = "byok_column_ids"
 _WHY = "the database sees only ciphertext, which is different each time"
@@ -132,7 +135,7 @@ def _complete(column: Column[Any], table: Table) -> None:
 
 def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: bool | None) -> None:
     type_: Encrypted[Any] = column.type  # type: ignore[assignment]
-    sibling = table.c.get(hash_key(column.key))
+    sibling = _called(table, hash_key(column.key), hash_key(column.name))
     if sibling is not None:
         _adopt(sibling, column, table, unique, index)
     else:
@@ -143,7 +146,7 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
             nullable=True,
             unique=unique or None,
             index=True if index or not unique else None,
-            info={SOURCE: column.key},
+            info={SOURCE: column.key, _NAMES: (column.name,)},
         )
         table.append_column(sibling)
     # Where SQLite looks for what a column's own unique=True does on conflict.
@@ -157,20 +160,34 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
             follow._set_parent_with_dispatch(sibling)
 
 
+def _called(table: Table, key: str, name: str) -> Column[Any] | None:
+    """The column of a table that has this key or this name in the database."""
+    return next((column for column in table.c if column.key == key or column.name == name), None)
+
+
 def _adopt(
     existing: Column[Any], column: Column[Any], table: Table, unique: bool | None, index: bool | None
 ) -> None:
     """Take a column that is there already: reflected as plain bytes, or from before ``extend_existing``."""
     type_: Encrypted[Any] = column.type  # type: ignore[assignment]
-    if not isinstance(existing.type, SearchHash | LargeBinary | BINARY | VARBINARY):
+    ours = existing.info.get(SOURCE) == column.key and INDEX not in existing.info
+    if existing.key != hash_key(column.key) or not (ours or _REFLECTED in existing.info):
         raise DeclarationError(
-            f"{type_.column_id}: the table has a column {existing.name!r} of another type; its name is needed for "
-            "the search hashes",
+            f"{type_.column_id}: the table has a column {hash_key(column.key)!r} of its own, whose name is needed for "
+            "the search hashes. If it is meant for them, leave it out: it is made with the encrypted column; otherwise "
+            "give it another name",
             column=type_.column_id,
         )
     existing.type = type_.hash_type
-    existing.info[SOURCE] = column.key
+    existing.info[SOURCE], existing.info[_NAMES] = column.key, (column.name,)
     _index_existing(existing, table, unique)
+
+
+@event.listens_for(Table, "column_reflect")
+def _reflected(inspector: Any, table: Table, given: Any) -> None:
+    """Note of a column of bytes that it was read from the database, where no column tells that it holds hashes."""
+    if given["name"].endswith(hash_key("")) and isinstance(given["type"], LargeBinary | BINARY | VARBINARY):
+        given["info"] = {**given.get("info", {}), _REFLECTED: True}
 
 
 def _index_existing(existing: Column[Any], table: Table, unique: bool | None) -> None:
@@ -185,7 +202,21 @@ def _index_existing(existing: Column[Any], table: Table, unique: bool | None) ->
 @event.listens_for(SearchHash, "after_parent_attach")
 def _hash_type_attached(type_: SearchHash, column: Any) -> None:
     if isinstance(column, Column):
+        event.listen(column, "before_parent_attach", _follow_names)
         event.listen(column, "after_parent_attach", _hash_column_attached)
+
+
+def _follow_names(column: Column[Any], table: Any) -> None:
+    """In a copied table, such as one of versions, the sources may have got the keys of their attributes."""
+    keys = {each.name: each.key for each in table.c} if isinstance(table, Table) else {}
+    sources = tuple(keys[name] for name in column.info.get(_NAMES, ()) if name in keys)
+    if not sources or len(sources) < len(column.info[_NAMES]):
+        return
+    column.info = {**column.info, SOURCE: sources[0]}
+    if INDEX in column.info:
+        column.info[INDEX] = column.info[INDEX]._replace(sources=sources)
+    else:
+        column.key = hash_key(sources[0])
 
 
 def _hash_column_attached(column: Column[Any], table: Any) -> None:
@@ -219,7 +250,8 @@ def add_index(table: Table, index: IndexOf, unique: bool) -> None:
     :raises DeclarationError: if the index cannot be, or its name is taken.
     """
     indexed = _indexed_value(table, index)
-    existing = table.c.get(hash_key(index.name))
+    names = tuple(table.c[key].name for key in index.sources)
+    existing = _called(table, hash_key(index.name), hash_key(index.name))
     if existing is None:
         existing = Column(
             hash_key(index.name),
@@ -227,11 +259,12 @@ def add_index(table: Table, index: IndexOf, unique: bool) -> None:
             nullable=True,
             unique=unique or None,
             index=None if unique else True,
-            info={SOURCE: index.sources[0], INDEX: index},
+            info={SOURCE: index.sources[0], INDEX: index, _NAMES: names},
         )
         table.append_column(existing)
     else:
         _adopt_index(existing, table, index, indexed, unique)
+        existing.info[_NAMES] = names
     existing.default = existing.onupdate = None
     sources = [table.c[key] for key in index.sources]
     for attribute in ("default", "onupdate"):
@@ -252,10 +285,8 @@ def _adopt_index(
     existing: Column[Any], table: Table, index: IndexOf, indexed: IndexedValue, unique: bool
 ) -> None:
     before = existing.info.get(INDEX)
-    ours = before is None and existing.info.get(SOURCE) is None
-    if not (ours or index.same_as(before)) or not isinstance(
-        existing.type, SearchHash | LargeBinary | BINARY | VARBINARY
-    ):
+    reflected = before is None and SOURCE not in existing.info and _REFLECTED in existing.info
+    if existing.key != hash_key(index.name) or not (reflected or index.same_as(before)):
         raise DeclarationError(
             f"{indexed.column_id}: the table has another column {existing.name!r}, whose name is needed for the "
             "hashes of this hash_index; give it another name=",
@@ -512,66 +543,31 @@ def _refuse_constraint(constraint: Any, column: Column[Any]) -> None:
 # -- the mapping -----------------------------------------------------------------------------------------------------
 
 
-class _HashProperty(ColumnProperty[Any]):
-    """The attribute of a hash column. Session.merge() leaves it out: it would set it without its source."""
-
-    inherit_cache = True
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, since the hash is written with its source; unless that is sealed, and is changed by the merge."""
-        _, _, source, state, current, *_ = args  # SQLAlchemy gives them by position
-        followed = self._followed()
-        if all(type(source.get(key)) is Sealed for key in followed) and any(
-            state.attrs[key].history.added  # or will be, where the source is merged after its hash
-            or type(current.get(key)) is not Sealed
-            or current[key] != source[key]
-            for key in followed
-        ):
-            super().merge(*args, **kwargs)
-
-    def _followed(self) -> list[str]:
-        """The attributes whose hash it is."""
-        column: Any = self.columns[0]
-        info = _info_of(column)
-        keys = info[INDEX].sources if INDEX in info else (info[SOURCE],)
-        known = self.parent._columntoproperty
-        return [known[source].key for key in keys if (source := column.table.c.get(key)) in known]
-
-
 @event.listens_for(Mapper, "instrument_class")
-def _defer_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
-    """Map each hash column deferred, named after its source's attribute: it is not fetched with the entity."""
-    properties, excluded = mapper._init_properties, mapper.exclude_properties or ()
-    inherited = mapper.inherits._columntoproperty if mapper.inherits is not None else ()
-    for column in mapper.local_table.c:
-        if not isinstance(column.type, SearchHash) or column in inherited:
-            continue
-        source = _source_of(column, mapper.local_table)
-        if source is None:
-            continue
-        if source.key in excluded or source in excluded:
-            # Declarative does this to the columns of another subclass in single-table inheritance.
-            mapper.exclude_properties = {*excluded, column.key}
-            continue
-        if INDEX in _info_of(column):
-            properties.setdefault(
-                f"{mapper.column_prefix or ''}{column.key}", _HashProperty(column, deferred=True)
-            )
-            continue
-        attribute = next(
-            (
-                name
-                for name, given in properties.items()
-                if any(mapped is source for mapped in getattr(given, "columns", [given]))
-            ),
-            f"{mapper.column_prefix or ''}{source.key}",
-        )
-        properties.setdefault(hash_key(attribute), _HashProperty(column, deferred=True))
+def _leave_out_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
+    """Map no hash column, unless the class names it: who walks over the attributes sees what the class declares.
+
+    Where the entity is selected within another statement its hash columns are rendered, so that it can be searched
+    there.
+    """
+    hashes = {column for column in mapper.persist_selectable.c if isinstance(column.type, SearchHash)}
+    if hashes:
+        # As columns, not by name: an attribute of the application's own may have the name.
+        mapper.exclude_properties = {*(mapper.exclude_properties or ()), *hashes}
+        for each in mapper.iterate_to_root():
+            upstream.show_in_subqueries(each, _hashes_of)
 
 
-def _info_of(column: Any) -> Any:
-    base = next((base for base in column.base_columns if isinstance(base, Column)), column)
-    return base.info
+def _hashes_of(mapper: Mapper[Any]) -> list[Any]:
+    """The hash columns of the mapped attributes of a class that are not mapped themselves."""
+    known = mapper._columntoproperty
+    return [
+        column
+        for column in mapper.persist_selectable.c
+        if isinstance(column.type, SearchHash)
+        and column not in known
+        and _source_of(column, mapper.persist_selectable) in known
+    ]
 
 
 def _source_of(column: Any, selectable: Any) -> Any:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
 
@@ -140,8 +140,11 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         owner: str | None = None,
         mode: Literal["envelope", "direct"] = "envelope",
     ) -> None:
-        super().__init__()
         self.type_: TypeEngine[_T] = to_instance(type_)
+        # SQLAlchemy goes by impl_instance: bytes. Form and schema makers go by impl, and by the class and its impl.
+        self.impl_instance = LargeBinary()
+        self.impl = _undecorated(self.type_)  # type: ignore[assignment] # an instance's, as SQLAlchemy has it
+        self.__class__ = _telling(_declared_class(type(self)), _kinds(self.type_))
         self.searchable = searchable
         self.hash = hash
         self.salt_scope = salt_scope
@@ -338,6 +341,17 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def literal_processor(self, dialect: Dialect) -> Any:
         return lambda value: _NOT_RENDERED
 
+    def __getattr__(self, key: str) -> Any:
+        """The length, precision or names of the type inside, which form makers ask for."""
+        return getattr(self.impl, key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without what names the class that was made for it, and is made anew: its cache key and its listeners.
+        state = {
+            key: value for key, value in vars(self).items() if key not in ("_static_cache_key", "dispatch")
+        }
+        return _rebuilt, (_declared_class(type(self)), _kinds(self.type_)), state
+
     def __repr__(self) -> str:
         options = {
             "searchable": self.searchable or None,
@@ -351,6 +365,40 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         }
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return f"Encrypted({self.type_!r}{given})"
+
+
+def _kinds(type_: TypeEngine[Any]) -> tuple[type[TypeEngine[Any]], ...]:
+    """The classes of a type and of what is inside its TypeDecorators, each with those that it inherits from."""
+    kinds = [cls for each in _layers(type_) for cls in type(each).__mro__]
+    return tuple(
+        cls
+        for cls in kinds
+        if issubclass(cls, TypeEngine)
+        and cls not in (TypeEngine, TypeDecorator)
+        and not cls.__name__.startswith("_")
+    )
+
+
+@cache
+def _telling(cls: Any, kinds: tuple[type[TypeEngine[Any]], ...]) -> Any:
+    """A class of encrypted types that tells what is inside: by the names in its MRO, and by their impl.
+
+    An instance's impl is not enough: sqladmin reads that of its class, and Flask-Admin the names of its classes.
+    """
+    for kind in reversed(kinds):
+        cls = type(kind.__name__, (cls,), {"impl": kind, "_tells": True, "__module__": cls.__module__})
+    return cls
+
+
+def _declared_class(cls: Any) -> Any:
+    """The class that somebody wrote, of one that tells what is inside."""
+    return next(each for each in cls.__mro__ if "_tells" not in vars(each))
+
+
+def _rebuilt(cls: Any, kinds: tuple[type[TypeEngine[Any]], ...]) -> Encrypted[Any]:
+    told = _telling(cls, kinds)
+    rebuilt: Encrypted[Any] = told.__new__(told)
+    return rebuilt
 
 
 class SearchHash(TypeDecorator[Digest]):
@@ -628,6 +676,14 @@ def _comparing_otherwise(type_: TypeEngine[Any]) -> str | None:
     return None
 
 
+def _layers(type_: TypeEngine[Any]) -> Iterator[TypeEngine[Any]]:
+    """The type, and what is inside each of its TypeDecorators."""
+    yield type_
+    while _is_plain_decorator(type_):
+        type_ = _inside(type_, None)
+        yield type_
+
+
 def _decorators(type_: Any, *methods: str) -> Iterator[str]:
     """The names of the TypeDecorators around a type that may make another value of one, by these methods."""
     while _is_plain_decorator(type_):
@@ -681,8 +737,8 @@ def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
         loads = getattr(dialect, "_json_deserializer", None) or json.loads
         return codecs.json_codec(lambda value: "null" if value is sqltypes.JSON.NULL else dumps(value), loads)
     raise DeclarationError(
-        f"Encrypted cannot wrap {type(type_).__name__}; wrap String, LargeBinary, JSON or another standard type, or a "
-        "TypeDecorator over one"
+        f"Encrypted cannot wrap {_declared_class(type(type_)).__name__}; wrap String, LargeBinary, JSON or another "
+        "standard type, or a TypeDecorator over one"
     )
 
 

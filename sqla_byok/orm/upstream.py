@@ -14,7 +14,7 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
-from sqlalchemy.orm import FromStatement
+from sqlalchemy.orm import ColumnProperty, FromStatement, Mapper
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -22,6 +22,7 @@ from sqlalchemy.sql.elements import (
     BindParameter,
     ClauseElement,
     ColumnClause,
+    ColumnElement,
     Grouping,
     TableValuedColumn,
     TextClause,
@@ -67,6 +68,7 @@ __all__ = [
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
+    "of_entity",
     "ordering",
     "parts",
     "pieces_of",
@@ -86,6 +88,7 @@ __all__ = [
     "run_or_await",
     "select_names",
     "selected_by",
+    "show_in_subqueries",
     "step_in",
     "tables_of",
     "target",
@@ -743,3 +746,53 @@ def conflict_criteria(conflict: Any) -> list[Any]:
     """The two WHERE of an ON CONFLICT."""
     found = (getattr(conflict, name, None) for name in ("inferred_target_whereclause", "update_whereclause"))
     return [one for one in found if one is not None]
+
+
+# -- what the mapper has -----------------------------------------------------------------------------------------------
+
+
+def show_in_subqueries(mapper: Any, hidden: Callable[[Mapper[Any]], Iterable[Any]]) -> None:
+    """Have a SELECT of the mapped class within another statement render columns that no attribute is mapped to.
+
+    SQLAlchemy does so with deferred attributes. These are not in the mapper, so nobody meets them who asks it for its
+    attributes, and rows of a class that is selected directly have no such column.
+
+    :param hidden: gives a mapper's columns, those of the classes that it inherits from included.
+    """
+    if "_iterate_polymorphic_properties" in vars(mapper):
+        return
+    made: dict[Any, Any] = {}  # always the same ones, since SQLAlchemy keeps what it meets in its paths
+
+    def properties(mappers: Any = None) -> Iterator[Any]:
+        yield from type(mapper)._iterate_polymorphic_properties(mapper, mappers)
+        selected = mapper._with_polymorphic_mappers if mappers is None else mappers
+        columns = dict.fromkeys(column for one in (mapper, *(selected or ())) for column in hidden(one))
+        for column in columns:
+            if column not in made:
+                made[column] = _deferred(mapper, column)
+            yield made[column]
+
+    mapper._iterate_polymorphic_properties = properties
+
+
+# The others name the source itself.
+_OF_ENTITY = ("entity_namespace", "parententity", "parentmapper")
+
+
+def of_entity(column: Any, source: Any) -> ColumnElement[Any]:
+    """A column that no attribute is mapped to, as one of the entity that its source is an attribute of.
+
+    The ORM finds the entity in a column's annotations, and by it the joins and criteria of an inheriting class.
+    """
+    entity = {key: value for key, value in source._annotations.items() if key in _OF_ENTITY}
+    annotated: ColumnElement[Any] = column._annotate(entity)._set_propagate_attrs(source._propagate_attrs)
+    return annotated
+
+
+def _deferred(mapper: Any, column: Any) -> Any:
+    """A deferred attribute that is in no mapper."""
+    prop: Any = ColumnProperty(column, deferred=True)
+    prop.set_parent(mapper, True)
+    prop.key = f"the column {column.key}"  # no attribute has such a name
+    prop.init()
+    return prop

@@ -8,7 +8,7 @@ the database in the clear. What cannot be kept in step is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -222,8 +222,9 @@ def _copied(column: Any, row: Row) -> Digest:
     if not isinstance(given, Digest):
         name = column.type.source.column_id
         raise EncodeError(
-            f"{name}: a sealed value has no search hash by itself; read the row's {column.key} too, with undefer(), "
-            "and write both as parameters, or reveal the value first",
+            f"{name}: a sealed value has no search hash by itself; read the row's {column.key} too, with search_hash() "
+            "or a SELECT of the table, and write both with insert() or update() of the table; or reveal the value "
+            "first",
             column=name,
         )
     kept: Digest = column.type.kept(given)
@@ -236,8 +237,8 @@ def _fill_compound(clause: Any, table: Any, index: IndexOf, hash_key: Any, row: 
     if not given:
         if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
             _refuse_hash(table.c[hash_key])
-    elif clause.is_update and row.get(hash_key, given) is None and any(row[key] is None for key in given):
-        pass  # a flush knows that there is no hash, whatever the other sources are
+    elif clause.is_update and any(row[key] is None for key in given):
+        row[hash_key] = None  # whatever the others are
     elif _complete(clause, table, index, hash_key, given):
         values = tuple(row.get(source) for source in index.sources)
         sealed = all(type(value) is Sealed for value in values)
@@ -325,34 +326,76 @@ class _NoContext:
 def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], copied: Copies) -> list[Item]:
     """The items with a hash beside each searchable value.
 
+    A hash that is among them, as in the values of a whole row, is made anew with its source.
+
     :param copied: gathers the parameters that are needed under another name.
     """
     filled: list[Item] = []
     by_table: dict[Any, dict[str, Any]] = {}
     by_name: dict[Any, bool] = {}
-    for key, value in items:
-        column = _target(clause, table, key)
-        if column is None or not isinstance(column.type, _OURS):
+    targets = [(key, _target(clause, table, key), value) for key, value in items]
+    given = {
+        column: value for _, column, value in targets if isinstance(getattr(column, "type", None), SearchHash)
+    }
+    followed: set[Any] = set()
+    for key, column, value in targets:
+        if column in given:
+            continue
+        if column is None or not isinstance(column.type, Encrypted):
             filled.append((key, value))
             continue
-        if isinstance(column.type, SearchHash):
-            _refuse_hash(column)
         value = _value(column, value)
         filled.append((key, value if _untyped(value) else _bound(column, value, copied)))
         for hash_column in _hashes_of(column):
+            followed.add(hash_column)
             target = hash_column.key if isinstance(key, str) else hash_column
-            filled.append((target, _bound(hash_column, value, copied)))
+            hashed = _given_hash(hash_column, [value], given)
+            filled.append((target, _bound(hash_column, value, copied) if hashed is None else hashed))
         by_table.setdefault(column.table, {})[column.key] = value
         by_name[column.table] = isinstance(key, str)
     for written, values in by_table.items():
-        for hash_key, index in _plan_of(written).compounds.items():
-            given = [source for source in index.sources if source in values]
-            if given and _complete(clause, written, index, hash_key, given):
-                hash_column = written.c[hash_key]
-                target = hash_column.key if by_name[written] else hash_column
-                parts = [values.get(source) for source in index.sources]
-                filled.append((target, _bound_together(hash_column, parts, copied)))
+        for hash_column, hashed in _compounds(clause, written, values, given, copied):
+            followed.add(hash_column)
+            if hashed is not None:
+                filled.append((hash_column.key if by_name[written] else hash_column, hashed))
+    for hash_column in given.keys() - followed:
+        _refuse_hash(hash_column)
     return filled
+
+
+def _compounds(
+    clause: Any, table: Any, values: Mapping[str, Any], given: Mapping[Any, Any], copied: Copies
+) -> Iterator[tuple[Any, Any]]:
+    """The hashes of several columns of which some are among the values; None for one that a default makes."""
+    for hash_key, index in _plan_of(table).compounds.items():
+        sources, hash_column = [source for source in index.sources if source in values], table.c[hash_key]
+        if not sources:
+            continue
+        parts = [values.get(source) for source in index.sources]
+        if clause.is_update and any(_plain(values[source]) is None for source in sources):
+            yield hash_column, null()  # whatever the others are
+        elif _complete(clause, table, index, hash_key, sources):
+            hashed = _given_hash(hash_column, parts, given)
+            yield hash_column, _bound_together(hash_column, parts, copied) if hashed is None else hashed
+        else:
+            yield hash_column, None
+
+
+def _given_hash(
+    hash_column: Any, parts: Sequence[Any], given: Mapping[Any, Any]
+) -> BindParameter[Any] | None:
+    """The hash that was given with sealed values; None with others, which are hashed."""
+    if not all(type(_plain(part)) is Sealed for part in parts):
+        return None
+    digest = _copied(hash_column, {hash_column.key: _plain(given.get(hash_column))})
+    return BindParameter(None, digest, type_=hash_column.type, unique=True)
+
+
+def _plain(value: Any) -> Any:
+    """The Python value that an item sets; itself where it is a named parameter, whose value is not known here."""
+    if isinstance(value, Null):
+        return None
+    return value.value if isinstance(value, BindParameter) and value.unique else value
 
 
 def _hashes_of(column: Any) -> list[Any]:
@@ -462,11 +505,18 @@ def _fill_conflict(table: Any, plan: _Plan, conflict: Any) -> Any:
     for hash_key, index in plan.compounds.items():
         missing = [source for source in index.sources if source not in values]
         if not missing:
-            items.append(
-                (hash_key, _conflict_hash(table.c[hash_key], [values[key] for key in index.sources]))
-            )
-        elif len(missing) < len(index.sources):
+            made = _conflict_hash(table.c[hash_key], [values[key] for key in index.sources])
+        elif len(missing) == len(index.sources):
+            continue
+        elif any(_plain(values[key]) is None for key in index.sources if key in values):
+            made = null()
+        else:
             _refuse_partial(table.c[hash_key], missing)
+        items.append((hash_key, made))
+    named = {_key_of(key) for key, _ in upstream.conflict_values(conflict)}
+    for alone in named - {_key_of(key) for key, _ in items}:
+        if isinstance(table.c[alone].type, SearchHash):
+            _refuse_hash(table.c[alone])
     return upstream.with_target(conflict, elements, items)
 
 
@@ -493,10 +543,15 @@ def _conflict_hash(hash_column: Any, values: Sequence[Any]) -> Any:
     return rows.pop().c[hash_column.key]
 
 
-def _fill_conflict_item(table: Any, key: Any, value: Any, values: dict[str, Any]) -> list[Item]:
+def _key_of(key: Any) -> Any:
+    """The key of a column that an upsert sets, by whatever it is named."""
     if hasattr(key, "__clause_element__"):
         key = key.__clause_element__()
-    name = key if isinstance(key, str) else key.key
+    return key if isinstance(key, str) else key.key
+
+
+def _fill_conflict_item(table: Any, key: Any, value: Any, values: dict[str, Any]) -> list[Item]:
+    name = _key_of(key)
     column = table.c.get(name)
     if column is None:
         # SQLAlchemy would write it nevertheless, in the clear where it is another spelling of an encrypted column.

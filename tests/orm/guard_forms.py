@@ -63,7 +63,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.types import LargeBinary
 
-from sqla_byok import Encrypted
+from sqla_byok import Encrypted, search_hash
 
 
 class Models(NamedTuple):
@@ -190,7 +190,7 @@ def _coerced(column: Any) -> Any:
 
 
 def _two_scopes(p: Any, r: Any) -> Any:
-    return union_all(select(p.nick_hash.label("h")), select(r.code_hash)).subquery()
+    return union_all(select(search_hash(p.nick).label("h")), select(search_hash(r.code))).subquery()
 
 
 def _whole_row(p: Any, _: Any) -> Any:
@@ -266,19 +266,25 @@ REFUSED: dict[str, Refused] = {
     "literal == column": Refused(lambda p, r: select(p.id).where(literal(SECRET) == p.mrn)),
     "literal != column": Refused(lambda p, r: select(p.id).where(literal(SECRET) != p.sec), SEC),
     "literal < column": Refused(lambda p, r: select(p.id).where(literal(SECRET) < p.mrn)),
-    "literal == hash": Refused(lambda p, r: select(p.id).where(literal(SECRET) == p.mrn_hash)),
+    "literal == hash": Refused(lambda p, r: select(p.id).where(literal(SECRET) == search_hash(p.mrn))),
     "literal BETWEEN": Refused(lambda p, r: select(p.id).where(literal(SECRET).between(p.mrn, "z"))),
     "literal IN": Refused(lambda p, r: select(p.id).where(literal(SECRET).in_([p.mrn]))),
-    "literal BETWEEN hashes": Refused(lambda p, r: select(p.id).where(literal(SECRET).between(p.mrn_hash, "z"))),
-    "literal IN hashes": Refused(lambda p, r: select(p.id).where(literal(SECRET).in_([p.mrn_hash]))),
-    "type_coerce of a hash": Refused(lambda p, r: select(p.id).where(type_coerce(p.mrn_hash, String) == SECRET)),
-    "hash == plain": Refused(lambda p, r: select(p.id).where(p.mrn_hash == p.note)),
-    "hash == a function": Refused(lambda p, r: select(p.id).where(p.mrn_hash == func.lower(SECRET))),
-    "hash IN plain": Refused(lambda p, r: select(p.id).where(p.mrn_hash.in_([SECRET, p.note]))),
-    "hash IN (SELECT plain)": Refused(lambda p, r: select(p.id).where(p.mrn_hash.in_(select(p.note)))),
-    "hash IN another scope's": Refused(lambda p, r: select(p.id).where(p.mrn_hash.in_([p.nick_hash]))),
+    "literal BETWEEN hashes": Refused(
+        lambda p, r: select(p.id).where(literal(SECRET).between(search_hash(p.mrn), "z"))
+    ),
+    "literal IN hashes": Refused(lambda p, r: select(p.id).where(literal(SECRET).in_([search_hash(p.mrn)]))),
+    "type_coerce of a hash": Refused(
+        lambda p, r: select(p.id).where(type_coerce(search_hash(p.mrn), String) == SECRET)
+    ),
+    "hash == plain": Refused(lambda p, r: select(p.id).where(search_hash(p.mrn) == p.note)),
+    "hash == a function": Refused(lambda p, r: select(p.id).where(search_hash(p.mrn) == func.lower(SECRET))),
+    "hash IN plain": Refused(lambda p, r: select(p.id).where(search_hash(p.mrn).in_([SECRET, p.note]))),
+    "hash IN (SELECT plain)": Refused(lambda p, r: select(p.id).where(search_hash(p.mrn).in_(select(p.note)))),
+    "hash IN another scope's": Refused(lambda p, r: select(p.id).where(search_hash(p.mrn).in_([search_hash(p.nick)]))),
     "hash IN (UNION of two scopes)": Refused(
-        lambda p, r: select(p.id).where(p.mrn_hash.in_(union_all(select(r.mrn_hash), select(r.code_hash))))
+        lambda p, r: select(p.id).where(
+            search_hash(p.mrn).in_(union_all(select(search_hash(r.mrn)), select(search_hash(r.code))))
+        )
     ),
     "hash == over hashes of two scopes": Refused(
         lambda p, r: (lambda both: select(both.c.h).where(both.c.h == SECRET))(_two_scopes(p, r)), NICK
@@ -286,10 +292,12 @@ REFUSED: dict[str, Refused] = {
     "GROUP BY over hashes of two scopes": Refused(
         lambda p, r: (lambda both: select(func.count()).select_from(both).group_by(both.c.h))(_two_scopes(p, r)), NICK
     ),
-    "UNION of hashes of two scopes": Refused(lambda p, r: union(select(p.nick_hash), select(r.code_hash)), NICK),
-    "UNION of hashes and plain": Refused(lambda p, r: union(select(p.nick_hash), select(p.note)), NICK),
+    "UNION of hashes of two scopes": Refused(
+        lambda p, r: union(select(search_hash(p.nick)), select(search_hash(r.code))), NICK
+    ),
+    "UNION of hashes and plain": Refused(lambda p, r: union(select(search_hash(p.nick)), select(p.note)), NICK),
     "coalesce of hashes of two scopes": Refused(
-        lambda p, r: select(func.count(distinct(func.coalesce(p.nick_hash, p.mrn_hash)))), NICK
+        lambda p, r: select(func.count(distinct(func.coalesce(search_hash(p.nick), search_hash(p.mrn))))), NICK
     ),
     "IN (SELECT ordered by a position)": Refused(
         lambda p, r: select(p.id).where(p.mrn.in_(select(r.mrn).order_by(text("1")).limit(1))), "g_visit.mrn"
@@ -301,12 +309,12 @@ REFUSED: dict[str, Refused] = {
         lambda p, r: select(p.id).join_from(p.id.table, r.id.table, p.note == r.code), CODE
     ),
     "a tuple": Refused(lambda p, r: select(p.id).where(tuple_(p.id, p.mrn).in_([(1, SECRET)]))),
-    "a tuple of hashes": Refused(lambda p, r: select(p.id).where(tuple_(p.id, p.mrn_hash).in_([(1, SECRET)]))),
+    "a tuple of hashes": Refused(lambda p, r: select(p.id).where(tuple_(p.id, search_hash(p.mrn)).in_([(1, SECRET)]))),
     "a tuple IN (SELECT)": Refused(
         lambda p, r: select(p.id).where(tuple_(p.id, p.note).in_(select(r.pid, r.code))), CODE
     ),
     "case(value=)": Refused(lambda p, r: select(case({SECRET: 1}, value=p.mrn, else_=0))),
-    "case(value=hash)": Refused(lambda p, r: select(case({SECRET: 1}, value=p.mrn_hash, else_=0))),
+    "case(value=hash)": Refused(lambda p, r: select(case({SECRET: 1}, value=search_hash(p.mrn), else_=0))),
     "case of two columns": Refused(lambda p, r: select(case((p.id == 1, p.mrn), else_=p.nick))),
     "case with plaintext": Refused(lambda p, r: select(case((p.id == 1, p.mrn), else_=SECRET))),
     "coalesce with plaintext": Refused(lambda p, r: select(func.coalesce(p.mrn, SECRET))),
@@ -390,7 +398,7 @@ REFUSED: dict[str, Refused] = {
     "a name for a plain column too": Refused(
         lambda p, r: select(p.id).where(or_(p.mrn == bindparam("q"), p.note == bindparam("q")))
     ),
-    "hashes of two scopes": Refused(lambda p, r: select(p.id).where(p.mrn_hash == p.nick_hash)),
+    "hashes of two scopes": Refused(lambda p, r: select(p.id).where(search_hash(p.mrn) == search_hash(p.nick))),
     "UPDATE plain = column": Refused(lambda p, r: _update(p).values(note=p.mrn)),
     "UPDATE plain = f(column)": Refused(lambda p, r: _update(p).values(note=func.lower(p.mrn))),
     "UPDATE column = other column": Refused(lambda p, r: _update(p).values(mrn=p.nick)),

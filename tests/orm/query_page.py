@@ -113,15 +113,17 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 _SPELLED = {
     r"\*\(column\.label\(f\"(\w+)_\{column\.key\}\"\) for column in with_hash\((\w+), \"(\w+)\"\)\)": (
-        r'\2.\3.label("\1_\3"), \2.\3_hash.label("\1_\3_hash")'
+        r'\2.\3.label("\1_\3"), search_hash(\2.\3).label("\1_\3_hash")'
     ),
     r"\b_coerced\(([\w.]+)\)": r"type_coerce(\1, LargeBinary)",
-    r"\b_two_scopes\(p, r\)": 'union_all(select(p.nick_hash.label("h")), select(r.code_hash)).subquery()',
+    r"\b_two_scopes\(p, r\)": (
+        'union_all(select(search_hash(p.nick).label("h")), select(search_hash(r.code))).subquery()'
+    ),
     r"\b_distinct_on\((.*), R\.id\)": r"\1.distinct(R.id)",
     r"\bA\.": "aliased(P).",
     r"\bg_patient\b": "patient",
-    r"\b_hash\(m\.(\w+), \"(\w+)\"\)": r"m.\1.\2_hash",
-    r"\*?with_hash\(m\.(\w+), \"(\w+)\"\)": r"m.\1.\2, m.\1.\2_hash",
+    r"\b_hash\(m\.(\w+), \"(\w+)\"\)": r"search_hash(m.\1.\2)",
+    r"\*?with_hash\(m\.(\w+), \"(\w+)\"\)": r"m.\1.\2, search_hash(m.\1.\2)",
     r"\b_table\(m\)\.": "Patient.__table__.",
     r"\b(p|r)\.(mrn|id)\.table\b": r"\1.__table__",
     r"\b_update\(p\)": "update(Patient)",

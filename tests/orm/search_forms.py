@@ -39,7 +39,7 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 
-from sqla_byok import Encrypted, hash_index
+from sqla_byok import Encrypted, hash_index, search_hash
 from sqla_byok.normalize import first
 
 
@@ -216,9 +216,9 @@ def _correlated_scalar(m: Models, start: Start) -> Any:
 
 
 def with_hash(entity: Any, name: str) -> tuple[Any, ...]:
-    """The attribute, and its hash where the entity has one."""
-    hashed = getattr(entity, f"{name}_hash", None)
-    return (getattr(entity, name),) if hashed is None else (getattr(entity, name), hashed)
+    """The attribute, and its hash where it is encrypted."""
+    attribute = getattr(entity, name)
+    return (attribute, search_hash(attribute)) if isinstance(attribute.type, Encrypted) else (attribute,)
 
 
 def _hash(entity: Any, name: str) -> Any:

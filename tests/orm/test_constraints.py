@@ -547,9 +547,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "has a dot in its name",
     ),
     "a dot in a schema": (lambda: patient(Column("c", searchable()), schema="a.b"), "has a dot in its name"),
-    "another type's hash": (
+    "a column with the name of the hash": (
         lambda: patient(Column("mrn_hash", String), Column("mrn", searchable())),
-        "has a column 'mrn_hash' of another type",
+        "has a column 'mrn_hash' of its own",
     ),
     "no type": (lambda: Encrypted("text"), "cannot wrap str"),  # type: ignore[arg-type]
     "an array": (lambda: Encrypted(ARRAY(Integer)), "cannot wrap ARRAY"),

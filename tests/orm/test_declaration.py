@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import pytest
 from sqlalchemy import (
+    BINARY,
     Column,
     Engine,
     Index,
@@ -47,7 +48,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
-from sqla_byok import Byok, Encrypted
+from sqla_byok import Byok, Encrypted, search_hash
 from sqla_byok.errors import DeclarationError, TamperedError
 from sqla_byok.orm.types import Digest, SearchHash
 
@@ -316,7 +317,7 @@ def test_every_style_of_declaration(style: Callable[[], Any], byok: Byok, engine
     }
     assert (table.c.mrn.type.column_id, table.c.email.type.column_id) == ("patient.mrn", "patient.email")
     assert table.c.mrn_hash.type.source is table.c.mrn.type
-    assert set(inspect(entity).attrs.keys()) == {"id", "mrn", "mrn_hash", "email", "email_hash"}
+    assert set(inspect(entity).attrs.keys()) == {"id", "mrn", "email"}
 
     table.metadata.create_all(engine)
     with byok.session("t1", engine) as session:
@@ -364,11 +365,11 @@ def test_typed_model_runs(byok: Byok, engine: Engine, monkeypatch: pytest.Monkey
         assert model.save_and_find(session) == ["Ada"]
 
 
-# -- the mapped hash attribute ---------------------------------------------------------------------------------------
+# -- the mapped class ------------------------------------------------------------------------------------------------
 
 
 def test_entity_is_loaded_without_its_hash(byok: Byok, engine: Engine) -> None:
-    """Neither a query, a refresh nor a lazy load of an entity fetches the hash; asking for it does."""
+    """Neither a query, a refresh nor a lazy load of an entity fetches the hash; search_hash() does."""
     patient = declarative()
     patient.metadata.create_all(engine)
     with byok.session("t1", engine) as session:
@@ -381,7 +382,7 @@ def test_entity_is_loaded_without_its_hash(byok: Byok, engine: Engine) -> None:
             assert found.mrn == "A-1"
             assert len(sql) == 3
             assert not [statement for statement in sql if "hash" in statement]
-            digest = found.mrn_hash
+            digest = session.scalar(select(search_hash(patient.mrn)))
             assert len(sql) == 4
             assert "patient.mrn_hash" in sql[3]
     assert (type(digest), len(digest)) == (Digest, 32)
@@ -398,8 +399,8 @@ def test_dataclass_hides_the_hash() -> None:
 
 
 @on_sqlite
-def test_hash_attribute_follows_the_name_of_its_source(byok: Byok, engine: Engine) -> None:
-    """An attribute, key or property with another name than its column: the hash is named after each, and works."""
+def test_an_attribute_with_another_name_than_its_column(byok: Byok, engine: Engine) -> None:
+    """An attribute, key or property with another name: the hash is named after the column, and works."""
 
     class Base(DeclarativeBase):
         pass
@@ -426,9 +427,9 @@ def test_hash_attribute_follows_the_name_of_its_source(byok: Byok, engine: Engin
     table = with_id(Column("record_number", searchable()), name="imperative", metadata=Base.metadata)
     Base.registry.map_imperatively(Imperative, table, properties={"code": table.c.record_number})
 
-    assert set(inspect(Patient).attrs.keys()) == {"id", "mrn", "mrn_hash", "email", "email_hash"}
-    assert set(inspect(Visitor).attrs.keys()) == {"id", "mrn", "mrn_hash", "email", "email_hash"}
-    assert set(inspect(Imperative).attrs.keys()) == {"id", "code", "code_hash"}
+    assert set(inspect(Patient).attrs.keys()) == {"id", "mrn", "email"}
+    assert set(inspect(Visitor).attrs.keys()) == {"id", "mrn", "email"}
+    assert set(inspect(Imperative).attrs.keys()) == {"id", "code"}
     assert Patient.__table__.c.keys() == [
         "id",
         "record_number",
@@ -455,22 +456,24 @@ def test_hash_attribute_follows_the_name_of_its_source(byok: Byok, engine: Engin
 
 
 def test_mappers_that_choose_their_columns() -> None:
-    """column_prefix, include_properties and exclude_properties mean for the hash what they mean for its source."""
+    """column_prefix, include_properties and exclude_properties: subqueries have the hash where they have its source."""
 
-    def attributes(**options: Any) -> set[str]:
+    def attributes(**options: Any) -> tuple[set[str], set[str]]:
         mapper_registry = registry()
         table = with_id(
             Column("mrn", searchable()), Column("city", String), metadata=mapper_registry.metadata
         )
         mapper = mapper_registry.map_imperatively(type("Patient", (), {}), table, **options)
         configure_mappers()
-        assert all(p.deferred for p in mapper.column_attrs if isinstance(p.columns[0].type, SearchHash))
-        return set(mapper.attrs.keys())
+        return set(mapper.attrs.keys()), set(select(mapper.class_).subquery().c.keys())
 
-    assert attributes() == {"id", "mrn", "mrn_hash", "city"}
-    assert attributes(column_prefix="_") == {"_id", "_mrn", "_mrn_hash", "_city"}
-    assert attributes(exclude_properties=["mrn"]) == {"id", "city"}
-    assert attributes(exclude_properties=["city"]) == {"id", "mrn", "mrn_hash"}
+    everything = {"id", "mrn", "mrn_hash", "city"}
+    assert attributes() == ({"id", "mrn", "city"}, everything)
+    assert attributes(column_prefix="_") == ({"_id", "_mrn", "_city"}, everything)
+    assert attributes(exclude_properties=["mrn"]) == ({"id", "city"}, {"id", "city"})
+    assert attributes(exclude_properties=["city"]) == ({"id", "mrn"}, {"id", "mrn", "mrn_hash"})
+    assert attributes(include_properties=["id", "mrn"]) == ({"id", "mrn"}, {"id", "mrn", "mrn_hash"})
+    assert attributes(include_properties=["id"]) == ({"id"}, {"id"})
 
 
 @on_sqlite
@@ -737,6 +740,23 @@ def test_reflected_table_with_an_override(byok: Byok, filled: Engine) -> None:
         assert found == [("Bern", "A-1")]
 
 
+@pytest.mark.parametrize("way", ["extended", "copied", "pickled"])
+def test_a_hash_column_reflected_before_its_source_is_declared(byok: Byok, filled: Engine, way: str) -> None:
+    """What was read from the database is taken for the hashes later too, also in a copy of the table."""
+    metadata = MetaData()
+    table = Table("patient", metadata, autoload_with=filled)
+    if way == "copied":
+        metadata = MetaData()
+        table.to_metadata(metadata)
+    elif way == "pickled":
+        metadata = pickle.loads(pickle.dumps(metadata))  # noqa: S301 - our own
+    table = Table("patient", metadata, Column("mrn", searchable(), unique=True), extend_existing=True)
+
+    assert isinstance(table.c.mrn_hash.type, SearchHash)
+    with byok.session("t1", filled) as session:
+        assert session.scalars(select(table.c.city).where(table.c.mrn == "A-1")).all() == ["Bern"]
+
+
 def test_reflected_hash_column_follows_defaults(byok: Byok, filled: Engine) -> None:
     """A default that is declared for a reflected column, or taken away again, reaches its hash."""
     metadata = MetaData()
@@ -805,20 +825,19 @@ def test_table_reflected_without_declaring_anything_holds_bytes(filled: Engine) 
 # -- names that are taken --------------------------------------------------------------------------------------------
 
 
-def test_own_column_with_the_name_of_the_hash_is_refused() -> None:
-    """A column of the user's own that has the sibling's name and another type is not overwritten."""
-    with pytest.raises(
-        DeclarationError, match=r"patient\.mrn: the table has a column 'mrn_hash' of another type"
-    ):
-        with_id(Column("mrn_hash", String), Column("mrn", searchable()))
+@pytest.mark.parametrize(
+    "type_", [String(20), LargeBinary(), LargeBinary(32), BINARY(32), Integer()], ids=repr
+)
+def test_own_column_with_the_name_of_the_hash_is_refused(type_: Any) -> None:
+    """A column of the user's own that has the sibling's name is not taken over, whatever its type is."""
+    with pytest.raises(DeclarationError, match=r"patient\.mrn: the table has a column 'mrn_hash' of its own"):
+        with_id(Column("mrn_hash", type_), Column("mrn", searchable()))
     with pytest.raises(Exception, match="A column with name 'mrn_hash' is already present"):
-        with_id(Column("mrn", searchable()), Column("mrn_hash", String))
-
-
-def test_own_bytes_column_becomes_the_hash_column() -> None:
-    """One of bytes is taken over, as after reflection, and gets the index that look-ups need."""
-    table = with_id(Column("mrn_hash", LargeBinary), Column("mrn", searchable()))
-
-    assert table.c.keys() == ["id", "mrn_hash", "mrn"]
-    assert isinstance(table.c.mrn_hash.type, SearchHash)
-    assert indexes(table) == {"ix_patient_mrn_hash": (["mrn_hash"], False)}
+        with_id(Column("mrn", searchable()), Column("mrn_hash", type_))
+    for own in (Column("mrn_hash", type_, key="digest"), Column("digest", type_, key="mrn_hash")):
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            with_id(own, Column("mrn", searchable()))
+    metadata = MetaData()
+    with_id(Column("mrn_hash", type_), metadata=metadata)
+    with pytest.raises(DeclarationError, match="mrn_hash"):
+        Table("patient", metadata, Column("mrn", searchable()), extend_existing=True)

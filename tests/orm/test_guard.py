@@ -367,7 +367,7 @@ def test_a_report_lets_statements_run(
     "criterion",
     [
         lambda: literal(SECRET) == P.mrn,
-        lambda: literal(SECRET) == P.mrn_hash,
+        lambda: literal(SECRET) == search_hash(P.mrn),
         lambda: func.lower(P.mrn) == SECRET,
         lambda: literal(SECRET).between(P.mrn, P.sec),
     ],
@@ -577,7 +577,7 @@ def test_a_hash_for_handwritten_sql_finds_the_row(engine: Engine, byok: Byok) ->
         digest = byok.hash(P.mrn, "b")
         by_text = text("SELECT id FROM g_patient WHERE mrn_hash = :mrn")
         assert session.scalars(by_text, {"mrn": digest}).all() == [2]
-        assert session.scalars(select(P.id).where(P.mrn_hash == digest)).all() == [2]
+        assert session.scalars(select(P.id).where(search_hash(P.mrn) == digest)).all() == [2]
         many = text("SELECT id FROM g_patient WHERE mrn_hash IN :mrn").bindparams(
             bindparam("mrn", expanding=True)
         )
@@ -619,7 +619,7 @@ def test_while_salts_are_rotated_hashes_do_not_lie(
             select(found).distinct(),
             select(func.count(found.distinct())),
             select(func.row_number().over(partition_by=found)),
-            select(P.nick_hash).union(select(P.nick_hash)),
+            select(search_hash(P.nick)).union(select(search_hash(P.nick))),
         ):
             with statements(engine), pytest.raises(UnsupportedQueryError, match="being rotated"):
                 session.execute(statement)

@@ -45,7 +45,15 @@ from sqlalchemy.orm import (
     with_polymorphic,
 )
 
-from sqla_byok import Byok, DeclarationError, EncodeError, Encrypted, UnsupportedQueryError, hash_index
+from sqla_byok import (
+    Byok,
+    DeclarationError,
+    EncodeError,
+    Encrypted,
+    UnsupportedQueryError,
+    hash_index,
+    search_hash,
+)
 from sqla_byok.normalize import casefold, compose, digits, email_domain, first, last, named, year
 
 
@@ -363,8 +371,8 @@ COMPILED: dict[str, Callable[[], Any]] = {
     "in_ (select)": lambda: Person.phone_last4.in_(select(Person.note)),
     "in_ with a column": lambda: Person.phone_last4.not_in(["1234", Person.note]),
     "a function": lambda: Person.phone_last4 == func.substr("secret", 3),
-    "its hash column and a plaintext column": lambda: Person.phone_last4_hash == Person.note,  # type: ignore[attr-defined]
-    "its hash column and another's": lambda: Person.phone_last4_hash == Person.fax_last4_hash,  # type: ignore[attr-defined]
+    "its hash column and a plaintext column": lambda: search_hash(Person.phone_last4) == Person.note,  # type: ignore[attr-defined]
+    "its hash column and another's": lambda: search_hash(Person.phone_last4) == search_hash(Person.fax_last4),  # type: ignore[attr-defined]
 }
 
 
@@ -675,8 +683,8 @@ def test_an_index_of_an_abstract_concrete_base(engine: Engine, byok: Byok) -> No
 
 PARTIAL: dict[str, Callable[[Session], Any]] = {
     "ORM update": lambda s: s.execute(update(Person).values(surname="x")),
-    "ORM bulk update": lambda s: s.execute(update(Person), [{"id": 1, "born": None}]),
-    "Core update": lambda s: s.connection().execute(update(person).values(born=None)),
+    "ORM bulk update": lambda s: s.execute(update(Person), [{"id": 1, "born": date(1900, 1, 1)}]),
+    "Core update": lambda s: s.connection().execute(update(person).values(born=date(1900, 1, 1))),
     "Core update, parameters": lambda s: s.connection().execute(update(person), {"surname": "x"}),
     "mixed": lambda s: s.connection().execute(update(person).values(surname="x"), {"born": None}),
     "upsert": lambda s: s.execute(_upsert(s, Person, NEW, lambda _: {"surname": "x"})),
@@ -685,6 +693,31 @@ PARTIAL: dict[str, Callable[[Session], Any]] = {
     ),
     "the hash itself": lambda s: s.execute(update(Person).values(who_hash=b"x")),
 }
+
+
+EMPTIED: dict[str, Callable[[Session], Any]] = {
+    "flush": lambda s: setattr(s.get_one(Person, 1), "born", None),
+    "ORM update": lambda s: s.execute(update(Person).where(Person.id == 1).values(born=None)),
+    "ORM bulk update": lambda s: s.execute(update(Person), [{"id": 1, "born": None}]),
+    "Core update": lambda s: s.connection().execute(
+        update(person).where(person.c.id == 1).values(born=null())
+    ),
+    "Core update, parameters": lambda s: s.connection().execute(
+        update(person).where(person.c.id == 1), {"born": None}
+    ),
+    "upsert": lambda s: s.execute(_upsert(s, Person, NEW, lambda _: {"born": None})),
+}
+
+
+@pytest.mark.parametrize("way", EMPTIED)
+def test_a_source_that_becomes_null_takes_the_hash_along(session: Session, way: str) -> None:
+    """The other source need not be named for that, and the row is no longer found by what it was."""
+    assert ids(session, Person.who == "byron/1815") == [1]
+    EMPTIED[way](session)
+    session.flush()
+    assert ids(session, Person.who == "byron/1815") == []
+    assert 1 in ids(session, Person.who.is_(None))
+    assert session.scalar(select(Person.surname).where(Person.id == 1)) == "Byron"
 
 
 def test_a_bulk_update_of_some_sources_is_refused(session: Session) -> None:

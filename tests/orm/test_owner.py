@@ -148,7 +148,7 @@ def test_the_hash_for_handwritten_sql(byok: Byok, data: Engine) -> None:
         session.add(Login(id=1, email="ada@example.com"))
         session.commit()
     with Session(data) as session:
-        stored = session.scalar(select(Login.email_hash))  # type: ignore[attr-defined]
+        stored = session.scalar(select(search_hash(Login.email)))
     with byok.tenant("t2"):
         assert byok.hash(Login.email, "ada@example.com") == stored
     assert byok.hash(Login.email, "ada@example.com") == stored
@@ -186,6 +186,9 @@ def test_an_index_is_the_owners_too(byok: Byok, data: Engine) -> None:
     for session in (Session(data), *(Session(data.execution_options(byok_tenant=t)) for t in ("t1", "t2"))):
         with session:
             assert session.scalars(find).all() == [1, 2, 3]
+            stored = set(session.scalars(select(search_hash(account.domain))))
+    with byok.tenant("t2"):
+        assert stored == {byok.hash(account.domain, "one.org")}
 
 
 def test_a_changed_specification_is_noticed(byok: Byok, data: Engine) -> None:

@@ -381,7 +381,7 @@ def test_what_is_written_is_hashed_by_the_active_salt(world: World) -> None:
     with world.one.session() as session:
         session.add(Person(id=1, mrn="A"))
         session.commit()
-        first = session.scalar(select(Person.mrn_hash).where(Person.id == 1))
+        first = session.scalar(select(search_hash(Person.mrn)).where(Person.id == 1))
 
     def between(other: Process) -> None:
         with other.session() as session:
@@ -396,7 +396,7 @@ def test_what_is_written_is_hashed_by_the_active_salt(world: World) -> None:
         world.one.look()
         session.execute(insert(Person), [{"id": 4, "mrn": "A"}, {"id": 5, "mrn": "A"}])
         session.commit()
-        hashes = session.scalars(select(Person.mrn_hash).order_by(Person.id)).all()
+        hashes = session.scalars(select(search_hash(Person.mrn)).order_by(Person.id)).all()
     assert hashes == [first, first, hashes[2], hashes[2], hashes[2]]
     assert hashes[2] != first
 
@@ -571,10 +571,10 @@ _OTHER_FORMS: dict[str, Callable[[Session], Any]] = {
     "lambda statement, closure": lambda s: _by_closure(s, "A"),
     "lambda in where": lambda s: s.scalars(select(Person.id).where(lambda: Person.mrn == _name)),
     "connection": lambda s: s.connection().scalars(select(_person.c.id).where(_person.c.mrn == "A")),
-    "hash column": lambda s: s.scalars(select(Person.id).where(Person.mrn_hash == "A")),
-    "hash column in": lambda s: s.scalars(select(Person.id).where(Person.mrn_hash.in_(["A", "Z"]))),
-    "hash column not in": lambda s: s.scalars(select(Person.id).where(Person.mrn_hash.not_in(["B", "Z"]))),
-    "hash column, not": lambda s: s.scalars(select(Person.id).where(~(Person.mrn_hash != "A"))),
+    "hash column": lambda s: s.scalars(select(Person.id).where(search_hash(Person.mrn) == "A")),
+    "hash column in": lambda s: s.scalars(select(Person.id).where(search_hash(Person.mrn).in_(["A", "Z"]))),
+    "hash column not in": lambda s: s.scalars(select(Person.id).where(search_hash(Person.mrn).not_in(["B", "Z"]))),
+    "hash column, not": lambda s: s.scalars(select(Person.id).where(~(search_hash(Person.mrn) != "A"))),
     "union_all": lambda s: s.scalars(
         union_all(select(Person.id).where(Person.mrn == "A"), select(Person.id).where(Person.nick == "none"))
     ),
@@ -749,12 +749,16 @@ def test_a_hash_that_was_read_before(world: World) -> None:
     """A row's hash finds the rows of its own salt only, which is a miss while others are live."""
     _two_by_two(world)
     with world.one.session() as session:
-        digest = session.scalar(select(Person.mrn_hash).where(Person.id == 1))
-        for criterion in (Person.mrn == digest, Person.mrn_hash == digest, Person.mrn_hash.in_([digest])):
+        digest = session.scalar(select(search_hash(Person.mrn)).where(Person.id == 1))
+        for criterion in (
+            Person.mrn == digest,
+            search_hash(Person.mrn) == digest,
+            search_hash(Person.mrn).in_([digest]),
+        ):
             with pytest.raises(UnsupportedQueryError, match="look the value up"):
                 session.scalars(select(Person.id).where(criterion)).all()
         with pytest.raises(UnsupportedQueryError, match="while its salts are being rotated"):
-            session.scalars(select(Person.id).where(Person.mrn_hash == Visit.mrn_hash)).all()
+            session.scalars(select(Person.id).where(search_hash(Person.mrn) == search_hash(Visit.mrn))).all()
 
 
 def test_hashes_are_compared_for_a_tenant_only(world: World) -> None:

@@ -36,7 +36,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.default_comparator import operator_lookup
 from sqlalchemy.sql.operators import ColumnOperators
 
-from sqla_byok import Byok, Encrypted, UnsupportedQueryError
+from sqla_byok import Byok, Encrypted, UnsupportedQueryError, search_hash
 from sqla_byok.normalize import casefold
 from sqla_byok.orm.comparator import HashComparison
 
@@ -264,13 +264,16 @@ def _distinct_on(statement: Any, column: Any) -> Any:
 
 A = aliased(P)
 _no_hash = select(P.id, P.mrn).subquery("sub")
-_borrowed = select(P.own.label("mrn"), P.mrn_hash).subquery("sub")
-_of_two_aliases = select(P.id, P.mrn, A.mrn_hash.label("mrn_hash")).subquery("sub")
+_borrowed = select(P.own.label("mrn"), search_hash(P.mrn)).subquery("sub")
+_of_two_aliases = select(P.id, P.mrn, search_hash(A.mrn).label("mrn_hash")).subquery("sub")
 _of_crossed_aliases = union_all(
-    select(P.id, A.mrn, P.mrn_hash.label("mrn_hash")), select(A.id, P.mrn, A.mrn_hash.label("mrn_hash"))
+    select(P.id, A.mrn, search_hash(P.mrn).label("mrn_hash")),
+    select(A.id, P.mrn, search_hash(A.mrn).label("mrn_hash")),
 ).subquery("sub")
-_of_two_scopes = union_all(select(P.own, P.own_hash), select(R.own, R.own_hash)).subquery("sub")
-_half = union_all(select(P.mrn, P.mrn_hash), select(R.mrn, null())).subquery("sub")
+_of_two_scopes = union_all(select(P.own, search_hash(P.own)), select(R.own, search_hash(R.own))).subquery(
+    "sub"
+)
+_half = union_all(select(P.mrn, search_hash(P.mrn)), select(R.mrn, null())).subquery("sub")
 
 COMPILED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "another scope": (lambda: P.mrn == P.own, "p.mrn", "salt_scope"),
@@ -305,16 +308,20 @@ COMPILED: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "in_ (union)": (lambda: P.mrn.in_(select(P.mrn).union(select(R.mrn))), "p.mrn", "no search hash"),
     "== (select of another scope)": (lambda: P.mrn == select(R.own).scalar_subquery(), "p.mrn", "salt_scope"),
-    "a subquery without hash": (lambda: _no_hash.c.mrn == VALUE, "p.mrn", "select mrn_hash there too"),
+    "a subquery without hash": (
+        lambda: _no_hash.c.mrn == VALUE,
+        "p.mrn",
+        r"select search_hash\(mrn\) there too",
+    ),
     "a cte without hash": (
         lambda: (lambda cte: cte.c.mrn.in_([VALUE]))(select(P.mrn).cte("c")),
         "p.mrn",
-        "select mrn_hash there too",
+        r"select search_hash\(mrn\) there too",
     ),
     "in_ (select from a subquery without hash)": (
         lambda: R.mrn.in_(select(_no_hash.c.mrn)),
         "p.mrn",
-        "select mrn_hash there too",
+        r"select search_hash\(mrn\) there too",
     ),
     "a label that borrows another's name": (lambda: _borrowed.c.mrn == VALUE, "p.own", "there too"),
     "another alias's hash": (lambda: _of_two_aliases.c.mrn == VALUE, "p.mrn", "there too"),

@@ -1,7 +1,9 @@
 """Values of every type through encrypted columns: what comes back, what is stored, what is refused."""
 
+import copy
 import enum
 import json
+import pickle
 import warnings
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from sqlalchemy import (
     CHAR,
     JSON,
+    VARCHAR,
     BigInteger,
     Boolean,
     Column,
@@ -55,6 +58,7 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.schema import CreateColumn
 
 from sqla_byok import Byok, Encrypted, LeakWarning
 from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError
@@ -789,6 +793,61 @@ def test_plaintext_is_nowhere_on_disk(byok: Byok, engine: Engine, tmp_path: Path
 def test_repr_shows_what_was_given(type_: Encrypted[Any], shown: str) -> None:
     """It is what a user would write; it goes into migrations and logs."""
     assert repr(type_) == shown
+
+
+class Mrn(Encrypted[str]):
+    """A type of an application's own, made without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(VARCHAR(12), searchable=True)
+
+
+TELLS: list[tuple[Encrypted[Any], list[str], type[Any]]] = [
+    (Encrypted(String(20)), ["String"], String),
+    (Encrypted(Text), ["Text", "String"], Text),
+    (Encrypted(VARCHAR(5), searchable=True), ["VARCHAR", "String"], VARCHAR),
+    (Encrypted(BigInteger), ["BigInteger", "Integer"], BigInteger),
+    (Encrypted(Date), ["Date"], Date),
+    (Encrypted(Interval), ["Interval"], Interval),
+    (Encrypted(JSON), ["JSON"], JSON),
+    (Encrypted(Boolean), ["Boolean"], Boolean),
+    (Encrypted(LargeBinary(4)), ["LargeBinary"], LargeBinary),
+    (Encrypted(Enum(Color)), ["Enum", "String"], Enum),
+    (Encrypted(Money()), ["Money", "Integer"], Integer),
+    (Encrypted(Bracketed()), ["Bracketed", "Upper", "String"], String),
+    (Mrn(), ["VARCHAR", "String", "Mrn"], VARCHAR),
+]
+
+
+@pytest.mark.parametrize(("type_", "names", "impl"), TELLS, ids=repr)
+def test_a_type_tells_what_is_inside(type_: Encrypted[Any], names: list[str], impl: type[Any]) -> None:
+    """Form and schema makers go by the names of a type's classes, their impl and its own; SQLAlchemy sees bytes."""
+    cls = type(type_)
+    assert [each.__name__ for each in cls.__mro__][: len(names)] == names
+    assert cls.impl.__name__ == names[0]  # type: ignore[union-attr]
+    assert isinstance(type_.impl, impl)
+    assert isinstance(type_.impl_instance, LargeBinary)
+    assert isinstance(type_, Encrypted)
+    assert type_._type_affinity is LargeBinary()._type_affinity
+    for copied in (type_.copy(), copy.deepcopy(type_), pickle.loads(pickle.dumps(type_))):  # noqa: S301 - our own
+        assert type(copied) is cls
+        assert repr(copied) == repr(type_)
+    table = Table("t", MetaData(), Column("x", type_))
+    plain = Table("t", MetaData(), Column("x", LargeBinary))
+    bound = table.c.x.type
+    assert type(bound) is cls
+    assert type(pickle.loads(pickle.dumps(bound))) is cls  # noqa: S301 - our own
+    ddl = [str(CreateColumn(each.c.x).compile(dialect=postgresql.dialect())) for each in (table, plain)]
+    assert ddl[0] == ddl[1] == "x BYTEA"
+
+
+def test_a_type_gives_the_length_and_names_of_what_is_inside() -> None:
+    """For validation in forms; what nothing inside has is not there."""
+    assert Encrypted(String(20)).length == 20
+    assert Encrypted(Bracketed()).length == 5
+    assert Encrypted(Enum(Color)).enums == [each.name for each in Color]
+    assert (Encrypted(Numeric(8, 2)).precision, Encrypted(Numeric(8, 2)).scale) == (8, 2)
+    assert not hasattr(Encrypted(Date), "length")
 
 
 def test_python_type_is_that_of_the_value() -> None:

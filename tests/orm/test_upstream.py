@@ -39,7 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SADeprecationWarning
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, deferred, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, aliased, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.types import TypeDecorator
@@ -283,27 +283,75 @@ def test_a_constraints_columns_can_be_replaced_before_it_is_attached(make: Calla
     assert "(b)" in sql_of(ddl)
 
 
-def test_a_property_can_be_added_before_a_class_is_mapped() -> None:
-    """`Mapper._init_properties` in instrument_class, and `_columntoproperty` of a mapped class."""
+def test_columns_are_left_out_of_a_mapping_and_shown_in_subqueries() -> None:
+    """`exclude_properties` and `persist_selectable` in instrument_class, `_iterate_polymorphic_properties` after it."""
 
     class Other(DeclarativeBase):
         pass
 
+    def left_out(mapper: Any) -> list[Any]:
+        return [column for column in mapper.persist_selectable.c if column.key == "b"]
+
     @event.listens_for(Mapper, "instrument_class")
-    def add(mapper: Any, cls: Any) -> None:
-        if cls.__name__ == "Thing":
-            mapper._init_properties.setdefault("late", deferred(mapper.local_table.c.b))
+    def leave_out(mapper: Any, cls: Any) -> None:
+        if mapper.local_table.name in ("thing", "part"):
+            mapper.exclude_properties = {*(mapper.exclude_properties or ()), *left_out(mapper)}
+            upstream.show_in_subqueries(mapper, left_out)
 
     class Thing(Other):
         __table__ = Table(
             "thing", Other.metadata, Column("id", Integer, primary_key=True), Column("b", String)
         )
 
-    event.remove(Mapper, "instrument_class", add)
+    class Part(Thing):
+        __tablename__ = "part"
+        id: Mapped[int] = mapped_column(ForeignKey("thing.id"), primary_key=True)
+
+    event.remove(Mapper, "instrument_class", leave_out)
+    assert Thing.__mapper__.attrs.keys() == Part.__mapper__.attrs.keys() == ["id"]
     assert sql_of(select(Thing)) == "SELECT thing.id FROM thing"
+    assert select(Thing).subquery().c.keys() == ["id", "b"]
+    assert sql_of(select(select(Part).subquery())).startswith("SELECT anon_1.id, anon_1.id_1, anon_1.b FROM")
+    inner = "(SELECT thing.id AS id, thing.b AS b FROM thing) AS anon_1"
+    for _ in range(2):
+        assert sql_of(select(select(Thing).subquery())) == f"SELECT anon_1.id, anon_1.b FROM {inner}"
+    assert sql_of(select(aliased(Thing, select(Thing).subquery()))) == f"SELECT anon_1.id FROM {inner}"
+
+
+def test_a_mapper_tells_its_columns_and_properties() -> None:
+    """`_init_properties` in instrument_class, `_columntoproperty` and `inherits` of a mapped class."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Thing(Other):
+        __table__ = Table("thing", MetaData(), Column("id", Integer, primary_key=True), Column("b", String))
+        other = __table__.c.b
+
+    assert list(Thing.__mapper__._init_properties) == ["other"]
     assert Animal.__mapper__._columntoproperty[animal.c.name].key == "name"
     assert animal.c.name in Animal.__mapper__._columntoproperty
     assert Dog.__mapper__.inherits is Animal.__mapper__
+
+
+def test_a_column_can_stand_for_an_entity() -> None:
+    """`_annotations` and `_propagate_attrs`: one that is not mapped brings the criteria of its class."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Thing(Other):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str] = mapped_column(String(10))
+        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "thing"}  # noqa: RUF012
+
+    class Part(Thing):
+        __mapper_args__ = {"polymorphic_identity": "part"}  # noqa: RUF012
+
+    Thing.__table__.append_column(Column("b", String))  # type: ignore[attr-defined]
+    column = upstream.of_entity(Thing.__table__.c.b, Part.id.__clause_element__())
+    assert sql_of(select(column)).startswith("SELECT thing.b FROM thing WHERE thing.kind IN")
 
 
 # -- comparator.py ---------------------------------------------------------------------------------------------------
@@ -364,11 +412,11 @@ def test_columns_of_a_subquery_tell_where_they_come_from() -> None:
     assert {proxied.table for proxied in column.proxy_set} >= {animal, inner}
 
 
-# -- hooks.py and types.py -------------------------------------------------------------------------------------------
+# -- statements.py and types.py --------------------------------------------------------------------------------------
 
 
 def test_all_rows_of_a_result_pass_its_cursor_strategy(memory: Engine) -> None:
-    """`CursorResult.cursor_strategy` and `_soft_closed`: hooks.py stands before every fetch."""
+    """`CursorResult.cursor_strategy` and `_soft_closed`: fetches.py stands before every fetch."""
     with memory.connect() as connection:
         connection.execute(table.insert(), [{"a": str(i)} for i in range(6)])
         result = connection.execute(select(table.c.a).order_by(table.c.id))
@@ -414,7 +462,7 @@ def test_a_compiled_statement_lists_its_ctes(memory: Engine) -> None:
 
 
 def test_rows_are_logged_under_a_known_message(memory: Engine) -> None:
-    """ "Row %r" and the logger's name: hooks.py hides decrypted rows in the log."""
+    """ "Row %r" and the logger's name: statements.py hides decrypted rows in the log."""
     records: list[logging.LogRecord] = []
 
     class Handler(logging.Handler):
@@ -460,14 +508,95 @@ def test_a_dialect_keeps_its_json_functions_under_known_names() -> None:
 
 
 def test_the_types_of_a_statements_result_are_known() -> None:
-    """By them the hooks tell whether rows have to be decrypted; what was found stays with the compiled statement."""
-    types, asked = (String(), Integer()), []
+    """By them it is told whether rows have to be decrypted."""
+    types = String(), Integer()
     statement = select(Column("a", types[0]), Column("b", types[1]))
-    compiled = statement.compile()
-    assert tuple(upstream.result_types(compiled)) == types
-    for _ in range(2):
-        assert upstream.known(compiled, lambda it: asked.append(it) or "found") == "found"
-    assert asked == [compiled]
+    assert tuple(upstream.result_types(statement.compile())) == types
+
+
+class Recorded(upstream.Steps):
+    """Steps that note which of them were taken."""
+
+    taken: list[str]
+
+    @classmethod
+    def of_text(cls, *args: Any) -> Any:
+        cls.taken.append("of_text")
+        return super().of_text(*args)
+
+    @classmethod
+    def of_ddl(cls, *args: Any) -> Any:
+        cls.taken.append("of_ddl")
+        return super().of_ddl(*args)
+
+    @classmethod
+    def of_compiled(cls, *args: Any, **kwargs: Any) -> Any:
+        cls.taken.append("of_compiled")
+        made = super().of_compiled(*args, **kwargs)
+        assert made.parameters  # bound by now
+        return made
+
+    def about_to_be_sent(self) -> None:
+        assert self.root_connection.in_transaction()
+        self.taken.append("about_to_be_sent")
+        super().about_to_be_sent()
+
+    def processor_of(self, *args: Any) -> Any:
+        self.taken.append("processor_of")
+        return super().processor_of(*args)
+
+    def result_of(self) -> Any:
+        result = super().result_of()
+        self.taken.append("result_of")
+        return result
+
+
+def test_an_execution_takes_the_steps_of_ours() -> None:
+    """statements.py stands on them: each is taken, in this order, on views and open connections too."""
+    engine = create_engine("sqlite://")
+    view, taken = engine.execution_options(x=1), list[str]()
+    with view.connect() as connection:
+        upstream.step_in(engine, Recorded, taken=taken)
+        executed = ["of_compiled", "about_to_be_sent", "processor_of", "result_of"]
+        for known in ([], ["processor_of"]):  # SQLAlchemy keeps processors with the compiled statement
+            assert connection.execute(select(literal("x"))).all() == [("x",)]
+            assert taken == [step for step in executed if step not in known]
+            taken.clear()
+        connection.execute(CreateTable(Table("made", MetaData(), Column("id", Integer))))
+        connection.exec_driver_sql("SELECT 1").all()
+        assert taken == [
+            *("of_ddl", "about_to_be_sent", "result_of"),
+            *("of_text", *executed[1:2]),
+            *taken[5:],
+        ]
+        assert taken[-1] == "result_of"
+    engine.dispose()
+
+
+def test_a_statement_can_be_compiled_anew_as_sqlalchemy_does_it() -> None:
+    """`_compile_w_cache` and what an execution is told of it: rotated salts have a statement compiled once more."""
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        statement = select(bindparam("x", type_=Integer))
+        first, *_ = upstream.compiled_anew(connection, statement, [{"x": 1}], {})
+        again, extracted, more = upstream.compiled_anew(connection, statement, [{"x": 2}], {})
+        assert again is first
+        assert [bind.key for bind in extracted] == ["x"]
+        context = engine.dialect.execution_ctx_cls._init_compiled(  # type: ignore[attr-defined]
+            engine.dialect,
+            connection,
+            connection.connection,
+            {},
+            again,
+            [{"x": 2}],
+            statement,
+            extracted,
+            **more,
+        )
+        assert list(context.parameters[0]) == [2]
+        assert not upstream.reads_early(context)
+        context.cursor.close()
+    engine.dispose()
 
 
 def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
