@@ -99,7 +99,7 @@ def refuse_embedded(ctes: Iterable[Any]) -> None:
 def refuse_compiled(compiled: Any) -> None:
     """Refuse an INSERT or UPDATE that was compiled beforehand: nothing can be added to it any more."""
     if getattr(compiled, "isinsert", False) or getattr(compiled, "isupdate", False):
-        statement = compiled.statement
+        statement = upstream.inside(compiled.statement)
         if fill(statement, ()) is not None:
             raise UnsupportedQueryError(
                 f"{statement.table.description}: a statement compiled beforehand cannot be given its hashes; execute "

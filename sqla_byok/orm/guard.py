@@ -364,7 +364,7 @@ class _Walk:
     """One walk over a statement. ``why`` is None where an encrypted column may stand, and else says why it may not."""
 
     def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
+        self._compiled, self._around = compiled, upstream.Around(compiled)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
         self._root: Any = None  # the expression that is being walked, as a whole
@@ -436,22 +436,25 @@ class _Walk:
                 self._root = None
                 self._refuse(next(iter(types.values())), _RETURNED)
 
-    def statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
-        """Any statement; returns the columns of each of its parts."""
+    def statement(self, statement: Any, why: _Why | None, in_from: Any = None) -> list[list[Any]]:
+        """Any statement; returns the columns of each of its parts.
+
+        :param in_from: the subquery that it makes up, where it stands in a FROM.
+        """
         key = (id(statement), why is None)
         known = self._seen.get(key)
         if known is None:
             root, self._root = self._root, None
             self._seen[key] = known = (statement, [])
-            known[1].extend(self._statement(statement, why))
+            known[1].extend(self._statement(statement, why, in_from))
             self._root = root
         return known[1]
 
-    def _statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
+    def _statement(self, statement: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
         if isinstance(statement, Select):
-            return [self._select(statement, why)]
+            return [self._select(statement, why, in_from)]
         if isinstance(statement, CompoundSelect):
-            return self._compound(statement, why)
+            return self._compound(statement, why, in_from)
         if getattr(statement, "is_dml", False):
             self._dml(statement)
         elif (text := upstream.text_of(getattr(statement, "element", statement))) is not None:
@@ -459,13 +462,14 @@ class _Walk:
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
-            return self.statement(inner, why)
+            return self.statement(inner, why, in_from)
         elif isinstance(statement, ClauseElement):  # of a class of somebody's own
             self._within(statement, why or _COMPUTED)
         return []
 
-    def _select(self, select: Any, why: _Why | None) -> list[Any]:
-        parts = upstream.parts(select, self._compiled)
+    def _select(self, select: Any, why: _Why | None, in_from: Any) -> list[Any]:
+        parts = upstream.parts(select, self._around, in_from)
+        self._around.enter(select, parts.froms, parts.state)
         self._scopes.append(parts.named)
         for column in parts.columns:
             self._part(column, why)
@@ -483,10 +487,12 @@ class _Walk:
         for other in parts.others:
             self._part(other, _COMPUTED)
         self._scopes.pop()
+        self._around.leave()
         return parts.columns
 
-    def _compound(self, compound: Any, why: _Why | None) -> list[list[Any]]:
-        lists = [columns for select in compound.selects for columns in self.statement(select, why)]
+    def _compound(self, compound: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
+        self._around.enter(compound, None)
+        lists = [columns for select in compound.selects for columns in self.statement(select, why, in_from)]
         for position in zip(*lists, strict=False):
             encrypted = [column for column in position if _is_encrypted(column)]
             if encrypted and (
@@ -507,6 +513,7 @@ class _Walk:
             self._ordered(column, lists[0] if lists else ())
         self._grouped(group_by, lists[0] if lists else ())
         self._scopes.pop()
+        self._around.leave()
         return lists
 
     def _told_apart(self, columns: Sequence[Any], why: _Why, alike: bool = True) -> None:
@@ -558,6 +565,7 @@ class _Walk:
     def _dml(self, dml: Any) -> None:
         table = dml.table
         self.source(table)
+        self._around.enter(dml, upstream.written_froms(dml))
         if not dml.is_delete:
             if _is_light(table):
                 for name in self._compiled.bind_names.values():  # of values and of rows given apart
@@ -581,6 +589,7 @@ class _Walk:
         for column in upstream.returning(dml):
             if isinstance(column, ColumnElement):
                 self._part(column, None)
+        self._around.leave()
 
     def _set(self, table: Any, key: Any, value: Any) -> None:
         """A value in SET or VALUES. What may be set on an encrypted column itself is the matter of ``fill``."""
@@ -631,7 +640,7 @@ class _Walk:
             if isinstance(inner, FromClause) and not isinstance(inner, SelectBase | FunctionElement):
                 self.source(inner)
             elif inner is not None:
-                self.statement(inner, None)
+                self.statement(inner, None, source)
 
     # -- expressions -----------------------------------------------------------------------------------------------
 
@@ -756,7 +765,7 @@ class _Walk:
 
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
-        parts = upstream.parts(select, self._compiled)
+        parts = upstream.parts(select, self._around)
         self._scopes.append(parts.named)
         for column in parts.order_by:
             self._ordered(column, parts.columns)

@@ -187,7 +187,7 @@ def check_defaults(context: Any, tenant: Whose | None) -> None:
 
     :param context: the execution of an INSERT, just before it is sent.
     """
-    table = context.compiled.statement.table
+    table = upstream.inside(context.compiled.statement).table
     key = _columns.get(table)
     names = None if key is None else _allowed(table, tenant)
     if key is not None and names is not None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Table, UniqueConstraint, and_
 from sqlalchemy.orm import QueryableAttribute
+from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.elements import (
     ClauseElement,
@@ -21,12 +22,14 @@ from sqlalchemy.sql.elements import (
     _textual_label_reference,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import FromClause
+from sqlalchemy.sql.lambdas import NullLambdaStatement
+from sqlalchemy.sql.selectable import FromClause, Lateral
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 
 __all__ = [
+    "Around",
     "FanOut",
     "Named",
     "Parts",
@@ -44,6 +47,8 @@ __all__ = [
     "held_to",
     "hold",
     "in_greenlet",
+    "inside",
+    "instead",
     "known",
     "met",
     "multi_values",
@@ -78,6 +83,7 @@ __all__ = [
     "with_multi_values",
     "with_target",
     "with_values",
+    "written_froms",
 ]
 
 T = TypeVar("T")
@@ -158,6 +164,25 @@ def in_greenlet() -> bool:
 def resolved(clause: Any) -> Any:
     """The statement inside a lambda statement."""
     return clause._resolved if getattr(clause, "_is_lambda_element", False) else clause
+
+
+def inside(clause: Any) -> Any:
+    """The statement inside a lambda statement and a ``from_statement()``: the one that is sent."""
+    inner = resolved(clause)
+    return inside(inner.element) if isinstance(inner, FromStatement) else inner
+
+
+def instead(clause: Any, new: Any) -> Any:
+    """The same with another in the place of the statement that :func:`inside` gives."""
+    if getattr(clause, "_is_lambda_element", False):
+        # What the ORM tells its compiler (synchronize_session) stands on the lambda, and not on what is inside.
+        made: Any = NullLambdaStatement(instead(clause._resolved, new))  # type: ignore[no-untyped-call]
+        return made._annotate(clause._annotations)
+    if not isinstance(clause, FromStatement):
+        return new
+    changed = clause._generate()
+    changed.element = instead(clause.element, new)
+    return changed
 
 
 def target(clause: Any) -> tuple[Any, bool]:
@@ -355,13 +380,54 @@ def executed(compiled: Any) -> Any:
     )
 
 
-class _Top:
-    """Stands for a compiler that is about to compile a statement which is in no other."""
-
-    stack = ()
+class Around:
+    """Stands for the compiler, with the statements around the one that is looked at: it correlates with them."""
 
     def __init__(self, compiled: Any) -> None:
         self._global_attributes = dict(compiled._global_attributes)  # loader criteria among them
+        self.stack: list[Mapping[str, Any]] = []
+
+    def froms(self, state: Any, in_from: Any) -> Sequence[Any]:
+        """The FROM of a SELECT as it is rendered here, without what it takes from around it.
+
+        :param in_from: the subquery that it makes up, where it stands in a FROM itself.
+        """
+        entry = self.stack[-1] if self.stack else _NOTHING_AROUND
+        explicit, implicit = self._enclosing_correlate_froms(entry, *_placed(in_from).values())
+        froms: Sequence[Any] = state._get_display_froms(
+            explicit_correlate_froms=explicit, implicit_correlate_froms=implicit
+        )
+        return froms
+
+    # The ORM asks for it from 2.1.8 on.
+    def _enclosing_correlate_froms(self, entry: Mapping[str, Any], asfrom: bool, lateral: bool) -> Any:
+        every, nearest = entry["correlate_froms"], entry["asfrom_froms"]
+        return (every - nearest, frozenset()) if asfrom and not lateral else (every, nearest)
+
+    def enter(self, statement: Any, froms: Iterable[Any] | None, state: Any = None) -> None:
+        """Look at what is within a statement, until :meth:`leave`.
+
+        :param froms: what is correlated with within it; None where that is what is around it.
+        """
+        entry = self.stack[-1] if self.stack else _NOTHING_AROUND
+        every = nearest = frozenset(one for source in froms or () for one in source._from_objects)
+        if froms is None:
+            every, nearest = entry["correlate_froms"], entry["asfrom_froms"]
+        elif state is not None:
+            every = nearest | entry["correlate_froms"]
+        made = {"asfrom_froms": nearest, "correlate_froms": every, "selectable": statement}
+        self.stack.append(made if state is None else {**made, "compile_state": state})
+
+    def leave(self) -> None:
+        """Go back to what was around the statement."""
+        self.stack.pop()
+
+
+_NOTHING_AROUND: Mapping[str, Any] = {"correlate_froms": frozenset(), "asfrom_froms": frozenset()}
+
+
+def _placed(in_from: Any) -> dict[str, bool]:
+    return {"asfrom": in_from is not None, "lateral": isinstance(in_from, Lateral)}
 
 
 class Named(NamedTuple):
@@ -389,14 +455,16 @@ class Parts(NamedTuple):
     distinct: bool
     distinct_on: Sequence[Any]
     others: list[Any]
+    state: Any  # SQLAlchemy's, for Around
 
 
-def parts(select: Any, compiled: Any) -> Parts:
+def parts(select: Any, around: Around, in_from: Any = None) -> Parts:
     """The parts of a SELECT; of one of the ORM as SQLAlchemy Core has them.
 
-    :param compiled: the compiled statement that it is or stands in.
+    :param around: the statements that it stands in.
+    :param in_from: the subquery that it makes up, where it stands in a FROM.
     """
-    state = select._compile_state_factory(select, _Top(compiled))
+    state = select._compile_state_factory(select, around, **_placed(in_from))
     select, columns = state.statement, []
     for column in select._raw_columns:
         if isinstance(column, FromClause) and not isinstance(column, FunctionElement):
@@ -409,7 +477,8 @@ def parts(select: Any, compiled: Any) -> Parts:
     texts = [element for element, _ in (*select._prefixes, *select._suffixes)]
     return Parts(
         columns=columns,
-        froms=state._get_display_froms(),
+        froms=around.froms(state, in_from),
+        state=state,
         named=lambda name: _named(state, name),
         criteria=(*select._where_criteria, *select._having_criteria),
         group_by=select._group_by_clauses,
@@ -511,6 +580,13 @@ def criteria(dml: Any) -> Sequence[Any]:
     """The WHERE of an UPDATE or DELETE."""
     found: Sequence[Any] = getattr(dml, "_where_criteria", ())
     return found
+
+
+def written_froms(dml: Any) -> list[Any]:
+    """What subqueries of an INSERT, UPDATE or DELETE correlate with: none of an INSERT."""
+    return (
+        [] if dml.is_insert else [dml.table, *(one for each in criteria(dml) for one in each._from_objects)]
+    )
 
 
 def returning(dml: Any) -> Sequence[Any]:

@@ -475,7 +475,7 @@ def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
     statement = statement.distinct().limit(1).prefix_with("/*+ */")
     compiled: Any = statement.compile(engine)
     for select_ in (upstream.executed(compiled), statement):
-        parts = upstream.parts(select_, compiled)
+        parts = upstream.parts(select_, upstream.Around(compiled))
         assert {column.table.name for column in parts.columns} == {"animal", "dog"}
         assert [str(source) for source in parts.froms] == ["animal JOIN dog ON animal.id = dog.id"]
         assert parts.distinct
@@ -484,7 +484,7 @@ def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
         assert [upstream.named_in_order_by(element) for element in parts.order_by] == [None, "name"]
         assert len(parts.others) == 2
     labelled = Animal.name.label("x")
-    (reference,) = upstream.parts(select(labelled).order_by(labelled), compiled).order_by
+    (reference,) = upstream.parts(select(labelled).order_by(labelled), upstream.Around(compiled)).order_by
     assert upstream.referred(reference).element.name == "name"
 
 
@@ -492,7 +492,7 @@ def test_a_string_names_what_sqlalchemy_puts_in_its_place() -> None:
     """guard.py: `_label_resolve_dict` over a join, where both tables have an `id`, and in a UNION."""
     compiled: Any = select(1).compile()
     statement = select(Animal.id, Animal.name.label("x")).join(Dog.__table__)
-    named = upstream.parts(statement, compiled).named
+    named = upstream.parts(statement, upstream.Around(compiled)).named
     for name, sql, alike in (
         ("id", "dog.id", 2),
         ("x", "x", 0),
@@ -537,3 +537,41 @@ def test_what_the_guard_reads_of_other_statements() -> None:
     )
     (conflict,) = upstream.conflicts(upsert)
     assert len(upstream.conflict_criteria(conflict)) == 2
+
+
+def test_a_statement_inside_others_can_be_taken_out_and_changed() -> None:
+    """hooks.py: `inside` and `instead`, through lambdas and FromStatement, keeping what the ORM noted on the lambda."""
+    dml = insert(Animal).returning(Animal)
+    for whole in (
+        dml,
+        select(Animal).from_statement(dml),
+        lambda_stmt(lambda: select(Animal).from_statement(dml)),
+        lambda_stmt(lambda: dml).spoil(),
+        lambda_stmt(lambda: dml)._annotate({"synchronize_session": "fetch"}),
+    ):
+        inner = upstream.inside(whole)
+        assert inner.is_insert
+        changed = upstream.instead(whole, inner.values(name="x"))
+        assert [column.key for column, _ in upstream.values(upstream.inside(changed))] == ["name"]
+        assert changed._annotations.get("synchronize_session") == whole._annotations.get(
+            "synchronize_session"
+        )
+        assert type(changed.compile().statement) is type(changed)
+        assert upstream.values(inner) == []
+
+
+def test_a_subquery_correlates_with_what_is_around_it() -> None:
+    """guard.py: `Around` has the FROM of a SELECT as the compiler has it, of subqueries in a FROM and lateral ones."""
+    compiled: Any = select(1).compile()
+    outer = select(Animal.id)
+    inner = select(Dog.__table__.c.id).where(Dog.__table__.c.id == Animal.__table__.c.id)
+    around = upstream.Around(compiled)
+    whole = upstream.parts(outer, around)
+    around.enter(outer, whole.froms, whole.state)
+    for in_from, froms in ((None, 1), (inner.subquery(), 2), (inner.lateral(), 1)):
+        assert len(upstream.parts(inner, around, in_from).froms) == froms
+    around.enter(inner, None)  # a UNION within it
+    assert len(upstream.parts(inner, around).froms) == 1
+    around.leave()
+    around.leave()
+    assert len(upstream.parts(inner, around).froms) == 2
