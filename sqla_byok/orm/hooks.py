@@ -97,23 +97,25 @@ def attach(engine: Engine, keyrings: Keyrings, scopes: Scopes, guard: Guard) -> 
                 clause = _fan_out(
                     clause, tuple(sorted((n, len(each.live_salts)) for n, each in owned.items()))
                 )
-        is_dml = getattr(clause, "is_dml", None)
+        given = statement = upstream.inside(clause)
+        is_dml = getattr(statement, "is_dml", None)
         if is_dml is None:
             refuse_compiled(clause)
         elif is_dml and tenancy.used:
             rows = multi or ([params] if params else [])
-            clause = tenancy.check(upstream.resolved(clause), rows, tenant)
-        if is_dml and not clause.is_delete:
-            statement = upstream.resolved(clause)
+            statement = tenancy.check(statement, rows, tenant)
+        if is_dml and not statement.is_delete:
             filled = fill(statement, multi or ([params] if params else []))
             if filled is not None:
-                clause, rows, tables = filled
+                statement, rows, tables = filled
                 multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
                 for written in tables:
                     if isinstance(ring, Keyring) and None in written:
                         ring = _noted(ring, written[None], keyrings)
                     if owners:
                         _note_owned(slot, written, keyrings)
+        if statement is not given:
+            clause = upstream.instead(clause, statement)
         if ring is not None and len(ring.live_salts) > 1:
             clause = _fan_out(clause, len(ring.live_salts))
         # Setting a context variable costs several times what reading it does.
@@ -258,7 +260,7 @@ def _searched(compiled: Any) -> Mapping[str | None, frozenset[HashSpec]]:
     """Of columns that are compared, and of those by which an upsert finds its conflicts; by the columns' owners."""
     found = upstream.searched(compiled)
     if getattr(compiled, "isinsert", False):
-        statement = upstream.resolved(compiled.statement)
+        statement = upstream.inside(compiled.statement)
         table, _ = upstream.target(statement)
         for conflict in upstream.conflicts(statement):
             for column in upstream.conflict_columns(table, conflict):
@@ -417,7 +419,7 @@ def _named(clause: Any, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """The owners of columns that a statement compares or sets; those of what it only reads can wait."""
     if not isinstance(clause, ClauseElement):
         return set()
-    statement = upstream.resolved(clause)
+    statement = upstream.inside(clause)
     columns = list(iterate(statement))
     if getattr(statement, "is_dml", False) and not statement.is_delete:
         written = {getattr(key, "key", key) for key, _ in upstream.values(statement)}.union(*rows)
@@ -466,12 +468,12 @@ def _check_unchanged(ring: Statements | None, tenant: Whose | None) -> None:
 
 def _fan_out(clause: Any, live: Hashable) -> Any:
     """Have a statement compiled for several search salts."""
-    statement = upstream.resolved(clause)
+    statement = upstream.inside(clause)
     if getattr(statement, "is_insert", False):
         _refuse_upsert(statement)
     # A sequence and DDL come here as well.
     compares = getattr(statement, "is_select", False) or getattr(statement, "is_dml", False)
-    return statement.options(upstream.FanOut(live)) if compares else clause
+    return upstream.instead(clause, statement.options(upstream.FanOut(live))) if compares else clause
 
 
 def _refuse_upsert(statement: Any) -> None:
