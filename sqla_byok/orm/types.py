@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from datetime import date
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid
@@ -57,9 +57,6 @@ _RESULTS: dict[type, type[TypeEngine[Any]]] = {
     bytes: LargeBinary,
     UUID: Uuid,
 }
-
-# Renders as a syntax error, so that a statement compiled with literal_binds carries neither plaintext nor a promise.
-_NOT_RENDERED = "ENCRYPTED VALUE NOT RENDERED"
 
 
 class Digest(bytes):
@@ -301,7 +298,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         return _chain(opened, _checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
-        return lambda value: _NOT_RENDERED
+        _refuse_rendering(self.column_id)
 
     def __repr__(self) -> str:
         options = {
@@ -414,7 +411,7 @@ class SearchHash(TypeDecorator[Digest]):
         return _chain(_driver_bytes(dialect, coltype), to_digest)
 
     def literal_processor(self, dialect: Dialect) -> Any:
-        return lambda value: _NOT_RENDERED
+        _refuse_rendering(self.source.column_id)
 
     def __repr__(self) -> str:
         return "LargeBinary(length=32)"
@@ -521,6 +518,16 @@ class IndexHash(SearchHash):
             return to_hash(transformed(values) if sealed is None else sealed)
 
         return bind
+
+
+def _refuse_rendering(column: str | None) -> NoReturn:
+    # Raised here and not by a processor: SQLAlchemy would tell the value in what it makes of its exception.
+    raise UnsupportedQueryError(
+        f"{column or 'an Encrypted type'}: its values are not rendered into SQL text, where they would stand in the "
+        "clear; execute the statement with bound parameters, without literal_binds and literal_execute, and print "
+        "str(statement), which shows no values",
+        column=column,
+    )
 
 
 def _unbound(value: Any) -> Any:
@@ -672,13 +679,13 @@ def _checked(
 
 
 def _driver_binary(dialect: Dialect) -> _Process | None:
-    if dialect.driver in _PLAIN_BYTES:
+    if getattr(dialect, "driver", None) in _PLAIN_BYTES:  # that of str(statement) has none
         return None
     return LargeBinary().dialect_impl(dialect).bind_processor(dialect)
 
 
 def _driver_bytes(dialect: Dialect, coltype: object) -> _Process | None:
-    if dialect.driver in _PLAIN_BYTES:
+    if getattr(dialect, "driver", None) in _PLAIN_BYTES:
         return None
     return LargeBinary().dialect_impl(dialect).result_processor(dialect, coltype)
 
