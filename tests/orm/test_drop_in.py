@@ -40,6 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext import baked
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -768,3 +769,25 @@ def test_what_is_encrypted_gives_the_same_rows(name: str, engine: Engine, plain:
     expected = _outcome(FORMS[name], plain, PLAIN)
     with byok.tenant("t1"):
         assert _outcome(FORMS[name], engine, ENCRYPTED) == expected
+
+
+async def test_async_engines_are_as_without_us_too(
+    async_engine: AsyncEngine, async_url: URL, abyok: Byok
+) -> None:
+    """The same over asyncio: nothing that the hooks do blocks or breaks what the drivers' greenlets do."""
+    plain = create_async_engine(async_url)
+
+    async def outcome(function: Form, engine: AsyncEngine, m: Any) -> Any:
+        async with engine.connect() as connection:
+            return await connection.run_sync(lambda _: _outcome(function, engine.sync_engine, m))
+
+    wrong = {}
+    for name, function in FORMS.items():
+        expected = await outcome(function, plain, PLAIN)
+        found = await outcome(function, async_engine, PLAIN)
+        async with abyok.tenant("t1"):
+            encrypted = await outcome(function, async_engine, ENCRYPTED)
+        if not found == encrypted == expected:
+            wrong[name] = expected, found, encrypted
+    await plain.dispose()
+    assert wrong == {}
