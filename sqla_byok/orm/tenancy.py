@@ -40,8 +40,8 @@ _NAMES = (str, int, UUID)
 
 @event.listens_for(Table, "after_parent_attach")
 def _table_declared(table: Table, metadata: Any) -> None:
-    # SQLAlchemy takes anything as a table's info.
-    key = table.info.get(TENANT_COLUMN) if isinstance(table.info, Mapping) else None
+    info: Any = table.info  # SQLAlchemy takes anything there
+    key = info.get(TENANT_COLUMN) if isinstance(info, Mapping) else None
     if key is not None:
         _declare(table, table.c.get(key), f"info[{TENANT_COLUMN!r}]", key)
 

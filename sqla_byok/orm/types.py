@@ -8,8 +8,9 @@ from datetime import date
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid
+from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid, inspect
 from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.sql import sqltypes
 from sqlalchemy.sql.cache_key import NO_CACHE
 from sqlalchemy.sql.operators import OperatorType
@@ -243,6 +244,9 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         return self.type_.compare_values(x, y)
 
     def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
+        if type(value) is not str and inspect(value, raiseerr=False) is not None:
+            # A class or an object of the ORM's is meant for another place, as SQLAlchemy says too.
+            raise ArgumentError("a SQL expression element or a literal value is expected")
         return self.hash_type if self.searchable else self
 
     def with_variant(self, type_: Any, *dialect_names: str) -> Any:

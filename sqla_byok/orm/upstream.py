@@ -23,7 +23,7 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
-from sqlalchemy.sql.selectable import FromClause, Lateral
+from sqlalchemy.sql.selectable import FromClause, Lateral, SelectState
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
@@ -385,7 +385,14 @@ class Around:
 
     def __init__(self, compiled: Any) -> None:
         self._global_attributes = dict(compiled._global_attributes)  # loader criteria among them
+        self._compiled = getattr(compiled, "compile_state", None)
         self.stack: list[Mapping[str, Any]] = []
+
+    def state_of(self, select: Any, in_from: Any) -> Any:
+        """What SQLAlchemy makes of a SELECT to compile it; of the statement itself what it has made."""
+        if isinstance(self._compiled, SelectState) and self._compiled.statement is select:
+            return self._compiled
+        return select._compile_state_factory(select, self, **_placed(in_from))
 
     def froms(self, state: Any, in_from: Any) -> Sequence[Any]:
         """The FROM of a SELECT as it is rendered here, without what it takes from around it.
@@ -464,7 +471,7 @@ def parts(select: Any, around: Around, in_from: Any = None) -> Parts:
     :param around: the statements that it stands in.
     :param in_from: the subquery that it makes up, where it stands in a FROM.
     """
-    state = select._compile_state_factory(select, around, **_placed(in_from))
+    state = around.state_of(select, in_from)
     select, columns = state.statement, []
     for column in select._raw_columns:
         if isinstance(column, FromClause) and not isinstance(column, FunctionElement):

@@ -40,7 +40,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext import baked
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.ext.horizontal_shard import ShardedSession
@@ -58,23 +58,24 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 
-from sqla_byok import Byok, Encrypted
+from sqla_byok import Byok, Encrypted, UnsupportedQueryError
 
 
 def _models(prefix: str, label_type: Any) -> Any:
     class Base(DeclarativeBase):
         pass
 
-    class Author(Base):
-        __tablename__ = f"{prefix}_author"
+    class Numbered:
         id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Author(Numbered, Base):
+        __tablename__ = f"{prefix}_author"
         name: Mapped[str] = mapped_column(String(20))
         notes = relationship("Note", back_populates="author", order_by="Note.id")
 
-    class Note(Base):
+    class Note(Numbered, Base):
         __tablename__ = f"{prefix}_note"
         __table_args__ = (UniqueConstraint("label"),)
-        id: Mapped[int] = mapped_column(primary_key=True)
         label: Mapped[str | None] = mapped_column(label_type)
         size: Mapped[int | None]
         author_id: Mapped[int | None] = mapped_column(ForeignKey(Author.id))
@@ -86,7 +87,7 @@ def _models(prefix: str, label_type: Any) -> Any:
         note_id: Mapped[int] = mapped_column(ForeignKey(Note.id))
         reader: Mapped[str] = mapped_column(String(20))
 
-    return SimpleNamespace(Base=Base, Author=Author, Note=Note, Share=Share)
+    return SimpleNamespace(Base=Base, Numbered=Numbered, Author=Author, Note=Note, Share=Share)
 
 
 PLAIN = _models("plain", String(20))
@@ -314,6 +315,20 @@ def criteria_of_relationships(session: Session, m: Any) -> Any:
 def criteria_of_lazy_loads(session: Session, m: Any) -> Any:
     authors = session.scalars(select(m.Author).options(_shared_with(m))).all()
     return [_labels(author.notes) for author in authors]
+
+
+@form
+def criteria_of_subquery_loads(session: Session, m: Any) -> Any:
+    criteria = with_loader_criteria(m.Numbered, lambda cls: cls.id.between(1, 2), include_aliases=True)
+    found = []
+    for loader in (subqueryload, selectinload, joinedload):
+        session.expunge_all()
+        statement = select(m.Author).options(criteria, loader(m.Author.notes))
+        found.append([_labels(author.notes) for author in session.scalars(statement).unique()])
+    # Where the criterion is on a column that the subquery has not
+    criteria = with_loader_criteria(m.Author, lambda cls: cls.name != "bob", include_aliases=True)
+    statement = select(m.Author).options(criteria, subqueryload(m.Author.notes))
+    return found, [_labels(author.notes) for author in session.scalars(statement)]
 
 
 @form
@@ -763,6 +778,17 @@ def test_what_has_nothing_encrypted_is_as_without_us(
     function = FORMS.get(name) or BYSTANDERS[name]
     expected = _outcome(function, plain, PLAIN)
     assert _outcome(function, engine, PLAIN) == expected
+
+
+@pytest.mark.parametrize("kind", ["class", "object", "alias", "table"])
+def test_a_comparison_with_what_is_no_value_is_refused_as_it_is_written(kind: str) -> None:
+    """``Note.label == Note`` is a slip that SQLAlchemy tells at once, and not when the statement runs."""
+    note = ENCRYPTED.Note
+    wrong = {"class": note, "object": note(label="x"), "alias": aliased(note), "table": note.__table__}[kind]
+    with pytest.raises(ArgumentError):
+        _ = PLAIN.Note.label == wrong
+    with pytest.raises(UnsupportedQueryError, match=r"label: == takes a value"):
+        _ = note.label == wrong
 
 
 def test_a_table_may_keep_anything_as_its_info() -> None:
