@@ -23,10 +23,11 @@ comma := ,
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kms test-2.0 oracle check format bench bench-kms walk plots docs smoke clean
+.PHONY: help demo test test-kms test-sqlalchemy test-2.0 oracle check format bench bench-kms walk plots docs \
+	smoke clean
 
 help: ## show this list
-	@grep -hE '^[a-z][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-15s %s\n", $$1, $$2}'
 	@echo 'ARGS="…" is passed on: make test ARGS="-k search"'
 	@echo 'another Python: make test PYTHON=python3.13 VENV=.venv-3.13'
 
@@ -41,6 +42,9 @@ test-kms: $(VENV)/test.stamp ## run the ORM's tests with tenants whose keys are 
 	$(VENV)/bin/python -m pytest --kms=clouds tests/orm tests/test_tenancy.py tests/test_tenancy_async.py \
 		tests/test_isolation.py tests/test_threads.py $(foreach name,oracle oracle_processes machine, \
 		--ignore tests/orm/test_$(name).py) $(ARGS)
+
+test-sqlalchemy: $(VENV)/test.stamp ## run SQLAlchemy's own tests on attached engines; takes half an hour
+	$(VENV)/bin/python tests/upstream_suite.py $(ARGS)
 
 test-2.0: $(VENV_20)/test.stamp ## run the tests on SQLAlchemy 2.0
 	$(VENV_20)/bin/python -m pytest $(ARGS)

@@ -372,7 +372,7 @@ class _Walk:
     """One walk over a statement. ``why`` is None where an encrypted column may stand, and else says why it may not."""
 
     def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
+        self._compiled, self._enclosing = compiled, upstream.Enclosing(compiled)
         self._naming = Naming.of(compiled.dialect, compiled.schema_translate_map)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
@@ -557,22 +557,25 @@ class _Walk:
             if len(types) > 1:
                 self._refuse(next(iter(types.values())), _RETURNED)
 
-    def statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
-        """Any statement; returns the columns of each of its parts."""
+    def statement(self, statement: Any, why: _Why | None, in_from: Any = None) -> list[list[Any]]:
+        """Any statement; returns the columns of each of its parts.
+
+        :param in_from: the subquery that it makes up, where it stands in a FROM.
+        """
         key = (id(statement), why is None)
         known = self._seen.get(key)
         if known is None:
             self._seen[key] = known = (statement, [])
             for cte in getattr(statement, "_independent_ctes", ()):
                 self.source(cte)
-            known[1].extend(self._statement(statement, why))
+            known[1].extend(self._statement(statement, why, in_from))
         return known[1]
 
-    def _statement(self, statement: Any, why: _Why | None) -> list[list[Any]]:
+    def _statement(self, statement: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
         if isinstance(statement, Select):
-            return [self._select(statement, why)]
+            return [self._select(statement, why, in_from)]
         if isinstance(statement, CompoundSelect):
-            return self._compound(statement, why)
+            return self._compound(statement, why, in_from)
         if getattr(statement, "is_dml", False):
             self._dml(statement)
         elif (text := upstream.text_of(getattr(statement, "element", statement))) is not None:
@@ -580,16 +583,15 @@ class _Walk:
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
-            return self.statement(inner, why)
+            return self.statement(inner, why, in_from)
         elif isinstance(statement, ClauseElement):  # of a class of somebody's own
             self._within(statement, why or _COMPUTED)
         return []
 
-    def _select(self, select: Any, why: _Why | None) -> list[Any]:
-        parts = upstream.parts(select, self._compiled)
-        outer = {hash(source) for scope in self._scopes for source in scope.froms}
-        froms = [source for source in parts.froms if hash(source) not in outer] or list(parts.froms)
-        self._scopes.append(_Scope(parts.named, froms, parts.columns))
+    def _select(self, select: Any, why: _Why | None, in_from: Any) -> list[Any]:
+        parts = upstream.parts(select, self._enclosing, in_from)
+        self._enclosing.enter(select, parts.froms, parts.state)
+        self._scopes.append(_Scope(parts.named, list(parts.froms), parts.columns))
         for source in parts.froms:
             self.source(source)
         for column in parts.columns:
@@ -608,10 +610,12 @@ class _Walk:
         for hint in upstream.hints(select, self._compiled):
             self._text(hint)
         self._scopes.pop()
+        self._enclosing.leave()
         return parts.columns
 
-    def _compound(self, compound: Any, why: _Why | None) -> list[list[Any]]:
-        lists = [columns for select in compound.selects for columns in self.statement(select, why)]
+    def _compound(self, compound: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
+        self._enclosing.enter(compound, None)
+        lists = [columns for select in compound.selects for columns in self.statement(select, why, in_from)]
         for position in zip(*lists, strict=False):
             encrypted = [column for column in position if _is_encrypted(column)]
             if encrypted and (
@@ -632,6 +636,7 @@ class _Walk:
         for other in upstream.beside(compound):
             self._part(other, _COMPUTED)
         self._scopes.pop()
+        self._enclosing.leave()
         return lists
 
     def _compared_rows(self, lists: list[list[Any]]) -> None:
@@ -697,6 +702,7 @@ class _Walk:
     def _dml(self, dml: Any) -> None:
         self._scopes.append(_Scope(_nothing, [dml.table], grows=True))
         self.source(dml.table)
+        self._enclosing.enter(dml, upstream.written_froms(dml))
         if not dml.is_delete:
             self._written(dml)
         for criterion in upstream.criteria(dml):
@@ -708,6 +714,7 @@ class _Walk:
         for hint in upstream.hints(dml, self._compiled):
             self._text(hint)
         self._scopes.pop()
+        self._enclosing.leave()
 
     def _written(self, dml: Any) -> None:
         table, items = dml.table, [*upstream.values(dml)]
@@ -782,7 +789,7 @@ class _Walk:
 
     def _derived(self, source: Any) -> None:
         """An alias, a subquery, or what else a FROM is made of."""
-        for other in upstream.around(source):
+        for other in upstream.made_by(source):
             self._part(other, _COMPUTED)
         # Its statement sees the enclosing ones, but not what it stands beside.
         scopes = self._scopes
@@ -794,7 +801,7 @@ class _Walk:
         if isinstance(inner, FromClause) and not isinstance(inner, SelectBase | FunctionElement):
             self.source(inner)
         elif inner is not None:
-            self.statement(inner, None)
+            self.statement(inner, None, source)
         self._scopes = scopes
         if is_own(source):
             self._within(source, _COMPUTED)
@@ -955,7 +962,7 @@ class _Walk:
 
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
-        parts = upstream.parts(select, self._compiled)
+        parts = upstream.parts(select, self._enclosing)
         self._scopes.append(_Scope(parts.named, list(parts.froms), parts.columns))
         for column in parts.order_by:
             self._ordered(column, parts.columns)

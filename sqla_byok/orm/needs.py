@@ -134,7 +134,7 @@ def _conflict_types(compiled: Any, *, untargeted: bool = False) -> list[SearchHa
     """
     if not getattr(compiled, "isinsert", False):
         return []
-    statement = upstream.dml_of(upstream.resolved(compiled.statement))
+    statement = upstream.inside(compiled.statement)
     table, _ = upstream.target(statement)
     return [
         column.type

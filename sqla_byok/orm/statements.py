@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
+from sqlalchemy.sql.selectable import SelectBase
 
 from sqla_byok.audit import Actor
 from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
@@ -77,23 +78,26 @@ class Statements:
         self, conn: Any, clause: Any, multi: Any, params: Any, options: Mapping[str, Any]
     ) -> tuple[Any, Any, Any]:
         """Complete an INSERT or UPDATE, and hold DML to the tenant's rows. SQLAlchemy's event ``before_execute``."""
-        is_dml = getattr(clause, "is_dml", None)
+        if isinstance(clause, SelectBase):
+            return clause, multi, params
+        given = upstream.inside(clause)
+        is_dml = getattr(given, "is_dml", None)
+        tenant = whose(options, self._blocks) if tenant_column.used else None
         if is_dml is None:
             if tenant_column.used:
-                tenant_column.refuse_compiled(clause, whose(options, self._blocks))
+                tenant_column.refuse_compiled(clause, tenant)
             refuse_compiled(clause)
         if not is_dml:
             return clause, multi, params
-        statement, rows = upstream.resolved(clause), multi or ([params] if params else [])
-        tenant = whose(options, self._blocks) if tenant_column.used else None
+        statement, rows = given, multi or ([params] if params else [])
         if tenant_column.used:
-            clause = statement = tenant_column.check(statement, rows, tenant)
+            statement = tenant_column.check(statement, rows, tenant)
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
-            clause, rows = filled
+            statement, rows = filled
             multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
         if tenant_column.used:
-            clause = tenant_column.hold_conflicts(clause, tenant)
-        return clause, multi, params
+            statement = tenant_column.hold_conflicts(statement, tenant)
+        return clause if statement is given else upstream.instead(clause, statement), multi, params
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
 
@@ -269,7 +273,8 @@ class Execution(upstream.Steps):
             parameters, clause, _ = more
             if clause is None:
                 _refuse_precompiled(turn)
-            clause = upstream.resolved(clause).options(cls.statements.fan_out(needs, turn))
+            fan_out = cls.statements.fan_out(needs, turn)
+            clause = upstream.instead(clause, upstream.inside(clause).options(fan_out))
             compiled, extracted, kw = upstream.compiled_anew(conn, clause, parameters, options)
             more = parameters, clause, extracted
         token = RUNNING.set(turn)

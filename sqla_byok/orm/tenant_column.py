@@ -66,7 +66,8 @@ _NAMES = (str, int, UUID)
 
 @event.listens_for(Table, "after_parent_attach")
 def _table_declared(table: Table, metadata: Any) -> None:
-    key = table.info.get(TENANT_COLUMN)
+    info: Any = table.info  # SQLAlchemy takes anything there
+    key = info.get(TENANT_COLUMN) if isinstance(info, Mapping) else None
     if key is not None:
         _declare(table, table.c.get(key), f"info[{TENANT_COLUMN!r}]", key)
 
@@ -170,9 +171,6 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
     :raises NoTenantError: if there is no tenant.
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
-    dml = upstream.dml_of(clause)
-    if dml is not clause:
-        return upstream.with_dml(clause, check(dml, rows, tenant))
     given, written = None, list(_written(clause))
     for target in written:
         names = _allowed(target.declared, tenant)
@@ -191,22 +189,21 @@ def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
 
     :param clause: an INSERT that was checked, and is complete otherwise.
     """
-    dml = upstream.dml_of(clause)
-    conflicts = upstream.conflicts(dml)
+    conflicts = upstream.conflicts(clause)
     if not conflicts:
         return clause
-    for target in _written(dml):
+    for target in _written(clause):
         names = _allowed(target.declared, tenant)
         if names is not None:
             held = _held(target, names)
             conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
-            return upstream.with_dml(clause, upstream.with_conflicts(dml, conflicts))
+            return upstream.with_conflicts(clause, conflicts)
     return clause
 
 
 def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
     """Refuse a statement that was compiled beforehand: it can be held to nothing any more."""
-    statement = upstream.dml_of(getattr(compiled, "statement", None))
+    statement = upstream.inside(getattr(compiled, "statement", None))
     if not getattr(statement, "is_dml", False):
         return
     for target in _written(statement):
@@ -383,7 +380,7 @@ def rows_of(compiled: Any) -> TenantRows | None:
     """What a compiled statement does with tenants' rows; None where there is nothing to look at."""
     if not used or not hasattr(compiled, "isinsert"):
         return None
-    top = upstream.dml_of(upstream.resolved(compiled.statement))
+    top = upstream.inside(compiled.statement)
     within = {
         target.declared.fullname: None for dml in upstream.dml_within(compiled) for target in _written(dml)
     }
@@ -445,7 +442,7 @@ def _default(compiled: Any) -> Any:
     """The tenant's column of the table that is written to, where a default or onupdate in Python gives it."""
     if not (compiled.isinsert or compiled.isupdate):
         return None
-    statement = upstream.dml_of(upstream.resolved(compiled.statement))
+    statement = upstream.inside(compiled.statement)
     table, _ = upstream.target(statement)
     key = _key_of(table)
     column = None if key is None else table.c[key]

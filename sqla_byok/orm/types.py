@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import cache, partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid
+from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid, inspect
 from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.sql import sqltypes
 from sqlalchemy.sql.cache_key import NO_CACHE
 from sqlalchemy.sql.elements import Null
@@ -60,9 +61,6 @@ _RESULTS: dict[type, type[TypeEngine[Any]]] = {
     bytes: LargeBinary,
     UUID: Uuid,
 }
-
-# Renders as a syntax error, so that a statement compiled with literal_binds carries neither plaintext nor a promise.
-_NOT_RENDERED = "ENCRYPTED VALUE NOT RENDERED"
 
 
 class LeakWarning(UserWarning):
@@ -280,6 +278,9 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         return self.type_.compare_values(x, y)
 
     def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
+        if type(value) is not str and inspect(value, raiseerr=False) is not None:
+            # A class or an object of the ORM's is meant for another place, as SQLAlchemy says too.
+            raise ArgumentError("a SQL expression element or a literal value is expected")
         return self.hash_type if self.searchable else self
 
     def with_variant(self, type_: Any, *dialect_names: str) -> Any:
@@ -339,7 +340,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         return opening.then(_checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
-        return lambda value: _NOT_RENDERED
+        _refuse_rendering(self.column_id)
 
     def __getattr__(self, key: str) -> Any:
         """The length, precision or names of the type inside, which form makers ask for."""
@@ -506,7 +507,7 @@ class SearchHash(TypeDecorator[Digest]):
         return _chain(_driver_bytes(dialect, coltype), to_digest)
 
     def literal_processor(self, dialect: Dialect) -> Any:
-        return lambda value: _NOT_RENDERED
+        _refuse_rendering(self.source.column_id)
 
     def __repr__(self) -> str:
         return "LargeBinary(length=32)"
@@ -615,6 +616,16 @@ class IndexHash(SearchHash):
             return to_hash(transformed(values) if sealed is None else sealed)
 
         return bind
+
+
+def _refuse_rendering(column: str | None) -> NoReturn:
+    # Raised here and not by a processor: SQLAlchemy would tell the value in what it makes of its exception.
+    raise UnsupportedQueryError(
+        f"{column or 'an Encrypted type'}: its values are not rendered into SQL text, where they would stand in the "
+        "clear; execute the statement with bound parameters, without literal_binds and literal_execute, and print "
+        "str(statement), which shows no values",
+        column=column,
+    )
 
 
 def _unbound(value: Any) -> Any:
@@ -841,13 +852,13 @@ def _none_when_sealed(step: _Process, current: Callable[[], Any]) -> _Process:
 
 
 def _driver_binary(dialect: Dialect) -> _Process | None:
-    if dialect.driver in _PLAIN_BYTES:
+    if getattr(dialect, "driver", None) in _PLAIN_BYTES:  # that of str(statement) has none
         return None
     return LargeBinary().dialect_impl(dialect).bind_processor(dialect)
 
 
 def _driver_bytes(dialect: Dialect, coltype: object) -> _Process | None:
-    if dialect.driver in _PLAIN_BYTES:
+    if getattr(dialect, "driver", None) in _PLAIN_BYTES:
         return None
     return LargeBinary().dialect_impl(dialect).result_processor(dialect, coltype)
 

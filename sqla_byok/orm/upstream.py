@@ -14,7 +14,8 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
-from sqlalchemy.orm import ColumnProperty, FromStatement, Mapper
+from sqlalchemy.orm import ColumnProperty, Mapper
+from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -31,7 +32,8 @@ from sqlalchemy.sql.elements import (
     _textual_label_reference,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import FromClause, ScalarValues, TableClause, Values
+from sqlalchemy.sql.lambdas import NullLambdaStatement
+from sqlalchemy.sql.selectable import FromClause, Lateral, ScalarValues, SelectState, TableClause, Values
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -40,11 +42,11 @@ from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 from sqla_byok.orm.constructs import children, is_own
 
 __all__ = [
+    "Enclosing",
     "FanOut",
     "Named",
     "Parts",
     "Steps",
-    "around",
     "beside",
     "case_counts",
     "columns_of",
@@ -55,7 +57,6 @@ __all__ = [
     "conflict_values",
     "conflicts",
     "criteria",
-    "dml_of",
     "dml_within",
     "excluded",
     "executed",
@@ -64,7 +65,10 @@ __all__ = [
     "held_to",
     "hints",
     "in_greenlet",
+    "inside",
+    "instead",
     "is_made_up",
+    "made_by",
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
@@ -99,11 +103,11 @@ __all__ = [
     "variants",
     "with_conflicts",
     "with_criterion",
-    "with_dml",
     "with_multi_values",
     "with_target",
     "with_values",
     "written",
+    "written_froms",
 ]
 
 T = TypeVar("T")
@@ -125,7 +129,7 @@ class FanOut(CompileStateOption):
 
 def fanned_out(compiler: Any) -> Mapping[str | None, int]:
     """How many search salts a statement that is being compiled looks up, by whose they are; 1 where nothing is said."""
-    for option in getattr(compiler.statement, "_with_options", ()):
+    for option in getattr(inside(compiler.statement), "_with_options", ()):
         if isinstance(option, FanOut):
             return dict(option.live)
     return {}
@@ -169,6 +173,25 @@ def run_or_await(run: Callable[[], T], coroutine: Callable[[], Coroutine[Any, An
 def resolved(clause: Any) -> Any:
     """The statement inside a lambda statement."""
     return clause._resolved if getattr(clause, "_is_lambda_element", False) else clause
+
+
+def inside(clause: Any) -> Any:
+    """The statement inside a lambda statement and a ``from_statement()``: the one that is sent."""
+    inner = resolved(clause)
+    return inside(inner.element) if isinstance(inner, FromStatement) else inner
+
+
+def instead(clause: Any, new: Any) -> Any:
+    """The same with another in the place of the statement that :func:`inside` gives."""
+    if getattr(clause, "_is_lambda_element", False):
+        # What the ORM tells its compiler (synchronize_session) stands on the lambda, and not on what is inside.
+        made: Any = NullLambdaStatement(instead(clause._resolved, new))  # type: ignore[no-untyped-call]
+        return made._annotate(clause._annotations)
+    if not isinstance(clause, FromStatement):
+        return new
+    changed = clause._generate()
+    changed.element = instead(clause.element, new)
+    return changed
 
 
 def target(clause: Any) -> tuple[Any, bool]:
@@ -315,22 +338,6 @@ def with_criterion(dml: Any, criterion: Any) -> Any:
     return new
 
 
-def dml_of(clause: Any) -> Any:
-    """The INSERT, UPDATE or DELETE whose rows make objects, of ``select(…).from_statement(…)``; else the same."""
-    while isinstance(clause, FromStatement):
-        clause = resolved(clause.element)
-    return clause
-
-
-def with_dml(clause: Any, dml: Any) -> Any:
-    """A copy of a statement with another one within; see :func:`dml_of`."""
-    if not isinstance(clause, FromStatement):
-        return dml
-    new = clause._clone()
-    new.element = with_dml(clause.element, dml)
-    return new
-
-
 def dml_within(compiled: Any) -> Iterator[Any]:
     """Each INSERT, UPDATE or DELETE that a compiled statement has within, in a CTE or elsewhere."""
     if not isinstance(compiled, SQLCompiler):
@@ -339,7 +346,7 @@ def dml_within(compiled: Any) -> Iterator[Any]:
     # Without CTEs only a statement of somebody's own has any: EXPLAIN of one, say.
     if compiled.ctes is None and not is_own(statement):
         return
-    tops = [dml_of(resolved(compiled.statement)), dml_of(statement)]
+    tops = [inside(compiled.statement), inside(statement)]
     seen: dict[int, Any] = {}
     todo = [statement, *(compiled.ctes or ())]
     while todo:
@@ -483,13 +490,61 @@ def executed(compiled: Any) -> Any:
     )
 
 
-class _Top:
-    """Stands for a compiler that is about to compile a statement which is in no other."""
-
-    stack = ()
+class Enclosing:
+    """Stands for the compiler, with the statements around the one that is looked at: it correlates with them."""
 
     def __init__(self, compiled: Any) -> None:
         self._global_attributes = dict(compiled._global_attributes)  # loader criteria among them
+        self._compiled = getattr(compiled, "compile_state", None)
+        self.stack: list[Mapping[str, Any]] = []
+
+    def state_of(self, select: Any, in_from: Any) -> Any:
+        """What SQLAlchemy makes of a SELECT to compile it; of the statement itself what it has made."""
+        if isinstance(self._compiled, SelectState) and self._compiled.statement is select:
+            return self._compiled
+        return select._compile_state_factory(select, self, **_placed(in_from))
+
+    def froms(self, state: Any, in_from: Any) -> Sequence[Any]:
+        """The FROM of a SELECT as it is rendered here, without what it takes from around it.
+
+        :param in_from: the subquery that it makes up, where it stands in a FROM itself.
+        """
+        entry = self.stack[-1] if self.stack else _NOTHING_AROUND
+        explicit, implicit = self._enclosing_correlate_froms(entry, *_placed(in_from).values())
+        froms: Sequence[Any] = state._get_display_froms(
+            explicit_correlate_froms=explicit, implicit_correlate_froms=implicit
+        )
+        return froms
+
+    # The ORM asks for it from 2.1.8 on.
+    def _enclosing_correlate_froms(self, entry: Mapping[str, Any], asfrom: bool, lateral: bool) -> Any:
+        every, nearest = entry["correlate_froms"], entry["asfrom_froms"]
+        return (every - nearest, frozenset()) if asfrom and not lateral else (every, nearest)
+
+    def enter(self, statement: Any, froms: Iterable[Any] | None, state: Any = None) -> None:
+        """Look at what is within a statement, until :meth:`leave`.
+
+        :param froms: what is correlated with within it; None where that is what is around it.
+        """
+        entry = self.stack[-1] if self.stack else _NOTHING_AROUND
+        every = nearest = frozenset(one for source in froms or () for one in source._from_objects)
+        if froms is None:
+            every, nearest = entry["correlate_froms"], entry["asfrom_froms"]
+        elif state is not None:
+            every = nearest | entry["correlate_froms"]
+        made = {"asfrom_froms": nearest, "correlate_froms": every, "selectable": statement}
+        self.stack.append(made if state is None else {**made, "compile_state": state})
+
+    def leave(self) -> None:
+        """Go back to what was around the statement."""
+        self.stack.pop()
+
+
+_NOTHING_AROUND: Mapping[str, Any] = {"correlate_froms": frozenset(), "asfrom_froms": frozenset()}
+
+
+def _placed(in_from: Any) -> dict[str, bool]:
+    return {"asfrom": in_from is not None, "lateral": isinstance(in_from, Lateral)}
 
 
 class Named(NamedTuple):
@@ -517,14 +572,16 @@ class Parts(NamedTuple):
     distinct: bool
     distinct_on: Sequence[Any]
     others: list[Any]
+    state: Any  # SQLAlchemy's, for Enclosing
 
 
-def parts(select: Any, compiled: Any) -> Parts:
+def parts(select: Any, enclosing: Enclosing, in_from: Any = None) -> Parts:
     """The parts of a SELECT; of one of the ORM as SQLAlchemy Core has them.
 
-    :param compiled: the compiled statement that it is or stands in.
+    :param enclosing: the statements that it stands in.
+    :param in_from: the subquery that it makes up, where it stands in a FROM.
     """
-    state = select._compile_state_factory(select, _Top(compiled))
+    state = enclosing.state_of(select, in_from)
     select, columns = state.statement, []
     for column in select._raw_columns:
         if isinstance(column, FromClause) and not isinstance(column, FunctionElement):
@@ -536,7 +593,8 @@ def parts(select: Any, compiled: Any) -> Parts:
     texts = [element for element, _ in (*select._prefixes, *select._suffixes)]
     return Parts(
         columns=columns,
-        froms=state._get_display_froms(),
+        froms=enclosing.froms(state, in_from),
+        state=state,
         named=lambda name: _named(state, name),
         criteria=(*select._where_criteria, *select._having_criteria),
         group_by=select._group_by_clauses,
@@ -667,6 +725,13 @@ def criteria(dml: Any) -> Sequence[Any]:
     return found
 
 
+def written_froms(dml: Any) -> list[Any]:
+    """What subqueries of an INSERT, UPDATE or DELETE correlate with: none of an INSERT."""
+    return (
+        [] if dml.is_insert else [dml.table, *(one for each in criteria(dml) for one in each._from_objects)]
+    )
+
+
 def returning(dml: Any) -> Sequence[Any]:
     """What an INSERT, UPDATE or DELETE returns."""
     found: Sequence[Any] = dml._returning
@@ -718,7 +783,7 @@ def beside(statement: Any) -> list[Any]:
     return [one for one in (*found, *(element for element, _ in texts)) if one is not None]
 
 
-def around(source: Any) -> list[Any]:
+def made_by(source: Any) -> list[Any]:
     """What stands before and behind a FROM: of a CTE its prefixes and suffixes, and what a TABLESAMPLE samples by."""
     found = [*beside(source), getattr(source, "sampling", None), getattr(source, "seed", None)]
     return [one for one in found if isinstance(one, ClauseElement)]

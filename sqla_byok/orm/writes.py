@@ -77,7 +77,7 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
 
 def written(clause: Any) -> list[Mapping[str | None, Written]]:
     """What an INSERT or UPDATE makes known of each table that it writes to, by the owners of its columns."""
-    clause = upstream.dml_of(upstream.resolved(clause))
+    clause = upstream.inside(clause)
     table, _ = upstream.target(clause)
     # MySQL's UPDATE of several tables sets columns of any of them.
     others = {key.table for key, _ in upstream.values(clause) if getattr(key, "table", None) is not None}
@@ -116,7 +116,7 @@ def embedded(compiled: Any) -> tuple[str, None] | None:
 def refuse_compiled(compiled: Any) -> None:
     """Refuse an INSERT or UPDATE that was compiled beforehand: nothing can be added to it any more."""
     if getattr(compiled, "isinsert", False) or getattr(compiled, "isupdate", False):
-        statement = upstream.dml_of(upstream.resolved(compiled.statement))
+        statement = upstream.inside(compiled.statement)
         if concerns(statement):
             raise UnsupportedQueryError(
                 f"{statement.table.description}: a statement compiled beforehand cannot be given its hashes; execute "

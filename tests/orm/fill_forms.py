@@ -670,6 +670,37 @@ def lambda_statement(run: Run) -> list[Row]:
     return [("secret-x", *A[1:]), ("secret-y", *B[1:])]
 
 
+@form("bulk")
+def lambda_statement_that_synchronizes(run: Run) -> list[Row]:
+    mrn, patient_ = "secret-x", run.s.get_one(Patient, 1)
+    statement = lambda_stmt(lambda: update(Patient).where(Patient.id == 1).values(mrn=mrn))
+    run.s.execute(statement, execution_options={"synchronize_session": "fetch"})
+    assert patient_.mrn == "secret-x"
+    return [("secret-x", *A[1:]), B]
+
+
+@form("bulk")
+def lambda_statement_spoiled(run: Run) -> list[Row]:
+    run.s.execute(lambda_stmt(lambda: update(Patient).where(Patient.id == 1).values(mrn="secret-x")).spoil())
+    return [("secret-x", *A[1:]), B]
+
+
+@form("bulk")
+def insert_inside_from_statement(run: Run) -> list[Row]:
+    statement = insert(Patient).values(mrn="secret-x", email="secret-e").returning(Patient)
+    found = run.s.scalars(select(Patient).from_statement(statement)).one()
+    assert (found.mrn, found.email) == ("secret-x", "secret-e")
+    return [A, B, new("secret-x", "secret-e")]
+
+
+@form("bulk", EVERYWHERE - MARIADB)
+def update_inside_from_statement(run: Run) -> list[Row]:
+    statement = update(Patient).where(Patient.id == 1).values(mrn="secret-x").returning(Patient)
+    found = run.s.scalars(select(Patient).from_statement(statement)).one()
+    assert found.mrn == "secret-x"
+    return [("secret-x", *A[1:]), B]
+
+
 # -- Core ------------------------------------------------------------------------------------------------------------
 
 

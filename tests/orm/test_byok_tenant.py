@@ -30,6 +30,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    lambda_stmt,
     literal,
     literal_column,
     or_,
@@ -176,6 +177,18 @@ THEIRS: dict[str, Callable[[Session], object]] = {
         update(T).where(T.c.id == bindparam("b")), [{"b": 1, "org_id": "t2"}]
     ),
     "ORM bulk update": lambda s: s.execute(update(Patient), [{"id": 1, "org": "t2"}]),
+    "insert in from_statement": lambda s: s.execute(
+        select(Patient).from_statement(insert(Patient).values(**NEW).returning(Patient))
+    ),
+    "update in from_statement": lambda s: s.execute(
+        select(Patient.id).from_statement(update(Patient).values(org="t2").returning(Patient.id))
+    ),
+    "lambda": lambda s: s.execute(
+        lambda_stmt(lambda: update(Patient).where(Patient.id == 1).values(org="t2"))
+    ),
+    "spoiled lambda": lambda s: s.execute(
+        lambda_stmt(lambda: insert(Patient).values(id=30, org="t2")).spoil()
+    ),
 }
 
 
@@ -263,6 +276,12 @@ def test_a_bulk_update_by_key_reaches_no_other_tenants_row(byok: Byok, data: Eng
         session.execute(delete(Patient).where(Patient.id == 11))
         alias = T.alias()
         session.execute(update(alias).where(alias.c.id == 11).values(name="x"))
+        changed = lambda_stmt(lambda: update(Patient).where(Patient.id == 11).values(name="x"))
+        for statement in (changed, changed.spoil()):
+            session.execute(statement, execution_options={"synchronize_session": "fetch"})
+        if data.dialect.update_returning:
+            returned = update(Patient).where(Patient.id == 11).values(name="x").returning(Patient)
+            assert session.scalars(select(Patient).from_statement(returned)).all() == []
         session.commit()
     assert all_of(data) == before
 
@@ -293,6 +312,8 @@ def test_without_a_tenant_no_such_row_is_written(byok: Byok, data: Engine) -> No
             lambda: (session.add(Room(id=9, org_id="t1")), session.flush()),
             lambda: session.execute(update(Patient).values(note="x")),
             lambda: session.execute(delete(Room)),
+            lambda: session.execute(lambda_stmt(lambda: delete(Room)).spoil()),
+            lambda: session.execute(select(Room).from_statement(delete(Room).returning(Room))),
         ):
             with pytest.raises(NoTenantError, match=r"room|patient"):
                 write()

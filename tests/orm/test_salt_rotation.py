@@ -594,6 +594,21 @@ _OTHER_FORMS: dict[str, Callable[[Session], Any]] = {
         person.id
         for person in s.scalars(select(Person).from_statement(select(Person).where(Person.mrn == "A")))
     ],
+    "from_statement of an update": lambda s: (
+        [
+            person.id
+            for person in s.scalars(
+                select(Person).from_statement(
+                    update(Person).where(Person.mrn == "A").values(nick="n").returning(Person)
+                )
+            )
+        ]
+        if s.get_bind().dialect.update_returning
+        else [1, 3]
+    ),
+    "spoiled lambda": lambda s: s.scalars(
+        lambda_stmt(lambda: select(Person.id).where(Person.mrn == "A")).spoil()
+    ),
     "function": lambda s: [1, 3] if s.scalar(select(func.count()).where(Person.mrn == "A")) == 2 else [],
     "cte of a delete": lambda s: s.scalars(
         (lambda found: select(found.c.id))(select(Person.id).where(Person.mrn == "A").cte())

@@ -4,6 +4,7 @@ import copy
 import enum
 import json
 import pickle
+import traceback
 import warnings
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
@@ -43,11 +44,13 @@ from sqlalchemy import (
     Uuid,
     bindparam,
     create_engine,
+    delete,
     event,
     func,
     insert,
     literal,
     null,
+    or_,
     select,
     text,
     type_coerce,
@@ -61,7 +64,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import CreateColumn
 
 from sqla_byok import Byok, Encrypted, LeakWarning
-from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError
+from sqla_byok.errors import DeclarationError, DecryptError, EncodeError, TamperedError, UnsupportedQueryError
 from sqla_byok.kms import Kms
 from sqla_byok.normalize import casefold
 
@@ -989,13 +992,58 @@ def test_type_that_belongs_to_no_column_is_refused(byok: Byok, engine: Engine) -
             session.scalars(select(type_coerce(table.c.raw, Encrypted(String)))).all()
 
 
-def test_rendered_literals_carry_no_value() -> None:
-    """literal_binds renders a syntax error instead of a value, for the column and for its hash."""
+def test_no_value_is_rendered_into_sql() -> None:
+    """Who prints a statement with literal_binds is told so, by the column's name; str() goes on as it was."""
     table = _one_column(Encrypted(String(20), searchable=True))
-    for statement in (insert(table).values(v=SECRET), select(table.c.id).where(table.c.v == SECRET)):
-        rendered = str(statement.compile(compile_kwargs={"literal_binds": True}))
-        assert SECRET not in rendered
-        assert "NOT RENDERED" in rendered
+    statements = (
+        insert(table).values(v=SECRET),
+        insert(table).values([{"v": SECRET}]),
+        select(table.c.id).where(table.c.v == SECRET),
+        select(table.c.id).where(table.c.v.in_([SECRET])),
+        select(literal(SECRET, table.c.v.type)),
+        update(table).values(v=SECRET),
+        delete(table).where(table.c.v != SECRET),
+    )
+    for statement in statements:
+        with pytest.raises(UnsupportedQueryError, match=r"t\.v: its values are not rendered") as caught:
+            statement.compile(compile_kwargs={"literal_binds": True})
+        assert caught.value.column == "t.v"
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+        assert SECRET not in str(statement)
+        assert SECRET not in str(statement.compile(compile_kwargs={"render_postcompile": True}))
+    assert "v_hash=NULL" in str(
+        update(table).values(v=None, v_hash=None).compile(compile_kwargs={"literal_binds": True})
+    )
+
+
+def test_no_value_is_rendered_into_sql_when_it_is_executed(byok: Byok, engine: Engine) -> None:
+    """literal_execute renders a value when the statement runs: ours says no, and the transaction can go on."""
+    table = _one_column(Encrypted(String(20), searchable=True))
+    table.create(engine)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table).values(id=1, v=SECRET))
+        one, several = (
+            bindparam("q", literal_execute=True),
+            bindparam("q", expanding=True, literal_execute=True),
+        )
+        typed = bindparam("q", type_=String, literal_execute=True)
+        for criterion, value in (
+            (table.c.v == one, SECRET),
+            (table.c.v == typed, SECRET),
+            (table.c.v != one, SECRET),
+            (table.c.v.in_(several), [SECRET]),
+            (or_(table.c.v == one, table.c.id == 7), SECRET),
+        ):
+            for _ in range(2):
+                with pytest.raises(
+                    UnsupportedQueryError, match=r"t\.v: its values are not rendered"
+                ) as caught:
+                    session.execute(select(table.c.id).where(criterion), {"q": value})
+                assert SECRET not in "".join(traceback.format_exception(caught.value))
+        assert session.scalars(select(table.c.id).where(table.c.v == SECRET)).all() == [1]
+        assert session.scalars(select(table.c.id).where(table.c.v.in_(several)), {"q": []}).all() == []
+        session.execute(insert(table).values(id=2, v=bindparam("w", literal_execute=True)), {"w": "bound"})
+        assert session.scalars(select(table.c.id).where(table.c.v == "bound")).all() == [2]
 
 
 @pytest.mark.parametrize("type_", [Boolean, Enum("a", "b", name="letters"), Enum(Color)])

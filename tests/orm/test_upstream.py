@@ -605,7 +605,7 @@ def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
     statement = statement.distinct().limit(1).prefix_with("/*+ */")
     compiled: Any = statement.compile(engine)
     for select_ in (upstream.executed(compiled), statement):
-        parts = upstream.parts(select_, compiled)
+        parts = upstream.parts(select_, upstream.Enclosing(compiled))
         assert {column.table.name for column in parts.columns} == {"animal", "dog"}
         assert [str(source) for source in parts.froms] == ["animal JOIN dog ON animal.id = dog.id"]
         assert parts.distinct
@@ -614,7 +614,7 @@ def test_a_compiled_statement_tells_of_its_parts(engine: Engine) -> None:
         assert [upstream.named_in_order_by(element) for element in parts.order_by] == [None, "name"]
         assert len(parts.others) == 2
     labelled = Animal.name.label("x")
-    (reference,) = upstream.parts(select(labelled).order_by(labelled), compiled).order_by
+    (reference,) = upstream.parts(select(labelled).order_by(labelled), upstream.Enclosing(compiled)).order_by
     assert upstream.referred(reference).element.name == "name"
 
 
@@ -622,7 +622,7 @@ def test_a_string_names_what_sqlalchemy_puts_in_its_place() -> None:
     """guard.py: `_label_resolve_dict` over a join, where both tables have an `id`, and in a UNION."""
     compiled: Any = select(1).compile()
     statement = select(Animal.id, Animal.name.label("x")).join(Dog.__table__)
-    named = upstream.parts(statement, compiled).named
+    named = upstream.parts(statement, upstream.Enclosing(compiled)).named
     for name, sql, alike in (
         ("id", "dog.id", 2),
         ("x", "x", 0),
@@ -713,18 +713,6 @@ def test_dml_is_found_within_a_statement(memory: Engine) -> None:
         assert list(upstream.dml_within(compiled)) == []
 
 
-def test_the_statement_of_from_statement_is_found_and_replaced() -> None:
-    """What makes objects of an INSERT is looked at as the INSERT."""
-    inner = insert(Animal).values(kind="animal").returning(Animal)
-    outer = select(Animal).from_statement(inner)
-    assert upstream.dml_of(outer) is inner
-    assert upstream.dml_of(inner) is inner
-    other = inner.values(name="x")
-    assert upstream.dml_of(upstream.with_dml(outer, other)) is other
-    assert upstream.dml_of(outer) is inner
-    assert upstream.with_dml(inner, other) is other
-
-
 def test_prefixes_of_a_dialect_are_told() -> None:
     """OR REPLACE for one dialect is none on another."""
     statement = table.insert().prefix_with("OR IGNORE").prefix_with("OR REPLACE", dialect="sqlite")
@@ -744,7 +732,7 @@ def test_expressions_of_an_exclusion_and_variants_of_a_type_are_told() -> None:
 
 
 def test_what_the_guard_reads_of_what_is_written_and_returned(memory: Engine) -> None:
-    """guard.py: `written`, `returned`, `targets`, `beside`, `hints`, `around` and `has_rows`."""
+    """guard.py: `written`, `returned`, `targets`, `beside`, `hints`, `made_by` and `has_rows`."""
     animal: Any = Animal.__table__
     compiled = insert(animal).compile(memory, column_keys=["name"])
     assert upstream.written(insert(animal), compiled) == {"name"}
@@ -778,8 +766,8 @@ def test_what_the_guard_reads_of_what_is_written_and_returned(memory: Engine) ->
     assert [hint.split() for hint in upstream.hints(hinted, selected)] == [["USE"], ["c"]]
     assert upstream.hints(update(animal).with_hint("e"), selected) == ["e"]
     few = animal.tablesample(func.bernoulli(1), seed=text("2"))
-    assert len(upstream.around(few)) == 2
-    assert upstream.around(animal) == []
+    assert len(upstream.made_by(few)) == 2
+    assert upstream.made_by(animal) == []
     given = values(animal.c.id, name="v").data([(1,)])
     assert upstream.has_rows(given)
     assert upstream.has_rows(given.scalar_values())
@@ -800,3 +788,41 @@ def test_names_that_sqlalchemy_makes_up_and_cases_that_count(memory: Engine) -> 
     assert upstream.columns_of(animal.c.name == "x") == []
     counts = [upstream.case_counts(module.dialect()) for module in (postgresql, sqlite, mysql)]
     assert counts == [(True, True), (False, False), (True, False)]
+
+
+def test_a_statement_inside_others_can_be_taken_out_and_changed() -> None:
+    """statements.py: `inside` and `instead`, through lambdas and FromStatement, keeping what the ORM noted on the lambda."""
+    dml = insert(Animal).returning(Animal)
+    for whole in (
+        dml,
+        select(Animal).from_statement(dml),
+        lambda_stmt(lambda: select(Animal).from_statement(dml)),
+        lambda_stmt(lambda: dml).spoil(),
+        lambda_stmt(lambda: dml)._annotate({"synchronize_session": "fetch"}),
+    ):
+        inner = upstream.inside(whole)
+        assert inner.is_insert
+        changed = upstream.instead(whole, inner.values(name="x"))
+        assert [column.key for column, _ in upstream.values(upstream.inside(changed))] == ["name"]
+        assert changed._annotations.get("synchronize_session") == whole._annotations.get(
+            "synchronize_session"
+        )
+        assert type(changed.compile().statement) is type(changed)
+        assert upstream.values(inner) == []
+
+
+def test_a_subquery_correlates_with_what_is_around_it() -> None:
+    """guard.py: `Enclosing` has the FROM of a SELECT as the compiler has it, of subqueries in a FROM and lateral ones."""
+    compiled: Any = select(1).compile()
+    outer = select(Animal.id)
+    inner = select(Dog.__table__.c.id).where(Dog.__table__.c.id == Animal.__table__.c.id)
+    enclosing = upstream.Enclosing(compiled)
+    whole = upstream.parts(outer, enclosing)
+    enclosing.enter(outer, whole.froms, whole.state)
+    for in_from, froms in ((None, 1), (inner.subquery(), 2), (inner.lateral(), 1)):
+        assert len(upstream.parts(inner, enclosing, in_from).froms) == froms
+    enclosing.enter(inner, None)  # a UNION within it
+    assert len(upstream.parts(inner, enclosing).froms) == 1
+    enclosing.leave()
+    enclosing.leave()
+    assert len(upstream.parts(inner, enclosing).froms) == 2
