@@ -165,10 +165,8 @@ def _for(ring: StatementRing) -> str:
 
 def attachment_of(dialect: Dialect) -> Attachment:
     """What the dialect's engine is attached to; nothing yet, where it is asked for first."""
-    found: Attachment | None = dialect.__dict__.get(ATTACHMENT)
-    if found is None:
-        found = dialect.__dict__.setdefault(ATTACHMENT, Attachment())
-    return found
+    there: Attachment = dialect.__dict__.setdefault(ATTACHMENT, Attachment())
+    return there
 
 
 def taker_of(attachment: Attachment, column: str, owner: str | None) -> Taker:

@@ -459,7 +459,7 @@ def check_defaults(context: Any, tenant: Whose | None) -> None:
     """
     column = _default(context.compiled)
     names = None if column is None else _allowed(column.table, tenant)
-    if names is not None:
+    if column is not None and names is not None:
         for row in context.compiled_parameters:
             if column.key in row:
                 _check_value(column, row[column.key], names)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from functools import cache, partial
 from typing import Any, Generic, Literal, NoReturn, TypeVar
@@ -14,14 +12,11 @@ from uuid import UUID
 from sqlalchemy import BigInteger, Boolean, Date, Dialect, LargeBinary, String, Uuid, inspect
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.sql import sqltypes
 from sqlalchemy.sql.cache_key import NO_CACHE
-from sqlalchemy.sql.elements import Null
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeDecorator, TypeEngine, to_instance
 from sqlalchemy.util import memoized_property
 
-from sqla_byok.crypto import codecs
 from sqla_byok.crypto.codecs import Codec, UnfitError
 from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD, check_tenant
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
@@ -38,19 +33,27 @@ from sqla_byok.normalize import identity, returned
 from sqla_byok.orm import direct, upstream
 from sqla_byok.orm.current import attachment_of, taker_of
 from sqla_byok.orm.fetches import Reader
-from sqla_byok.orm.rings import SEALED
+from sqla_byok.orm.plain import (
+    Ours,
+    Process,
+    cache_key_of,
+    chain,
+    checked,
+    codec_of,
+    comparing_otherwise,
+    decorators,
+    driver_binary,
+    driver_bytes,
+    layers,
+    none_when_sealed,
+    plain_steps,
+    undecorated,
+)
 from sqla_byok.orm.sealed import Sealed
 
 __all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "LeakWarning", "SearchHash"]
 
 _T = TypeVar("_T")
-_Process = Callable[[Any], Any]
-
-# Drivers that take and give bytes as they are. LargeBinary would wrap each value in the driver's Binary(): with
-# psycopg that alone made an insert of five columns 1.4 times as long.
-_PLAIN_BYTES = frozenset(
-    ["pysqlite", "aiosqlite", "psycopg", "psycopg_async", "asyncpg", "pymysql", "aiomysql", "asyncmy"]
-)
 
 # What a transform may return, and the type that a column of it would have.
 _RESULTS: dict[type, type[TypeEngine[Any]]] = {
@@ -82,7 +85,7 @@ class _Kept(Digest):
     __slots__ = ()
 
 
-class Encrypted(TypeDecorator[_T], Generic[_T]):
+class Encrypted(Ours, TypeDecorator[_T], Generic[_T]):
     """A column whose values are encrypted under the tenant's key before they reach the database.
 
     ::
@@ -141,7 +144,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.type_: TypeEngine[_T] = to_instance(type_)
         # SQLAlchemy goes by impl_instance: bytes. Form and schema makers go by impl, and by the class and its impl.
         self.impl_instance = LargeBinary()
-        self.impl = _undecorated(self.type_)  # type: ignore[assignment] # an instance's, as SQLAlchemy has it
+        self.impl = undecorated(self.type_)  # type: ignore[assignment] # an instance's, as SQLAlchemy has it
         self.__class__ = _telling(_declared_class(type(self)), _kinds(self.type_))
         self.searchable = searchable
         self.hash = hash
@@ -159,9 +162,9 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
         self.should_evaluate_none = self.type_.should_evaluate_none
 
     def _check_options(self) -> None:
-        codec = _codec(self.type_)
+        codec = codec_of(self.type_)
         for dialect_name, variant in upstream.variants(self.type_).items():
-            if _codec(variant).name != codec.name:
+            if codec_of(variant).name != codec.name:
                 raise DeclarationError(
                     f"the variant of {self.type_!r} for {dialect_name!r} takes other values than the type itself; wrap "
                     "one of them, since on each database the same bytes are stored"
@@ -186,7 +189,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             raise DeclarationError(
                 f"a column of type {self.type_!r} cannot be searchable: it has no canonical text"
             )
-        rule = None if self.normalize is not None else _comparing_otherwise(self.type_)
+        rule = None if self.normalize is not None else comparing_otherwise(self.type_)
         if rule is not None:
             raise DeclarationError(
                 f"a searchable column of type {self.type_!r} is compared by its hashes, which are exact, and not by "
@@ -235,24 +238,24 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     @property
     def search_key(self) -> tuple[Any, ...]:
         """Two columns whose keys are equal have equal hashes for equal values."""
-        codec = _codec(self.type_)
+        codec = codec_of(self.type_)
         return self.scope, self.hash, codec.name, self.normalize, self.owner
 
     @memoized_property
     def spec(self) -> HashSpec:
         """How the hashes of this column are made, as the keystore keeps it."""
         normalizer = None if self.normalize is None else identity(self.normalize)
-        made = (self.hash, _codec(self.type_).name, normalizer, *self.scope)
-        decorators = _decorators(self.type_, "process_bind_param")
-        return HashSpec.of(self.column_id or "", self.table, *made, *decorators)
+        made = (self.hash, codec_of(self.type_).name, normalizer, *self.scope)
+        around = decorators(self.type_, "process_bind_param")
+        return HashSpec.of(self.column_id or "", self.table, *made, *around)
 
-    def as_loaded(self, dialect: Dialect) -> _Process:
+    def as_loaded(self, dialect: Dialect) -> Process:
         """What makes of a value what it will be when it is read back: ``Decimal("1.00")`` of 1."""
-        to_plain, codec, from_plain = _plain(self.type_, dialect)
+        to_plain, codec, from_plain = plain_steps(self.type_, dialect)
         if codec.name == "str" and to_plain is None and from_plain is None:
             return lambda value: value
         steps = (to_plain, codec.encode, codec.decode, from_plain)
-        return _chain(*steps)
+        return chain(*steps)
 
     # -- what SQLAlchemy asks --------------------------------------------------------------------------------------
 
@@ -260,7 +263,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def _static_cache_key(self) -> Any:
         # SQLAlchemy gathers positional arguments only; here the column id and the rest must count too, or two
         # columns would share one compiled statement.
-        inner = _cache_key(self.type_)
+        inner = cache_key_of(self.type_)
         if inner is NO_CACHE:
             return NO_CACHE
         return (
@@ -293,7 +296,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             return self.impl_instance
         if self.mode == "direct":
             return LargeBinary(DIRECT_SIZE)
-        size = _codec(self.type_, dialect).max_size
+        size = codec_of(self.type_, dialect).max_size
         if size is None:
             return mysql.LONGBLOB()
         return LargeBinary(OVERHEAD + size + (self.pad_to or 0))
@@ -303,8 +306,8 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             return _unbound
         attachment, column = attachment_of(dialect), self.column_id
         taker = taker_of(attachment, column, self.owner)
-        to_plain, codec, _ = _plain(self.type_, dialect)
-        length = getattr(_undecorated(self.type_, dialect), "length", None)
+        to_plain, codec, _ = plain_steps(self.type_, dialect)
+        length = getattr(undecorated(self.type_, dialect), "length", None)
         seal = seal_with(
             taker,
             column,
@@ -313,19 +316,19 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
             pad_to=self.pad_to,
             kept=(Sealed, lambda value: direct.resealed(attachment, column, taker.ring(), value)),
         )
-        checked = _checked(to_plain, column, EncodeError)
-        if checked is not None and self.should_evaluate_none:
-            checked = _none_when_sealed(checked, taker.ring)
+        step = checked(to_plain, column, EncodeError)
+        if step is not None and self.should_evaluate_none:
+            step = none_when_sealed(step, taker.ring)
         if self.mode == "direct":
-            return direct.writer(attachment, column, taker, _chain(checked, seal), _driver_binary(dialect))
-        return _chain(checked, seal, _driver_binary(dialect))
+            return direct.writer(attachment, column, taker, chain(step, seal), driver_binary(dialect))
+        return chain(step, seal, driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         if self.column_id is None:
             return _unbound
         attachment, opening = attachment_of(dialect), self.opening(dialect)
-        to_bytes = _driver_bytes(dialect, coltype)
-        own_code = any(_decorators(self.type_, "process_result_value"))
+        to_bytes = driver_bytes(dialect, coltype)
+        own_code = any(decorators(self.type_, "process_result_value"))
         taker = taker_of(attachment, self.column_id, self.owner)
         if self.mode == "direct":
             cells = direct.Cells(attachment, self.column_id, to_bytes, is_async=dialect.is_async)
@@ -335,9 +338,9 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
     def opening(self, dialect: Dialect) -> Opening:
         """What makes Python values of stored values' bytes."""
         attachment, column = attachment_of(dialect), self.column_id or ""
-        _, codec, from_plain = _plain(self.type_, dialect)
+        _, codec, from_plain = plain_steps(self.type_, dialect)
         opening = open_with(partial(attachment.foreign, column), column, codec)
-        return opening.then(_checked(from_plain, column, DecryptError))
+        return opening.then(checked(from_plain, column, DecryptError))
 
     def literal_processor(self, dialect: Dialect) -> Any:
         _refuse_rendering(self.column_id)
@@ -370,7 +373,7 @@ class Encrypted(TypeDecorator[_T], Generic[_T]):
 
 def _kinds(type_: TypeEngine[Any]) -> tuple[type[TypeEngine[Any]], ...]:
     """The classes of a type and of what is inside its TypeDecorators, each with those that it inherits from."""
-    kinds = [cls for each in _layers(type_) for cls in type(each).__mro__]
+    kinds = [cls for each in layers(type_) for cls in type(each).__mro__]
     return tuple(
         cls
         for cls in kinds
@@ -402,7 +405,7 @@ def _rebuilt(cls: Any, kinds: tuple[type[TypeEngine[Any]], ...]) -> Encrypted[An
     return rebuilt
 
 
-class SearchHash(TypeDecorator[Digest]):
+class SearchHash(Ours, TypeDecorator[Digest]):
     """The type of a hash column: 32 bytes. A Python value bound to it is hashed; a :class:`Digest` is kept.
 
     :param source: the type of the encrypted column that it follows.
@@ -442,7 +445,7 @@ class SearchHash(TypeDecorator[Digest]):
 
     def kept(self, digest: Digest) -> Digest:
         """What is bound to have this hash stored as it is."""
-        return _Kept(digest) if _codec(self.source.type_).name == "bytes" else digest
+        return _Kept(digest) if codec_of(self.source.type_).name == "bytes" else digest
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         # BLOB cannot be indexed whole there.
@@ -456,7 +459,7 @@ class SearchHash(TypeDecorator[Digest]):
         if source.column_id is None:
             return _unbound
         attachment, column = attachment_of(dialect), source.column_id
-        to_plain, codec, _ = _plain(source.type_, dialect)
+        to_plain, codec, _ = plain_steps(source.type_, dialect)
         taker = taker_of(attachment, column, source.owner)
         to_hash = hash_with(
             taker,
@@ -467,7 +470,7 @@ class SearchHash(TypeDecorator[Digest]):
             source.normalize,
             self.nth,
         )
-        process = _chain(_checked(to_plain, column, EncodeError), to_hash)
+        process = chain(checked(to_plain, column, EncodeError), to_hash)
 
         def bind(value: Any) -> bytes | None:
             if type(value) is not Digest:
@@ -487,10 +490,10 @@ class SearchHash(TypeDecorator[Digest]):
             return hashed
 
         # Where the values themselves are bytes, a digest is a value like any other.
-        hash_or_keep: _Process = bind_bytes if codec.name == "bytes" else bind
+        hash_or_keep: Process = bind_bytes if codec.name == "bytes" else bind
         if source.mode == "direct" or source.normalize is not None:
             hash_or_keep = direct.refusing(hash_or_keep, column)
-        return _chain(hash_or_keep, _driver_binary(dialect))
+        return chain(hash_or_keep, driver_binary(dialect))
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         column = self.source.column_id
@@ -504,7 +507,7 @@ class SearchHash(TypeDecorator[Digest]):
                 )
             return Digest(value)
 
-        return _chain(_driver_bytes(dialect, coltype), to_digest)
+        return chain(driver_bytes(dialect, coltype), to_digest)
 
     def literal_processor(self, dialect: Dialect) -> Any:
         _refuse_rendering(self.source.column_id)
@@ -551,10 +554,10 @@ class IndexedValue(Encrypted[Any]):
     def spec(self) -> HashSpec:
         both = ("process_bind_param", "process_result_value")  # it takes values as they are read back
         of = [
-            [source.column_id, _codec(source.type_).name, *_decorators(source.type_, *both)]
+            [source.column_id, codec_of(source.type_).name, *decorators(source.type_, *both)]
             for source in self.sources
         ]
-        made = (self.hash, _codec(self.type_).name, identity(self.transform), *self.scope)
+        made = (self.hash, codec_of(self.type_).name, identity(self.transform), *self.scope)
         ids = [source.column_id or "" for source in self.sources]
         return HashSpec.of(self.column_id or "", self.table, *made, of, sources=ids)
 
@@ -634,250 +637,3 @@ def _unbound(value: Any) -> Any:
     raise DeclarationError(
         "an Encrypted type that belongs to no column was used for a value; give it column_id='table.column'"
     )
-
-
-# -- from a SQLAlchemy type to bytes ---------------------------------------------------------------------------------
-
-
-def _undecorated(type_: TypeEngine[Any], dialect: Dialect | None = None) -> TypeEngine[Any]:
-    """The type inside all TypeDecorators and variants; for a dialect, the one that they choose for it."""
-    type_ = _variant(type_, dialect)
-    while _is_plain_decorator(type_):
-        _refuse_expressions(type_)
-        type_ = _variant(_inside(type_, dialect), dialect)
-    return type_
-
-
-def _variant(type_: TypeEngine[Any], dialect: Dialect | None) -> TypeEngine[Any]:
-    return type_ if dialect is None else upstream.variants(type_).get(dialect.name, type_)
-
-
-def _refuse_expressions(type_: Any) -> None:
-    """Refuse a type that has the database make something of its values, which would be of ciphertext."""
-    for method in ("bind_expression", "column_expression"):
-        known = (None, getattr(TypeEngine, method), getattr(TypeDecorator, method))
-        if getattr(type(type_), method, None) not in known:
-            raise DeclarationError(
-                f"Encrypted cannot wrap {type(type_).__name__}: its {method}() would run on ciphertext; convert values "
-                "in Python, in the process_bind_param() and process_result_value() of a TypeDecorator"
-            )
-
-
-# Compared byte by byte, as hashes are.
-_EXACT = re.compile(r"(c|posix|ucs_basic|binary|c\.utf-?8|pg_c_utf8|.*_bin)\Z", re.IGNORECASE)
-_EQUALITY = ("operate", "__eq__", "__ne__", "in_", "not_in", "is_distinct_from")
-
-
-def _comparing_otherwise(type_: TypeEngine[Any]) -> str | None:
-    """The rule of a type by which unequal values are equal, in the database or by its own comparator; else None."""
-    for each in (type_, *upstream.variants(type_).values()):
-        collation = getattr(each, "collation", None)
-        if isinstance(collation, str) and not _EXACT.match(collation):
-            return f"its collation {collation!r}"
-        if "citext" in f"{type(each).__name__} {getattr(each, '__visit_name__', '')}".lower():
-            return "its rule that ignores case"
-        comparator = getattr(each, "comparator_factory", None)
-        own = (
-            cls for cls in getattr(comparator, "__mro__", ()) if not cls.__module__.startswith("sqlalchemy.")
-        )
-        if any(name in vars(cls) for cls in own if cls is not object for name in _EQUALITY):
-            return "its own comparator"
-        if isinstance(each, TypeDecorator) and (rule := _comparing_otherwise(each.impl_instance)) is not None:
-            return rule
-    return None
-
-
-def _layers(type_: TypeEngine[Any]) -> Iterator[TypeEngine[Any]]:
-    """The type, and what is inside each of its TypeDecorators."""
-    yield type_
-    while _is_plain_decorator(type_):
-        type_ = _inside(type_, None)
-        yield type_
-
-
-def _decorators(type_: Any, *methods: str) -> Iterator[str]:
-    """The names of the TypeDecorators around a type that may make another value of one, by these methods."""
-    while _is_plain_decorator(type_):
-        if any(_overrides(type_, method) for method in methods):
-            yield type(type_).__name__
-        type_ = _inside(type_, None)
-
-
-def _inside(decorator: Any, dialect: Dialect | None) -> TypeEngine[Any]:
-    inside: TypeEngine[Any] = decorator.impl_instance
-    if dialect is not None and _overrides(decorator, "load_dialect_impl"):
-        inside = decorator.load_dialect_impl(dialect)
-    return inside
-
-
-def _codec(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
-    """The codec of a type, whatever TypeDecorators are around it."""
-    type_ = _undecorated(type_, dialect)
-    _refuse_expressions(type_)
-    if _processes(type_):
-        raise DeclarationError(
-            f"Encrypted cannot wrap {type(type_).__name__}: it converts values by processors of its own, which would "
-            "be passed over; make it a TypeDecorator with process_bind_param() and process_result_value()"
-        )
-    if isinstance(type_, sqltypes.Enum):
-        return codecs.enum_codec(type_.enums)
-    if isinstance(type_, sqltypes.String):
-        return codecs.text_codec(type_.length)
-    if isinstance(type_, sqltypes.LargeBinary | sqltypes._Binary):
-        return codecs.bytes_codec(type_.length)
-    if isinstance(type_, sqltypes.Boolean):
-        return codecs.bool_codec()
-    if isinstance(type_, sqltypes.Integer):
-        return codecs.int_codec(16 if isinstance(type_, sqltypes.SmallInteger) else 64)
-    if isinstance(type_, sqltypes.Float):
-        return codecs.float_codec(as_decimal=type_.asdecimal)
-    if isinstance(type_, sqltypes.Numeric):
-        return codecs.decimal_codec(type_.precision, type_.scale, as_float=not type_.asdecimal)
-    if isinstance(type_, sqltypes.DateTime):
-        return codecs.datetime_codec(aware=type_.timezone)
-    if isinstance(type_, sqltypes.Date):
-        return codecs.date_codec()
-    if isinstance(type_, sqltypes.Time):
-        return codecs.time_codec(aware=type_.timezone)
-    if isinstance(type_, sqltypes.Interval):
-        return codecs.interval_codec()
-    if isinstance(type_, sqltypes.Uuid):
-        return codecs.uuid_codec(as_uuid=type_.as_uuid)
-    if isinstance(type_, sqltypes.JSON):
-        dumps = getattr(dialect, "_json_serializer", None) or json.dumps
-        loads = getattr(dialect, "_json_deserializer", None) or json.loads
-        return codecs.json_codec(lambda value: "null" if value is sqltypes.JSON.NULL else dumps(value), loads)
-    raise DeclarationError(
-        f"Encrypted cannot wrap {_declared_class(type(type_)).__name__}; wrap String, LargeBinary, JSON or another "
-        "standard type, or a TypeDecorator over one"
-    )
-
-
-def _processes(type_: Any) -> bool:
-    """Whether a type that is no TypeDecorator converts values by code of somebody's own."""
-    own = (cls for cls in type(type_).__mro__ if not cls.__module__.startswith("sqlalchemy."))
-    methods = ("bind_processor", "result_processor")
-    return any(method in vars(cls) for cls in own for method in methods)
-
-
-def _is_plain_decorator(type_: Any) -> bool:
-    """Whether it is a decorator that works by process_bind_param and process_result_value, and not below them."""
-    return (
-        isinstance(type_, TypeDecorator)
-        and not isinstance(type_, sqltypes.Interval | Encrypted | SearchHash)
-        and not _overrides(type_, "bind_processor")
-        and not _overrides(type_, "result_processor")
-    )
-
-
-def _plain(type_: Any, dialect: Dialect) -> tuple[_Process | None, Codec, _Process | None]:
-    """How values of ``type_`` become what its codec takes, the codec, and the way back."""
-    type_ = _variant(type_, dialect)
-    if isinstance(type_, sqltypes.Enum):
-        before, after = _enum_steps(type_)
-        return before, _codec(type_, dialect), after
-    if isinstance(type_, sqltypes.JSON):
-        none = None if type_.none_as_null else sqltypes.JSON.NULL
-        return _json_step(none), _codec(type_, dialect), None
-    if not _is_plain_decorator(type_):
-        return None, _codec(type_, dialect), None
-    before, codec, after = _plain(_inside(type_, dialect), dialect)
-    bind = type_.process_bind_param if _overrides(type_, "process_bind_param") else None
-    result = type_.process_result_value if _overrides(type_, "process_result_value") else None
-    to_plain = None if bind is None else lambda value: bind(value, dialect)
-    from_plain = None if result is None else lambda value: result(value, dialect)
-    return _chain_or_none(to_plain, before), codec, _chain_or_none(after, from_plain)
-
-
-def _json_step(none: Any) -> _Process:
-    """What JSON makes of None, NULL for a column that says so and else JSON's null; null() is always NULL."""
-    return lambda value: none if value is None else None if isinstance(value, Null) else value
-
-
-def _overrides(type_: TypeDecorator[Any], method: str) -> bool:
-    return getattr(type(type_), method) is not getattr(TypeDecorator, method)
-
-
-def _cache_key(type_: TypeEngine[Any]) -> Any:
-    """SQLAlchemy's own key, and what it leaves out: what is inside a TypeDecorator, and the names of an Enum."""
-    key = type_._static_cache_key
-    if key is NO_CACHE:
-        return NO_CACHE
-    if isinstance(type_, sqltypes.Enum):
-        return key, type_.enum_class, tuple(type_.enums)
-    if _is_plain_decorator(type_):
-        inside = _cache_key(_inside(type_, None))
-        return NO_CACHE if inside is NO_CACHE else (key, inside)
-    return key
-
-
-def _enum_steps(type_: sqltypes.Enum) -> tuple[_Process | None, _Process | None]:
-    """From the members of the Enum's class to the names that stand for them in the database, and back."""
-    cls = type_.enum_class
-    if cls is None:
-        return None, None
-    members = list(cls)
-    if len(members) != len(type_.enums):  # omit_aliases=False
-        members = list(cls.__members__.values())
-    names = dict(zip(members, type_.enums, strict=True))
-    by_name = dict(zip(type_.enums, members, strict=True))
-    return (
-        lambda value: names[value] if isinstance(value, cls) else value,
-        lambda value: None if value is None else by_name[value],
-    )
-
-
-def _checked(
-    step: _Process | None, column: str, error: type[EncodeError] | type[DecryptError]
-) -> _Process | None:
-    """Keep the wrapped type's own code from telling a value in its exception, and from sealed values."""
-    if step is None:
-        return None
-
-    def convert(value: Any) -> Any:
-        if type(value) is Sealed:
-            return value
-        try:
-            return step(value)
-        except Exception as raised:  # noqa: BLE001 - a user's code
-            name = type(raised).__name__
-        raise error(f"{column}: the column's own type raised {name} for a value", column=column)
-
-    return convert
-
-
-def _none_when_sealed(step: _Process, current: Callable[[], Any]) -> _Process:
-    """Keep None as NULL where nothing can be encrypted: there it was read of NULL, since JSON's null is sealed."""
-    return lambda value: None if value is None and current() is SEALED else step(value)
-
-
-def _driver_binary(dialect: Dialect) -> _Process | None:
-    if getattr(dialect, "driver", None) in _PLAIN_BYTES:  # that of str(statement) has none
-        return None
-    return LargeBinary().dialect_impl(dialect).bind_processor(dialect)
-
-
-def _driver_bytes(dialect: Dialect, coltype: object) -> _Process | None:
-    if getattr(dialect, "driver", None) in _PLAIN_BYTES:
-        return None
-    return LargeBinary().dialect_impl(dialect).result_processor(dialect, coltype)
-
-
-def _chain_or_none(*steps: _Process | None) -> _Process | None:
-    return _chain(*steps) if any(steps) else None
-
-
-def _chain(*steps: _Process | None) -> _Process:
-    """One function that runs the steps that are there, in order; the only step itself where there is one."""
-    there = [step for step in steps if step is not None]
-    if len(there) == 1:
-        return there[0]
-    first, *rest = there
-
-    def run(value: Any) -> Any:
-        value = first(value)
-        for step in rest:
-            value = step(value)
-        return value
-
-    return run

@@ -438,7 +438,7 @@ def step_in(engine: Engine, steps: type[Steps], **attributes: Any) -> None:
     :param steps: calls ``super()`` for what SQLAlchemy does.
     :param attributes: what the class gets besides.
     """
-    plain = engine.dialect.execution_ctx_cls
+    plain: Any = engine.dialect.execution_ctx_cls
     named = type(
         plain.__name__, (Steps, plain), {ours: getattr_static(plain, name) for ours, name in _STEPS.items()}
     )

@@ -72,7 +72,7 @@ from sqla_byok import (
     UnknownDataKeyError,
 )
 from sqla_byok.keys.direct import AT_ONCE, _lanes
-from sqla_byok.orm import direct, types
+from sqla_byok.orm import direct, plain
 
 __all__ = ["local_kms", "meter"]  # fixtures
 
@@ -541,7 +541,7 @@ def test_drivers_that_want_their_own_binary(
     local: Byok, tmp_path: Path, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a driver wants around bytes is put around what the KMS made, and taken off before the KMS is asked."""
-    monkeypatch.setattr(types, "_PLAIN_BYTES", frozenset())
+    monkeypatch.setattr(plain, "_PLAIN_BYTES", frozenset())
     engine = create_engine(f"sqlite:///{tmp_path / 'wrapped.db'}")
     Base.metadata.create_all(engine)
     local.attach(engine)

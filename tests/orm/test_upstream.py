@@ -791,7 +791,7 @@ def test_names_that_sqlalchemy_makes_up_and_cases_that_count(memory: Engine) -> 
 
 
 def test_a_statement_inside_others_can_be_taken_out_and_changed() -> None:
-    """statements.py: `inside` and `instead`, through lambdas and FromStatement, keeping what the ORM noted on the lambda."""
+    """statements.py: `inside` and `instead`, through lambdas and FromStatement, with the ORM's notes on the lambda."""
     dml = insert(Animal).returning(Animal)
     for whole in (
         dml,
@@ -812,7 +812,7 @@ def test_a_statement_inside_others_can_be_taken_out_and_changed() -> None:
 
 
 def test_a_subquery_correlates_with_what_is_around_it() -> None:
-    """guard.py: `Enclosing` has the FROM of a SELECT as the compiler has it, of subqueries in a FROM and lateral ones."""
+    """guard.py: `Enclosing` has the FROM of a SELECT as the compiler has it, of subqueries in a FROM too."""
     compiled: Any = select(1).compile()
     outer = select(Animal.id)
     inner = select(Dog.__table__.c.id).where(Dog.__table__.c.id == Animal.__table__.c.id)
