@@ -734,6 +734,8 @@ class Byok(Secret):
         self._require_attached(engine)
         who = _inheriting(actor, reason)
         self._keyrings.enter(tenant, who)
+        if TENANT_OPTION in engine.get_execution_options():  # another's view, whose option would go first
+            engine = engine.execution_options(**{TENANT_OPTION: tenant})
         with Session(engine, **_of_tenant(tenant, who, options)) as session:
             yield session
 
@@ -756,6 +758,8 @@ class Byok(Secret):
         self._require_attached(getattr(engine, "sync_engine", None))
         who = _inheriting(actor, reason)
         await self._keyrings.aenter(tenant, who)
+        if TENANT_OPTION in engine.get_execution_options():
+            engine = engine.execution_options(**{TENANT_OPTION: tenant})
         async with AsyncSession(engine, **_of_tenant(tenant, who, options)) as session:
             yield session
 

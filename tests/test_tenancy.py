@@ -216,6 +216,14 @@ def test_the_option_goes_before_the_block_before_the_only_tenant(
     engine.dispose()
 
 
+def test_a_session_is_its_own_tenants_whatever_view_it_is_made_of(on_sqlite: Byok, sqlite: Engine) -> None:
+    """byok.session("t1", …) over another tenant's view of the engine works for t1."""
+    with on_sqlite.session("t1", sqlite.execution_options(byok_tenant="t2")) as session:
+        session.add(Patient(id=1, org="t1", mrn="A"))
+        session.commit()
+    assert owners(on_sqlite, sqlite) == ["t1"]
+
+
 def test_an_empty_name_is_not_nobody(on_sqlite: Byok, sqlite: Engine) -> None:
     """An application that computed "" must not fall back to another tenant."""
     for name, error in (("", ConfigurationError), (7, ConfigurationError), ("t3", UnknownTenantError)):
