@@ -848,7 +848,7 @@ letter: Any = Letter.__table__
 class Reading:
     """A tenant's letters, and when each value of them is opened.
 
-    The customer has said no after the last "yes". The call that would tell it is under way and hangs, so that nothing but
+    The customer says no after the last "yes". The call that would tell it is under way and hangs, so that nothing but
     the clocks ends what is being read; a grace was agreed, which is not for that.
     """
 
@@ -1067,7 +1067,7 @@ async def test_an_async_stream(service: Service, async_engine: AsyncEngine, how:
         result = await session.stream(select(Letter), execution_options={"yield_per": 10})
         source = {"rows": lambda: result, "partitions": result.partitions, "scalars": result.scalars}[how]()
         with pytest.raises(KeysExpiredError):  # noqa: PT012 - whichever row it is
-            async for row in source:
+            async for _ in source:
                 if not taken:
                     reading.say_no()
                 taken += 10 if how == "partitions" else 1
