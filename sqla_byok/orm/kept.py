@@ -6,6 +6,7 @@ host                under                what
 ``Dialect``         ``ATTACHMENT``       what its engine is attached to
 ``Compiled``        ``NEEDS``            what the statement needs; None where nothing of it concerns us
 ``Compiled``        ``COLUMNS``          the columns of its result that are opened at the fetch
+``Compiled``        ``WITH_ROWS``        an INSERT or UPDATE compiled for rows with their hashes, by the rows' keys
 ``Compiled``        ``SALTS``            by how many search salts it compares hashes, and by which specifications
 ``Connection``      ``UNIT``             the keyring of a tenant that wants a KMS call for each transaction
 ``Connection``      ``MET``              for whom its transaction has worked so far
@@ -26,6 +27,7 @@ __all__ = [
     "NEEDS",
     "SESSION_MET",
     "UNASKED",
+    "WITH_ROWS",
     "compared",
     "held",
     "hold",
@@ -36,6 +38,7 @@ __all__ = [
 ATTACHMENT = "_sqla_byok_attachment"
 NEEDS = "_sqla_byok_needs"
 COLUMNS = "_sqla_byok_columns"
+WITH_ROWS = "_sqla_byok_with_rows"
 SALTS = "_sqla_byok_salts"
 UNIT = "_sqla_byok_unit"
 MET = "_sqla_byok_met"

@@ -1,16 +1,17 @@
 """The way of every statement on an attached engine. docs/statements.md tells its life, with a picture.
 
-In the order in which a statement passes: :meth:`Statements.before` completes INSERT and UPDATE; once the statement is
-compiled, :class:`Execution` looks what it needs, and :meth:`Statements.begin` finds whose turn it is and opens what is
-cold; its parameters are bound under that turn; :meth:`Statements.send` looks at the clocks and at the transaction a
-last time; and its result keeps the turn, by which rows are opened as they are fetched: see
+SQLAlchemy compiles a statement, or finds it compiled, and makes an execution context for it, which here is an
+:class:`Execution`. In the order of its steps: :meth:`Statements.complete` gives INSERT and UPDATE their hashes;
+:meth:`Statements.ask` looks what the compiled statement needs, once; :meth:`Statements.begin` finds whose turn it is
+and opens what is cold; the parameters are bound under that turn; :meth:`Statements.send` looks at the clocks and at the
+transaction a last time; and the result keeps the turn, by which rows are opened as they are fetched: see
 :mod:`sqla_byok.orm.fetches`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Engine, event
@@ -32,6 +33,7 @@ from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, Statemen
 from sqla_byok.orm.sessions import meet, of_unit
 from sqla_byok.orm.turns import ACTOR_OPTION, Blocks, Whose, whose
 from sqla_byok.orm.types import SearchHash
+from sqla_byok.orm.upstream import Call
 from sqla_byok.orm.writes import fill, refuse_compiled
 
 __all__ = ["attach"]
@@ -57,7 +59,6 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
         )
     attachment.keyrings, attachment.blocks = keyrings, blocks
     statements = Statements(attachment, keyrings, blocks, guard)
-    event.listen(engine, "before_execute", statements.before, retval=True)
     event.listen(engine, "handle_error", _hide_parameters)
     upstream.step_in(engine, Execution, statements=statements)
     engine.hide_parameters = True
@@ -72,32 +73,34 @@ class Statements:
     def __init__(self, attachment: Attachment, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> None:
         self._attachment, self._keyrings, self._blocks, self._guard = attachment, keyrings, blocks, guard
 
-    # -- before it is compiled -------------------------------------------------------------------------------------
+    # -- as it was given -------------------------------------------------------------------------------------------
 
-    def before(
-        self, conn: Any, clause: Any, multi: Any, params: Any, options: Mapping[str, Any]
-    ) -> tuple[Any, Any, Any]:
-        """Complete an INSERT or UPDATE, and hold DML to the tenant's rows. SQLAlchemy's event ``before_execute``."""
-        if isinstance(clause, SelectBase):
-            return clause, multi, params
-        given = upstream.inside(clause)
-        is_dml = getattr(given, "is_dml", None)
+    def complete(self, conn: Any, options: Mapping[str, Any], call: Call) -> Call:
+        """Give an INSERT or UPDATE its hashes, and hold DML to the tenant's rows.
+
+        :param call: what is to be executed.
+        :returns: what is executed in its place; the same where there is nothing to do.
+        """
         tenant = whose(options, self._blocks) if tenant_column.used else None
-        if is_dml is None:
+        if call.clause is None:
             if tenant_column.used:
-                tenant_column.refuse_compiled(clause, tenant)
-            refuse_compiled(clause)
-        if not is_dml:
-            return clause, multi, params
-        statement, rows = given, multi or ([params] if params else [])
+                tenant_column.refuse_compiled(call.compiled, tenant)
+            refuse_compiled(call.compiled)
+            return call
+        given, given_rows = upstream.inside(call.clause), call.parameters or ()
+        if not getattr(given, "is_dml", False):
+            return call
+        statement, rows = given, given_rows
         if tenant_column.used:
             statement = tenant_column.check(statement, rows, tenant)
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
             statement, rows = filled
-            multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
         if tenant_column.used:
             statement = tenant_column.hold_conflicts(statement, tenant)
-        return clause if statement is given else upstream.instead(clause, statement), multi, params
+        if statement is not given:
+            clause = upstream.instead(call.clause, statement)
+            return upstream.compiled_anew(conn, options, clause, rows)
+        return call if rows is given_rows else _with_rows(conn, options, call, rows)
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
 
@@ -114,9 +117,10 @@ class Statements:
         needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
         return needs
 
-    def begin(self, conn: Any, options: Mapping[str, Any], needs: Needs) -> Turn:
+    def begin(self, conn: Any, options: Mapping[str, Any], needs: Needs) -> tuple[Turn, bool]:
         """Whose turn it is, with the keys that the statement needs.
 
+        :returns: also whether it was compiled for as many search salts as there are.
         :raises UnsupportedQueryError: the guard refuses it.
         :raises NoTenantError: it needs a tenant's keys, and there is no tenant.
         :raises KmsError: a tenant has to be opened, and its KMS refuses or does not answer.
@@ -127,6 +131,7 @@ class Statements:
         if needs.refusal is not None:
             _refuse(needs.refusal)
         rings: dict[str | None, StatementRing] = {}
+        fits = True
         for owner, need in needs.of.items():
             taker = tenant if owner is None or tenant is SEALED else owner
             if taker is None:
@@ -137,18 +142,21 @@ class Statements:
                 ring = self._ring(conn, taker, options.get(ACTOR_OPTION))
             if need.hashes and ring.searchable is not need.allowed_by:
                 ring = self._ready(ring, need)
+            if need.salts and need.salts != len(ring.live_salts):
+                fits = False
             rings[owner] = ring
         if needs.conflict is not None and needs.conflict.owner in rings:
             _refuse_upsert(needs.conflict, rings[needs.conflict.owner])
-        return Turn(self._attachment, tenant, rings)
+        return Turn(self._attachment, tenant, rings), fits
 
-    def fan_out(self, needs: Needs, turn: Turn) -> upstream.FanOut:
-        """What has the statement compiled for as many search salts as there are."""
-        return upstream.FanOut(
-            tuple(
-                (owner, len(turn.rings[owner].live_salts)) for owner, need in needs.of.items() if need.salts
-            )
-        )
+    def fan_out(self, conn: Any, options: Mapping[str, Any], call: Call, needs: Needs, turn: Turn) -> Call:
+        """The statement compiled for as many search salts as there are."""
+        if call.clause is None:
+            _refuse_precompiled(turn)
+        live = {owner: len(turn.rings[owner].live_salts) for owner, need in needs.of.items() if need.salts}
+        statement = upstream.inside(call.clause).options(upstream.FanOut(tuple(live.items())))
+        clause = upstream.instead(call.clause, statement)
+        return upstream.compiled_anew(conn, options, clause, call.parameters)
 
     def _ring(self, conn: Any, tenant: Whose, who: Actor | None) -> StatementRing:
         """The keyring of a tenant; of several; of nobody."""
@@ -232,6 +240,9 @@ class Statements:
             self._check_current(ring, needs.of[owner])
         need = needs.of.get(None)
         if need is not None and (need.reads or context.isinsert or context.isupdate):
+            met = conn.__dict__.get(kept.MET)
+            if met is not None and met[0] is conn.get_transaction() and met[1] == [turn.tenant]:
+                return
             updates = need.binds and context.isupdate
             meet(
                 conn, context.execution_options, turn.tenant, self._blocks, reads=need.reads, updates=updates
@@ -260,26 +271,22 @@ class Execution(upstream.Steps):
         return super().of_ddl(dialect, conn, dbapi, options, compiled)
 
     @classmethod
-    def of_compiled(
-        cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any, *more: Any, **kw: Any
-    ) -> Any:
-        needs = compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
+    def of_compiled(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, *args: Any, **more: Any) -> Any:
+        compiled, parameters, clause, extracted = args
+        statements, call = cls.statements, Call(compiled, parameters, clause, extracted, more)
+        if not isinstance(call.clause, SelectBase):
+            call = statements.complete(conn, options, call)
+        needs = call.compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
         if needs is kept.UNASKED:
-            needs = cls.statements.ask(compiled)
+            needs = statements.ask(call.compiled)
         if needs is None:
-            return super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
-        turn = cls.statements.begin(conn, options, needs)
-        if not _is_compiled_for(needs, turn):
-            parameters, clause, _ = more
-            if clause is None:
-                _refuse_precompiled(turn)
-            fan_out = cls.statements.fan_out(needs, turn)
-            clause = upstream.instead(clause, upstream.inside(clause).options(fan_out))
-            compiled, extracted, kw = upstream.compiled_anew(conn, clause, parameters, options)
-            more = parameters, clause, extracted
+            return super().of_compiled(dialect, conn, dbapi, options, *call[:-1], **call.more)
+        turn, fits = statements.begin(conn, options, needs)
+        if not fits:
+            call = statements.fan_out(conn, options, call, needs, turn)
         token = RUNNING.set(turn)
         try:
-            self = super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
+            self = super().of_compiled(dialect, conn, dbapi, options, *call[:-1], **call.more)
         finally:
             RUNNING.reset(token)
         self._byok = needs, turn
@@ -323,13 +330,14 @@ class Execution(upstream.Steps):
         return result
 
 
-def _is_compiled_for(needs: Needs, turn: Turn) -> bool:
-    """Whether a statement looks up as many search salts as there are."""
-    for owner, ring in turn.rings.items():
-        salts = needs.of[owner].salts
-        if salts and salts != len(ring.live_salts):
-            return False
-    return True
+def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence[Any]) -> Call:
+    """The same statement compiled for rows with other keys; kept, since a flush makes the same ones each time."""
+    known = call.compiled.__dict__.setdefault(kept.WITH_ROWS, {})
+    keys = tuple(rows[0]) if rows else ()
+    compiled = known.get(keys)
+    if compiled is None:
+        compiled = known[keys] = upstream.compiled_anew(conn, options, call.clause, rows).compiled
+    return call._replace(compiled=compiled, parameters=rows)
 
 
 def _refuse_precompiled(turn: Turn) -> NoReturn:
