@@ -71,6 +71,13 @@ def test_each_file_of_the_page_exists() -> None:
     )
 
 
+def test_contributors_are_told_each_file() -> None:
+    """CONTRIBUTING.md has a line for each file of orm/, and for none that is gone."""
+    house = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("Its files:")[2]
+    told = re.findall(r"`([a-z_]+\.py)`", house.partition("A name means")[0])
+    assert sorted(told) == sorted(file.name for file in (PACKAGE / "orm").glob("[a-z]*.py"))
+
+
 def test_what_is_kept_is_on_the_page() -> None:
     """State on SQLAlchemy's objects is what surprises: each of it is told."""
     names = [name for name, value in vars(kept).items() if name.isupper() and isinstance(value, str)]
