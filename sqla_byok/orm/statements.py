@@ -236,8 +236,10 @@ class Statements:
             kept.hold(conn, own)
         if needs.sends and isinstance(own, Keyring):
             direct.send(context, self._keyrings, own)
+        now = self._keyrings.clock.boot()
         for owner, ring in turn.rings.items():
-            self._check_current(ring, needs.of[owner])
+            if now >= ring.write_until and needs.of[owner].current:
+                ring.outdated()
         need = needs.of.get(None)
         if need is not None and (need.reads or context.isinsert or context.isupdate):
             met = conn.__dict__.get(kept.MET)
@@ -271,22 +273,30 @@ class Execution(upstream.Steps):
         return super().of_ddl(dialect, conn, dbapi, options, compiled)
 
     @classmethod
-    def of_compiled(cls, dialect: Any, conn: Any, dbapi: Any, options: Any, *args: Any, **more: Any) -> Any:
-        compiled, parameters, clause, extracted = args
-        statements, call = cls.statements, Call(compiled, parameters, clause, extracted, more)
-        if not isinstance(call.clause, SelectBase):
-            call = statements.complete(conn, options, call)
-        needs = call.compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
+    def of_compiled(
+        cls, dialect: Any, conn: Any, dbapi: Any, options: Any,
+        compiled: Any, parameters: Any, clause: Any, extracted: Any, **more: Any,
+    ) -> Any:  # fmt: skip
+        statements = cls.statements
+        if not isinstance(clause, SelectBase):
+            call = Call(compiled, parameters, clause, extracted, more)
+            compiled, parameters, clause, extracted, more = statements.complete(conn, options, call)
+        needs = compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
         if needs is kept.UNASKED:
-            needs = statements.ask(call.compiled)
+            needs = statements.ask(compiled)
         if needs is None:
-            return super().of_compiled(dialect, conn, dbapi, options, *call[:-1], **call.more)
+            return super().of_compiled(
+                dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
+            )
         turn, fits = statements.begin(conn, options, needs)
         if not fits:
-            call = statements.fan_out(conn, options, call, needs, turn)
+            call = Call(compiled, parameters, clause, extracted, more)
+            compiled, _, clause, extracted, more = statements.fan_out(conn, options, call, needs, turn)
         token = RUNNING.set(turn)
         try:
-            self = super().of_compiled(dialect, conn, dbapi, options, *call[:-1], **call.more)
+            self = super().of_compiled(
+                dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
+            )
         finally:
             RUNNING.reset(token)
         self._byok = needs, turn
@@ -316,15 +326,18 @@ class Execution(upstream.Steps):
     def result_of(self) -> Any:
         if self._byok is None:
             return super().result_of()
-        _, turn = self._byok
-        token = RUNNING.set(turn)  # for what it reads itself
-        try:
+        (_, turn), known = self._byok, self.compiled.__dict__
+        if known.get(kept.COLUMNS) is not None:
             result = super().result_of()
-        finally:
-            RUNNING.reset(token)
+        else:
+            token = RUNNING.set(turn)  # for what it reads itself
+            try:
+                result = super().result_of()
+            finally:
+                RUNNING.reset(token)
         if self._byok_readers is not None:
-            self.compiled.__dict__[kept.COLUMNS] = Columns.of(self._byok_readers)
-        columns = self.compiled.__dict__.get(kept.COLUMNS)
+            known[kept.COLUMNS] = Columns.of(self._byok_readers)
+        columns = known.get(kept.COLUMNS)
         if columns is not None:
             result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
         return result
