@@ -19,7 +19,6 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.selectable import SelectBase
 
-from sqla_byok.audit import Actor
 from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
@@ -31,7 +30,7 @@ from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
-from sqla_byok.orm.turns import ACTOR_OPTION, Blocks, Whose, whose
+from sqla_byok.orm.turns import Blocks, Whose, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
 from sqla_byok.orm.writes import fill, refuse_compiled
@@ -81,7 +80,7 @@ class Statements:
         :param call: what is to be executed.
         :returns: what is executed in its place; the same where there is nothing to do.
         """
-        tenant = whose(options, self._blocks) if tenant_column.used else None
+        tenant = whose(options, conn, self._blocks) if tenant_column.used else None
         if call.clause is None:
             if tenant_column.used:
                 tenant_column.refuse_compiled(call.compiled, tenant)
@@ -125,7 +124,7 @@ class Statements:
         :raises NoTenantError: it needs a tenant's keys, and there is no tenant.
         :raises KmsError: a tenant has to be opened, and its KMS refuses or does not answer.
         """
-        tenant = whose(options, self._blocks)
+        tenant = whose(options, conn, self._blocks)
         if needs.tenant_rows is not None:
             tenant_column.check_compiled(needs.tenant_rows, tenant)
         if needs.refusal is not None:
@@ -139,7 +138,7 @@ class Statements:
                 continue
             ring: StatementRing | None = self._keyrings.warm(taker)  # type: ignore[arg-type] # only a name is found
             if ring is None:
-                ring = self._ring(conn, taker, options.get(ACTOR_OPTION))
+                ring = self._ring(conn, taker)
             if need.hashes and ring.searchable is not need.allowed_by:
                 ring = self._ready(ring, need)
             if need.salts and need.salts != len(ring.live_salts):
@@ -158,23 +157,25 @@ class Statements:
         clause = upstream.instead(call.clause, statement)
         return upstream.compiled_anew(conn, options, clause, call.parameters)
 
-    def _ring(self, conn: Any, tenant: Whose, who: Actor | None) -> StatementRing:
+    def _ring(self, conn: Any, tenant: Whose) -> StatementRing:
         """The keyring of a tenant; of several; of nobody."""
         if isinstance(tenant, SealedRing):
             return tenant
         if isinstance(tenant, Across):
-            return AcrossRing(tenant, [self._one(conn, name, who) for name in tenant.names])
-        return self._one(conn, tenant, who)
+            return AcrossRing(tenant, [self._one(conn, name) for name in tenant.names])
+        return self._one(conn, tenant)
 
-    def _one(self, conn: Any, tenant: str, who: Actor | None) -> Keyring:
+    def _one(self, conn: Any, tenant: str) -> Keyring:
         keyrings, clock = self._keyrings, self._keyrings.clock
         ring = keyrings.warm(tenant) or of_unit(conn, tenant, clock)
         if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
             held = ring
             ring = upstream.run_or_await(lambda: keyrings.look(held), lambda: keyrings.alook(held))
         if ring is None:
+            turn = conn.__dict__.get(kept.TURN)
+            actor = None if turn is None else turn.actor
             ring = upstream.run_or_await(
-                lambda: keyrings.get(tenant, actor=who), lambda: keyrings.aget(tenant, actor=who)
+                lambda: keyrings.get(tenant, actor=actor), lambda: keyrings.aget(tenant, actor=actor)
             )
         return ring
 
