@@ -854,7 +854,7 @@ class Reading:
 
     def __init__(self, service: Service, engine: Any, takes: float = 0.0) -> None:
         self.service, self.clock, self.engine, self.takes = service, service.clock, engine, takes
-        self.kms, self.opened, self._go_on = FakeKms(), list[float](), threading.Event()
+        self.kms, self.opened, self._go_on = FakeKms("letters"), list[float](), threading.Event()
         self.kms.reset()
         service.byok.onboard("t1", self.kms, revoke_within=REVOKE_WITHIN, outage_grace=1_800)
         ring = service.byok._keyrings.get("t1")
