@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pytest
 from azure.identity import ClientSecretCredential
 from keys_tools import TurnableClock, in_child, insert_patient, names, patient, until
 from relay import Relay
-from sqlalchemy import create_engine
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import Engine, String, Text, TypeDecorator, create_engine, insert, select, update
+from sqlalchemy.exc import ResourceClosedError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqla_byok import (
     AccessDeniedError,
@@ -33,6 +35,7 @@ from sqla_byok import (
     Byok,
     CredentialExpiredError,
     CredentialInvalidError,
+    Encrypted,
     KeyDeletedError,
     KeyDisabledError,
     KeysExpiredError,
@@ -43,9 +46,10 @@ from sqla_byok import (
 )
 from sqla_byok.audit import Event, KeyStateChanged, KmsCalled
 from sqla_byok.keys.clock import SystemClock
+from sqla_byok.keys.direct import AT_ONCE
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.kms import Kms
-from sqla_byok.testing import KmsServers
+from sqla_byok.testing import FakeKms, KmsServers
 from sqla_byok.testing.aws import AwsServer
 from sqla_byok.testing.azure import _make_tls
 
@@ -808,6 +812,348 @@ def test_a_listener_that_raises(
     finally:
         log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
+
+
+# -- in the middle of a result ---------------------------------------------------------------------------------------
+
+
+class Slow(TypeDecorator[str]):
+    """Text that the application makes something of, which may take any time."""
+
+    impl = String
+    cache_ok = True
+    meanwhile: ClassVar[Callable[[], object]] = staticmethod(lambda: None)
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        type(self).meanwhile()
+        return value
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Letter(Base):
+    __tablename__ = "letter"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[str] = mapped_column(Encrypted(String(40)))
+    scan: Mapped[str | None] = mapped_column(Encrypted(Slow(40)))
+    draft: Mapped[str | None] = mapped_column(Encrypted(Text))
+    ssn: Mapped[str | None] = mapped_column(Encrypted(String(20), mode="direct"), deferred=True)
+
+
+letter: Any = Letter.__table__
+
+
+class Reading:
+    """A tenant's letters, and when each value of them is opened.
+
+    The customer says no after the last "yes". The call that would tell it is under way and hangs, so that nothing but
+    the clocks ends what is being read; a grace was agreed, which is not for that.
+    """
+
+    def __init__(self, service: Service, engine: Any, takes: float = 0.0) -> None:
+        self.service, self.clock, self.engine, self.takes = service, service.clock, engine, takes
+        self.kms, self.opened, self._go_on = FakeKms("letters"), list[float](), threading.Event()
+        self.kms.reset()
+        service.byok.onboard("t1", self.kms, revoke_within=REVOKE_WITHIN, outage_grace=1_800)
+        ring = service.byok._keyrings.get("t1")
+        ring.openers = {
+            header: (self._noting(decrypt), aad) for header, (decrypt, aad) in ring.openers.items()
+        }
+        self.ends = self.clock.boot_now + REVOKE_WITHIN
+
+    def _noting(self, decrypt: Callable[..., bytes]) -> Callable[..., bytes]:
+        def noted(*args: Any) -> bytes:
+            self.opened.append(self.clock.boot_now)
+            self.clock.turn(self.takes)
+            return decrypt(*args)
+
+        return noted
+
+    def say_no(self) -> None:
+        """From now on; and nobody hears of it."""
+        self.kms.disable()
+        self.kms.latency(lambda: self._go_on.wait(30))
+
+    def check(self, at_least: int, at_most: int) -> None:
+        """Of the values some were opened, none of them too late; and what is asked for anew is refused."""
+        assert at_least <= len(self.opened) <= at_most
+        assert max(self.opened) <= self.ends + 1
+        self._go_on.set()
+        self.clock.turn(REVOKE_WITHIN)
+
+    def refused(self) -> None:
+        with self.options().connect() as connection, pytest.raises(KeyDisabledError):
+            connection.execute(select(letter.c.body)).all()
+
+    def options(self, **options: Any) -> Any:
+        return self.engine.execution_options(byok_tenant="t1", **options)
+
+    def write(self, count: int) -> None:
+        rows = [
+            {
+                "body": f"body {n}",
+                "scan": f"scan {n}",
+                "draft": f"draft {n}",
+                "ssn": str(n) if n < 50 else None,
+            }
+            for n in range(count)
+        ]
+        with self.options().begin() as connection:
+            connection.execute(insert(letter), rows)
+
+
+@pytest.fixture
+def reading(service: Service) -> Iterator[Reading]:
+    """On SQLite."""
+    Base.metadata.create_all(service.engine)
+    reading = Reading(service, service.engine)
+    yield reading
+    reading._go_on.set()
+
+
+@pytest.fixture
+def slowly(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Has the application's code take so many seconds for each value."""
+
+    def take(seconds: float) -> None:
+        monkeypatch.setattr(Slow, "meanwhile", lambda: reading.clock.turn(seconds))
+
+    return take
+
+
+FETCHES: dict[str, Callable[[Any], object]] = {
+    "all": lambda result: result.all(),
+    "fetchmany": lambda result: result.fetchmany(5_000),
+    "mappings": lambda result: result.mappings().all(),
+    "scalars": lambda result: result.scalars().all(),
+    "freeze": lambda result: result.freeze(),
+    "columns": lambda result: result.columns(1, 0).unique().all(),
+}
+
+
+@place("one long batch")
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_one_long_batch(reading: Reading, fetch: str) -> None:
+    """Thousands of rows fetched at once: opening them stops in the middle, when the keys' time is up."""
+    reading.write(3_000)
+    reading.takes = 0.001
+    with reading.options().connect() as connection:
+        result = connection.execute(select(letter.c.body, letter.c.draft))
+        reading.say_no()
+        reading.clock.turn(REVOKE_WITHIN - 0.5)
+        with pytest.raises(KeysExpiredError):
+            FETCHES[fetch](result)
+        with pytest.raises(ResourceClosedError):  # not with rows left out
+            result.all()
+    reading.check(500, 1_000)
+    reading.refused()
+
+
+@pytest.mark.parametrize("count", [3, 200])
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_one_batch_of_long_values(reading: Reading, fetch: str, count: int) -> None:
+    """Few rows of long texts take as long as many short ones, and end as soon."""
+    with reading.options().begin() as connection:
+        connection.execute(insert(letter), [{"body": "b", "draft": "x" * 100_000} for _ in range(count)])
+    reading.takes = 0.5
+    with reading.options().connect() as connection:
+        result = connection.execute(select(letter.c.draft, letter.c.id))
+        reading.say_no()
+        reading.clock.turn(REVOKE_WITHIN - 0.5)
+        with pytest.raises(KeysExpiredError):
+            FETCHES[fetch](result)
+    reading.check(1, 2)
+    reading.refused()
+
+
+@place("slow code of the application")
+@pytest.mark.parametrize("fetch", FETCHES)
+@pytest.mark.parametrize("orm", [False, True], ids=["core", "orm"])
+def test_slow_code_in_a_type(
+    reading: Reading, slowly: Callable[[float], None], fetch: str, orm: bool
+) -> None:
+    """A type's own code takes its time for each value; no further value is opened once time is up, of no column."""
+    reading.write(20)
+    slowly(40)
+    columns = (Letter.scan, Letter.body) if orm else (letter.c.scan, letter.c.body)
+    with Session(reading.options()) if orm else reading.options().connect() as source:
+        result = source.execute(select(*columns))
+        reading.say_no()
+        with pytest.raises(KeysExpiredError):
+            FETCHES[fetch](result)
+    reading.check(3, 3)  # a scan and a body, and a scan, in which the time ran out
+    reading.refused()
+
+
+def ten_at_a_time(result: Any) -> Iterator[Any]:
+    for rows in result.partitions(10):
+        yield from rows
+
+
+def one_at_a_time(result: Any) -> Iterator[Any]:
+    while (row := result.fetchone()) is not None:
+        yield row
+
+
+STREAMS: dict[str, Callable[[Any], Iterator[Any]]] = {
+    "rows": iter,
+    "partitions": ten_at_a_time,
+    "fetchone": one_at_a_time,
+    "scalars": lambda result: iter(result.scalars()),
+}
+
+
+def read_on(reading: Reading, rows: Iterator[Any]) -> list[Any]:
+    """Take a row each second, and say no after the first."""
+    taken: list[Any] = []
+    with pytest.raises(KeysExpiredError):  # noqa: PT012 - whichever row it is
+        for row in rows:
+            if not taken:
+                reading.say_no()
+            taken.append(row)
+            reading.clock.turn(1)
+    return taken
+
+
+@place("yield_per")
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("how", ["core", "orm", "query"])
+def test_yield_per(reading: Reading, stream: str, how: str) -> None:
+    """Rows that are taken one after the other end in time, though the driver has fetched more of them already."""
+    reading.write(200)
+    with Session(reading.options()) as session:
+        if how == "query":
+            rows = iter(session.query(Letter.body).yield_per(20))
+        else:
+            wanted = select(letter.c.body if how == "core" else Letter)
+            rows = STREAMS[stream](session.execute(wanted, execution_options={"yield_per": 20}))
+        taken = read_on(reading, rows)
+    assert (
+        REVOKE_WITHIN - 20 <= len(taken) <= REVOKE_WITHIN + 20
+    )  # 20 were opened at once, and are the application's
+    reading.check(len(taken), 3 * (REVOKE_WITHIN + 20))
+    reading.refused()
+
+
+@place("a server-side stream")
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_server_side_stream(service: Service, engine: Engine, stream: str) -> None:
+    """A cursor in the database goes on giving rows; they are opened no longer."""
+    service.byok.attach(engine)
+    Base.metadata.create_all(engine)
+    reading = Reading(service, engine)
+    reading.write(200)
+    with reading.options(stream_results=True, max_row_buffer=10).connect() as connection:
+        taken = read_on(reading, STREAMS[stream](connection.execute(select(letter.c.body))))
+    assert REVOKE_WITHIN - 10 <= len(taken) <= REVOKE_WITHIN + 10
+    reading.check(len(taken), len(taken) + 10)
+    reading.refused()
+
+
+@place("an async stream")
+@pytest.mark.parametrize("how", ["rows", "partitions", "scalars"])
+async def test_an_async_stream(service: Service, async_engine: AsyncEngine, how: str) -> None:
+    """The same over asyncio, where other tasks may run for any time between two rows."""
+    service.byok.attach(async_engine)
+    async with async_engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    reading = await asyncio.to_thread(Reading, service, async_engine)
+    async with reading.options().begin() as connection:
+        await connection.execute(insert(letter), [{"body": f"body {n}"} for n in range(200)])
+    taken = 0
+    async with AsyncSession(reading.options()) as session:
+        result = await session.stream(select(Letter), execution_options={"yield_per": 10})
+        source = {"rows": lambda: result, "partitions": result.partitions, "scalars": result.scalars}[how]()
+        with pytest.raises(KeysExpiredError):  # noqa: PT012 - whichever row it is
+            async for _ in source:
+                if not taken:
+                    reading.say_no()
+                taken += 10 if how == "partitions" else 1
+                reading.clock.turn(10 if how == "partitions" else 1)
+    assert REVOKE_WITHIN - 10 <= taken <= REVOKE_WITHIN + 10
+    reading.check(taken, REVOKE_WITHIN + 20)
+    async with reading.options().connect() as connection:
+        with pytest.raises(KeyDisabledError):
+            await connection.execute(select(letter.c.body))
+
+
+@place("direct mode's batch")
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_a_batch_of_direct_values(reading: Reading, fetch: str) -> None:
+    """Of direct columns the customer's KMS opens each value, and the "no" ends the batch that is being opened."""
+    reading.write(50)
+    asked: list[str] = []
+
+    def ask() -> None:
+        asked.append("the KMS")
+        if len(asked) == 20:
+            reading.kms.disable()
+
+    with reading.options().connect() as connection:
+        result = connection.execute(select(letter.c.ssn, letter.c.id))
+        assert result.fetchone() == ("0", 1)
+        reading.kms.latency(ask)
+        with pytest.raises(KeyDisabledError):
+            FETCHES[fetch](result)
+    assert 20 <= len(asked) < 20 + 2 * AT_ONCE  # those that were under way
+    assert len(reading.opened) == 1
+    reading.refused()
+
+
+@pytest.mark.parametrize("count", [3, 50])
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_a_slow_batch_of_direct_values(reading: Reading, fetch: str, count: int) -> None:
+    """What the KMS gave before the time was up is not opened after it by the tenant's other keys."""
+    reading.write(count)
+    with reading.options().connect() as connection:
+        result = connection.execute(select(letter.c.ssn, letter.c.body))
+        assert result.fetchone() == ("0", "body 0")
+        ring = reading.service.byok._keyrings.get("t1")
+        reading.kms.latency(lambda: reading.clock.turn(40))
+        with pytest.raises(KeysExpiredError):
+            FETCHES[fetch](result)
+    assert len(reading.opened) == 2
+    assert ring.cleared
+
+
+READ_EARLY: dict[str, Any] = {
+    "INSERT": insert(letter).return_defaults(supplemental_cols=[letter.c.scan], sort_by_parameter_order=True),
+    "UPDATE": update(letter).values(body="new").return_defaults(letter.c.scan),
+}
+
+
+@place("RETURNING, read early")
+@pytest.mark.parametrize("kind", READ_EARLY)
+def test_returning_that_is_read_early(reading: Reading, slowly: Callable[[float], None], kind: str) -> None:
+    """What SQLAlchemy reads of many rows before it gives a result away, as eager defaults do, is opened no later."""
+    reading.write(100)
+    rows = [{"body": "b", "scan": f"scan {n}"} for n in range(100)] if kind == "INSERT" else None
+    slowly(1)
+    with reading.options().begin() as connection:
+        reading.say_no()
+        with pytest.raises(KeysExpiredError):
+            connection.execute(READ_EARLY[kind], rows)
+    reading.check(REVOKE_WITHIN, 2 * (REVOKE_WITHIN + 1))
+    reading.refused()
+
+
+@pytest.mark.parametrize("entity", [letter, Letter], ids=["core", "orm"])
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_returning_of_many_rows(
+    reading: Reading, slowly: Callable[[float], None], entity: Any, fetch: str
+) -> None:
+    """What an INSERT in several batches gives back is opened as any other result."""
+    rows = [{"body": f"body {n}", "scan": f"scan {n}"} for n in range(1_500)]
+    slowly(1)
+    with Session(reading.options()) as session:
+        statement = insert(entity).returning(letter.c.scan, letter.c.id)
+        reading.say_no()
+        with pytest.raises(KeysExpiredError):
+            FETCHES[fetch](session.execute(statement, rows))
+    reading.check(REVOKE_WITHIN, REVOKE_WITHIN + 1)
+    reading.refused()
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

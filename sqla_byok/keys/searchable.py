@@ -12,11 +12,12 @@ A model declares what *may* be searched, too. What *is*, each tenant may say for
     off        NULL is written in place of a hash, and nothing is searched
 
 No process may search by hashes while another one writes rows without them, and each looks at the keystore only now and
-then. So a column never goes straight from off to on, nor from on to off: in between it is pending, for
-:data:`~sqla_byok.keys.generations.SETTLE` seconds at least, which is when every process knows. From pending to on it
-goes when a job has hashed the rows, which begins no earlier either. From its beginning on the column is stored as
-``hashing``, which is pending, but for releases that know nothing of the hashes: they may not write any more, since
-the job would not see their rows.
+then. So a column never goes straight from off to on, nor back. In between it is pending, for at least
+:data:`~sqla_byok.keys.generations.SETTLE` seconds: then every process knows.
+
+A pending column is on again when a job has hashed its rows. While the job runs, the column is stored as ``hashing``.
+That is pending, with one difference: a release that does not make these hashes may no longer write, or it would add
+rows behind the job's back.
 
 The whole of it is one text per tenant, which the manifest authenticates together with the generations: under the tenant
 key, at one epoch. So nobody who can write to the keystore can change it, or put an old one back.

@@ -242,7 +242,7 @@ class HashComparison(BinaryExpression[Any]):
 
 @compiles(HashComparison)
 def _compile_comparison(element: HashComparison, compiler: Any, **kwargs: Any) -> Any:
-    # The statement hooks see to it that a statement is compiled anew where the number is another.
+    # The steps of a statement see to it that it is compiled anew where the number is another.
     column = next(element.encrypted(), element.left)
     type_ = getattr(column, "type", None)
     owner = (

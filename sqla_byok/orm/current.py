@@ -116,9 +116,7 @@ class Attachment:
         explain_foreign(blob, column, None if ring is None else ring.tenant)
         if ring is None or self.keyrings is None:
             self.nobody(column)
-        refuse_foreign(
-            self.keyrings, column, cast("StatementRing", ring), blob
-        )  # the hooks put nothing else there
+        refuse_foreign(self.keyrings, column, cast("StatementRing", ring), blob)  # nothing else is put there
 
 
 def refuse_foreign(keyrings: Keyrings, where: str, ring: StatementRing, blob: bytes) -> NoReturn:

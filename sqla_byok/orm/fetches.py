@@ -22,6 +22,9 @@ __all__ = ["Columns", "Fetch", "Reader"]
 # runs code of the application, which may take any time, the clocks are looked at before each.
 _AT_ONCE = 256
 
+# In bytes. A longer value takes as long as many others: where there is one, the clocks are looked at before each.
+_LONG = 16_384
+
 # With fewer rows it does not pay to open them column by column.
 _MANY = 4
 
@@ -32,14 +35,24 @@ class Reader:
     :param taker: finds the keyring of the running statement.
     :param opening: makes Python values of stored ones.
     :param own_code: whether it runs code of the application for each value.
+    :param longest: its longest plaintext in bytes; None: no limit.
     :param cells: of a direct column: what the KMS has to decrypt first.
     """
 
-    __slots__ = ("_taker", "cells", "many", "one", "own_code", "owner")
+    __slots__ = ("_taker", "cells", "long", "many", "one", "own_code", "owner")
 
-    def __init__(self, taker: Taker, opening: Opening, *, own_code: bool, cells: Cells | None = None) -> None:
+    def __init__(
+        self,
+        taker: Taker,
+        opening: Opening,
+        *,
+        own_code: bool,
+        longest: int | None = None,
+        cells: Cells | None = None,
+    ) -> None:
         self._taker, self.owner = taker, taker.owner
         self.cells, self.own_code = cells, own_code
+        self.long = cells is None and (longest is None or longest > _LONG)  # what a KMS encrypts is short
         self.one, self.many = opening if cells is None else cells.opening(opening)
 
     def __call__(self, value: Any) -> Any:
@@ -59,6 +72,7 @@ class Columns(NamedTuple):
     :param owners: whose keys they take.
     :param direct: those whose values the KMS decrypts.
     :param own_code: whether code of the application runs for each value.
+    :param long: the places of those whose values may be long.
     :param at_once: how many rows are opened between two looks at the clocks.
     """
 
@@ -66,6 +80,7 @@ class Columns(NamedTuple):
     owners: Sequence[str | None]
     direct: Sequence[tuple[int, Cells]]
     own_code: bool
+    long: Sequence[int]
     at_once: int
 
     @classmethod
@@ -80,6 +95,7 @@ class Columns(NamedTuple):
             owners,
             [(place, reader.cells) for place, reader in readers if reader.cells is not None],
             any(reader.own_code for _, reader in readers),
+            [place for place, reader in readers if reader.long],
             max(1, _AT_ONCE // len(readers)),
         )
 
@@ -154,11 +170,12 @@ class Fetch:
             raise
 
     def _few(self, rows: Iterable[Any]) -> list[tuple[Any, ...]]:
-        rings, own_code, opened = self._rings, self._columns.own_code, []
+        rings, columns, opened = self._rings, self._columns, []
+        may_take_long = columns.own_code or columns.long
         for row in rows:
             cells = list(row)
-            for place, owner, one, _ in self._columns.readers:
-                if own_code:
+            for place, owner, one, _ in columns.readers:
+                if may_take_long:
                     self._look()
                 cells[place] = one(rings[owner], cells[place])
             opened.append(tuple(cells))
@@ -167,6 +184,8 @@ class Fetch:
     def _batch(self, rows: Sequence[Any]) -> Iterable[Any]:
         self._look()
         cells: list[Sequence[Any]] = list(zip(*rows, strict=True))
+        if any(_has_long(cells[place]) for place in self._columns.long):
+            return self._few(rows)
         for place, owner, _, many in self._columns.readers:
             cells[place] = many(self._rings[owner], cells[place])
         return zip(*cells, strict=True)
@@ -174,3 +193,10 @@ class Fetch:
     def _look(self) -> None:
         for keyring in self._checked:
             self._check(keyring)
+
+
+def _has_long(values: Sequence[Any]) -> bool:
+    try:
+        return max(map(len, filter(None, values)), default=0) > _LONG
+    except TypeError:  # no bytes: whoever opens it says so
+        return True

@@ -333,7 +333,8 @@ class Encrypted(Ours, TypeDecorator[_T], Generic[_T]):
         if self.mode == "direct":
             cells = direct.Cells(attachment, self.column_id, to_bytes, is_async=dialect.is_async)
             return Reader(taker, opening, own_code=own_code, cells=cells)
-        return Reader(taker, opening.after(to_bytes), own_code=own_code)
+        longest = codec_of(self.type_, dialect).max_size
+        return Reader(taker, opening.after(to_bytes), own_code=own_code, longest=longest)
 
     def opening(self, dialect: Dialect) -> Opening:
         """What makes Python values of stored values' bytes."""
