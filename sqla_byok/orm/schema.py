@@ -17,7 +17,6 @@ from sqlalchemy import (
     Computed,
     FetchedValue,
     Index,
-    LargeBinary,
     Table,
     UniqueConstraint,
     event,
@@ -28,7 +27,6 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.schema import ColumnCollectionConstraint, MetaData
 from sqlalchemy.sql.elements import BinaryExpression, ClauseElement, ColumnClause, Null, quoted_name
 from sqlalchemy.sql.schema import CallableColumnDefault
-from sqlalchemy.types import BINARY, VARBINARY
 
 from sqla_byok.errors import DeclarationError
 from sqla_byok.normalize import identity
@@ -186,7 +184,7 @@ def _adopt(
 @event.listens_for(Table, "column_reflect")
 def _reflected(inspector: Any, table: Table, given: Any) -> None:
     """Note of a column of bytes that it was read from the database, where no column tells that it holds hashes."""
-    if given["name"].endswith(hash_key("")) and isinstance(given["type"], LargeBinary | BINARY | VARBINARY):
+    if given["name"].endswith(hash_key("")) and upstream.is_binary(given["type"]):
         given["info"] = {**given.get("info", {}), _REFLECTED: True}
 
 

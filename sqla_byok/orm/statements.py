@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Engine, event
@@ -219,6 +220,13 @@ class Statements:
             lambda: keyrings.note(ring, written), lambda: keyrings.anote(ring, written)
         )
 
+    def _look_again(self, ring: StatementRing) -> None:
+        """Look at the keystore where binding took long, as it does with many values or with the customer's KMS."""
+        keyrings = self._keyrings
+        for each in singles(ring):
+            if keyrings.clock.boot() >= each.write_until:
+                upstream.run_or_await(partial(keyrings.look, each), partial(keyrings.alook, each))
+
     def _check_current(self, ring: StatementRing, need: Need) -> None:
         """Refuse to write and to search by keys that may have changed since the process looked."""
         if need.current and self._keyrings.clock.boot() >= ring.write_until:
@@ -240,7 +248,8 @@ class Statements:
         now = self._keyrings.clock.boot()
         for owner, ring in turn.rings.items():
             if now >= ring.write_until and needs.of[owner].current:
-                ring.outdated()
+                self._look_again(ring)
+                self._check_current(ring, needs.of[owner])
         need = needs.of.get(None)
         if need is not None and (need.reads or context.isinsert or context.isupdate):
             met = conn.__dict__.get(kept.MET)

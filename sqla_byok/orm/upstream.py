@@ -11,12 +11,13 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from copy import copy
 from importlib.util import find_spec
 from inspect import getattr_static
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
+from sqlalchemy.sql import sqltypes
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
     BinaryExpression,
@@ -68,6 +69,7 @@ __all__ = [
     "in_greenlet",
     "inside",
     "instead",
+    "is_binary",
     "is_made_up",
     "made_by",
     "multi_values",
@@ -647,6 +649,11 @@ def variants(type_: Any) -> Mapping[str, Any]:
     """The types that stand for a type on some dialects, by their names: see ``with_variant()``."""
     found: Mapping[str, Any] = type_._variant_mapping
     return found
+
+
+def is_binary(type_: Any) -> TypeGuard[sqltypes._Binary]:
+    """Whether a type is one of bytes, of any dialect: MySQL's TINYBLOB is no LargeBinary."""
+    return isinstance(type_, sqltypes._Binary)
 
 
 def text_of(element: Any) -> str | None:

@@ -62,6 +62,7 @@ from sqla_byok import (
     Encrypted,
     KeyDisabledError,
     KeysExpiredError,
+    KeystoreUnavailableError,
     KmsUnavailableError,
     LocalKms,
     NotAttachedError,
@@ -72,6 +73,7 @@ from sqla_byok import (
     UnknownDataKeyError,
 )
 from sqla_byok.keys.direct import AT_ONCE, _lanes
+from sqla_byok.keys.keyrings import WRITE_WITHIN
 from sqla_byok.orm import direct, plain
 
 __all__ = ["local_kms", "meter"]  # fixtures
@@ -380,6 +382,22 @@ def test_keys_that_end_during_the_calls_give_nothing(
         meter.on_call = lambda operation: clock.turn(301)
         with pytest.raises(KeysExpiredError):
             session.scalars(select(Patient.ssn).where(Patient.id == 1)).all()
+
+
+def test_a_write_that_waits_long_for_the_kms_looks_at_the_keystore(
+    local: Byok, sqlite: Engine, meter: Meter, clock: TurnableClock
+) -> None:
+    """Many values take a KMS minutes: they are written all the same, unless the tenant's keys changed meanwhile."""
+    with local.session("t1", sqlite) as session:
+        session.connection()
+        meter.on_call = lambda operation: clock.turn(WRITE_WITHIN + 1)
+        session.execute(insert(Note), [{"id": 1, "body": b"x"}])
+        meter.on_call = lambda operation: local.rotate_data_key("t1") and None
+        with pytest.raises(KeystoreUnavailableError):
+            session.execute(insert(Note), [{"id": 2, "body": b"x"}])
+        meter.on_call = lambda operation: None
+        session.execute(insert(Note), [{"id": 3, "body": b"x"}])
+        assert session.scalars(select(Note.id).order_by(Note.id)).all() == [1, 3]
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

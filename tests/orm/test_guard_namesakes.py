@@ -193,6 +193,15 @@ ORM: dict[str, Callable[[Session], Any]] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """Before a table's name refuses a statement, garbage is collected: here not that of a whole run, each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def crates(engine: Engine, byok: Byok) -> Engine:
     """The engine, with the tables and one row."""

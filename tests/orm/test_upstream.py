@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    BINARY,
     Column,
     CursorResult,
     Engine,
@@ -721,6 +722,13 @@ def test_expressions_of_an_exclusion_and_variants_of_a_type_are_told() -> None:
     variant = String(5)
     assert upstream.variants(String(3).with_variant(variant, "sqlite")) == {"sqlite": variant}
     assert upstream.variants(String(3)) == {}
+
+
+@pytest.mark.parametrize("type_", [LargeBinary(), BINARY(2), mysql.TINYBLOB(), postgresql.BYTEA()], ids=repr)
+def test_types_of_bytes_have_one_class(type_: Any) -> None:
+    """guard.py, schema.py and plain.py: of any dialect, as a database's columns are reflected."""
+    assert upstream.is_binary(type_)
+    assert not upstream.is_binary(String(2))
 
 
 def test_what_the_guard_reads_of_what_is_written_and_returned(memory: Engine) -> None:
