@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
