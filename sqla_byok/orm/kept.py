@@ -6,6 +6,7 @@ host                under                what
 ``Dialect``         ``ATTACHMENT``       what its engine is attached to
 ``Compiled``        ``NEEDS``            what the statement needs; None where nothing of it concerns us
 ``Compiled``        ``COLUMNS``          the columns of its result that are opened at the fetch
+``Compiled``        ``BINARY``           whether its result comes out of PostgreSQL's binary format the same
 ``Compiled``        ``WITH_ROWS``        an INSERT or UPDATE compiled for rows with their hashes, by the rows' keys
 ``Compiled``        ``SALTS``            by how many search salts it compares hashes, and by which specifications
 ``Connection``      ``TURN``             the tenant of the session that it works for, where that has its own
@@ -24,6 +25,7 @@ from typing import Any
 
 __all__ = [
     "ATTACHMENT",
+    "BINARY",
     "COLUMNS",
     "MET",
     "NEEDS",
@@ -42,6 +44,7 @@ __all__ = [
 ATTACHMENT = "_sqla_byok_attachment"
 NEEDS = "_sqla_byok_needs"
 COLUMNS = "_sqla_byok_columns"
+BINARY = "_sqla_byok_binary"
 WITH_ROWS = "_sqla_byok_with_rows"
 SALTS = "_sqla_byok_salts"
 TURN = "_sqla_byok_turn"

@@ -25,6 +25,7 @@ from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import NOTHING, Written
 from sqla_byok.orm import direct, kept, tenant_column, upstream
+from sqla_byok.orm.binary import ask_for_binary, learn_of_binary
 from sqla_byok.orm.current import RUNNING, Attachment, Turn, attachment_of
 from sqla_byok.orm.fetches import Columns, Fetch, Reader
 from sqla_byok.orm.guard import Guard
@@ -60,7 +61,8 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
     attachment.keyrings, attachment.blocks = keyrings, blocks
     statements = Statements(attachment, keyrings, blocks, guard)
     event.listen(engine, "handle_error", _hide_parameters)
-    upstream.step_in(engine, Execution, statements=statements)
+    binary = engine.dialect.driver in ("psycopg", "psycopg_async")
+    upstream.step_in(engine, Execution, statements=statements, binary=binary)
     engine.hide_parameters = True
     logger: Any = engine.logger
     # With echo=True there is a wrapper of SQLAlchemy's own around it.
@@ -265,9 +267,11 @@ class Execution(upstream.Steps):
     """The way of one statement, as its execution context takes it; mixed into that of the engine's dialect.
 
     :cvar statements: what the engine does with each of its statements.
+    :cvar binary: whether its driver may have to be asked for binary results.
     """
 
     statements: ClassVar[Statements]
+    binary: ClassVar[bool]
 
     _byok: tuple[Needs, Turn] | None = None  # of a statement that needs something
     _byok_readers: list[Reader | None] | None = None  # of the columns that processors were asked for
@@ -310,6 +314,8 @@ class Execution(upstream.Steps):
         finally:
             RUNNING.reset(token)
         self._byok = needs, turn
+        if cls.binary and not self.executemany:
+            ask_for_binary(self)
         if needs.tenant_rows is not None and needs.tenant_rows.defaults:
             tenant_column.check_defaults(self, turn.tenant)
         return self
@@ -349,6 +355,8 @@ class Execution(upstream.Steps):
             known[kept.COLUMNS] = Columns.of(self._byok_readers)
         columns = known.get(kept.COLUMNS)
         if columns is not None:
+            if self.binary and not self.executemany:
+                learn_of_binary(self)
             result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
         return result
 

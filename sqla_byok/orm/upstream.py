@@ -60,6 +60,7 @@ __all__ = [
     "conflicts",
     "criteria",
     "dml_within",
+    "driver_cursor",
     "excluded",
     "executed",
     "fanned_out",
@@ -392,6 +393,7 @@ class Steps:
     compiled: Any
     cursor: Any
     execution_options: Any
+    executemany: bool
     root_connection: Any
 
     if TYPE_CHECKING:
@@ -481,6 +483,11 @@ def compiled_anew(conn: Any, options: Any, clause: Any, parameters: Any) -> Call
     if len(rest) > 1:  # 2.1
         more["param_dict"] = rest[0]
     return Call(compiled, parameters, clause, extracted, more)
+
+
+def driver_cursor(context: Any) -> Any:
+    """The driver's own cursor of an execution, also under asyncio."""
+    return getattr(context.cursor, "_cursor", context.cursor)
 
 
 def reads_early(context: Any) -> bool:

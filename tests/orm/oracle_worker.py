@@ -11,7 +11,7 @@ from keys_tools import TurnableClock
 from orm.oracle_forms import ENCRYPTED, TENANTS, Built, Query, Row
 from sqlalchemy import URL, Engine, create_engine, delete, event, insert, update
 
-from sqla_byok import Byok, KeystoreUnavailableError, LocalKms, UnsupportedQueryError
+from sqla_byok import Byok, Encrypted, KeystoreUnavailableError, LocalKms, UnsupportedQueryError
 from sqla_byok.crypto.formats import DATA_KEY, READABLE
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -84,7 +84,8 @@ class Worker:
         for tenant in TENANTS:
             with self.byok.session(tenant, self.engine) as session:
                 for model in (ENCRYPTED.P, ENCRYPTED.V):
-                    session.execute(insert(model).values(id=0))
+                    nothing = {c.key: None for c in model.__table__.c if isinstance(c.type, Encrypted)}
+                    session.execute(insert(model).values(id=0, **nothing))
                     session.execute(delete(model).where(model.id == 0))
 
     def turn(self, seconds: float, looks: bool) -> None:
