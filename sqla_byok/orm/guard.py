@@ -19,7 +19,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import BINARY, VARBINARY, Dialect, Integer, LargeBinary, Select, Table
+from sqlalchemy import Dialect, Integer, Select, Table
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -207,7 +207,7 @@ _MEASURING = ("length", "octet_length", "bit_length")
 
 def _is_raw(element: Any) -> bool:
     type_ = getattr(element, "type", None)
-    return isinstance(element, ColumnClause) and isinstance(type_, LargeBinary | BINARY | VARBINARY)
+    return isinstance(element, ColumnClause) and isinstance(type_, upstream.BYTES)
 
 
 def _function(name: str) -> _Why:

@@ -142,7 +142,7 @@ def codec_of(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
         return codecs.enum_codec(type_.enums)
     if isinstance(type_, sqltypes.String):
         return codecs.text_codec(type_.length)
-    if isinstance(type_, sqltypes.LargeBinary | sqltypes._Binary):
+    if isinstance(type_, upstream.BYTES):
         return codecs.bytes_codec(type_.length)
     if isinstance(type_, sqltypes.Boolean):
         return codecs.bool_codec()

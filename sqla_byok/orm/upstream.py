@@ -34,6 +34,7 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
 from sqlalchemy.sql.selectable import FromClause, Lateral, ScalarValues, SelectState, TableClause, Values
+from sqlalchemy.sql.sqltypes import _Binary
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -42,6 +43,7 @@ from sqlalchemy.util.concurrency import in_greenlet as _in_greenlet
 from sqla_byok.orm.constructs import children, is_own
 
 __all__ = [
+    "BYTES",
     "Enclosing",
     "FanOut",
     "Named",
@@ -109,6 +111,9 @@ __all__ = [
     "written",
     "written_froms",
 ]
+
+BYTES = _Binary
+"""What every type of bytes is: LargeBinary, BINARY, VARBINARY, and MySQL's BLOBs of all sizes."""
 
 T = TypeVar("T")
 Item = tuple[Any, Any]

@@ -757,6 +757,47 @@ def test_a_hash_column_reflected_before_its_source_is_declared(byok: Byok, fille
         assert session.scalars(select(table.c.city).where(table.c.mrn == "A-1")).all() == ["Bern"]
 
 
+@pytest.mark.parametrize("way", ["table", "metadata", "columns"])
+def test_reflecting_a_declared_table_leaves_it_encrypted(byok: Byok, filled: Engine, way: str) -> None:
+    """Reading a table from the database over its declaration changes neither what is encrypted nor what is searched."""
+    metadata = MetaData()
+    declared = [Column("mrn", searchable(), key="number", unique=True), Column("email", searchable())]
+    table = Table("patient", metadata, Column("id", Integer, primary_key=True), *declared)
+    if way == "metadata":
+        metadata.reflect(filled, extend_existing=True)
+    else:
+        chosen = {"include_columns": ["id", "mrn", "email", "city"]} if way == "columns" else {}
+        Table("patient", metadata, autoload_with=filled, extend_existing=True, **chosen)
+
+    assert isinstance(table.c.number.type, Encrypted)
+    assert isinstance(table.c.email.type, Encrypted)
+    assert isinstance(table.c.number_hash.type, SearchHash)
+    with byok.session("t1", filled) as session:
+        assert session.scalars(select(table.c.city).where(table.c.number == "A-1")).all() == ["Bern"]
+        session.execute(insert(table), [{"number": "A-2", "email": "b@x.org", "city": "Genf"}])
+        assert session.scalars(select(table.c.city).where(table.c.email == "b@x.org")).all() == ["Genf"]
+        assert session.scalars(select(table.c.city).where(table.c.number == "A-2")).all() == ["Genf"]
+
+
+def test_a_type_that_is_given_while_reflecting(byok: Byok, filled: Engine) -> None:
+    """An application may say in column_reflect what is encrypted; a hash column that is read later is taken for it."""
+    metadata = MetaData()
+
+    @event.listens_for(metadata, "column_reflect")
+    def encrypted(inspector: Any, table: Table, given: Any) -> None:
+        given["key"] = f"{given['name']}_"
+        if given["name"] in ("mrn", "email"):
+            given["type"] = searchable()
+        elif given["name"].endswith("_hash"):
+            del given["key"]
+
+    table = Table("patient", metadata, autoload_with=filled)
+    with byok.session("t1", filled) as session:
+        session.execute(insert(table), [{"mrn_": "A-2", "email_": "b@x.org", "city_": "Genf"}])
+        for email in ("a@x.org", "b@x.org"):
+            assert len(session.scalars(select(table.c.mrn_).where(table.c.email_ == email)).all()) == 1
+
+
 def test_reflected_hash_column_follows_defaults(byok: Byok, filled: Engine) -> None:
     """A default that is declared for a reflected column, or taken away again, reaches its hash."""
     metadata = MetaData()
@@ -825,18 +866,55 @@ def test_table_reflected_without_declaring_anything_holds_bytes(filled: Engine) 
 # -- names that are taken --------------------------------------------------------------------------------------------
 
 
+def test_an_encrypted_column_is_not_replaced_by_a_plain_one() -> None:
+    """What declares a column again without encryption would write its values in the clear, and is refused."""
+    table = with_id(Column("mrn", searchable()), Column("name", Encrypted(String(20))))
+    for name in ("mrn", "name"):
+        for again in (Column(name, String(20)), Column(name, LargeBinary), Column("other", String, key=name)):
+            with pytest.raises(DeclarationError, match=rf"patient\.{name}: .* encrypted already"):
+                Table("patient", table.metadata, again, extend_existing=True)
+        with pytest.raises(DeclarationError, match="encrypted already"):
+            table.append_column(Column(name, String(20)), replace_existing=True)
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Patient(Base):
+        __tablename__ = "patient"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        mrn: Mapped[str] = mapped_column(searchable())
+
+    with pytest.raises(DeclarationError, match="encrypted already"):
+        Patient.mrn = mapped_column(String(20))  # type: ignore[assignment]
+    with pytest.raises(DeclarationError, match="mrn_hash"):
+        Patient.mrn_hash = mapped_column(LargeBinary)  # type: ignore[attr-defined]
+    Table(
+        "patient", Base.metadata, Column("mrn", searchable()), Column("city", String(9)), extend_existing=True
+    )
+
+
 @pytest.mark.parametrize(
-    "type_", [String(20), LargeBinary(), LargeBinary(32), BINARY(32), Integer()], ids=repr
+    "type_", [String(20), LargeBinary(), LargeBinary(32), BINARY(32), Integer(), searchable()], ids=repr
 )
 def test_own_column_with_the_name_of_the_hash_is_refused(type_: Any) -> None:
     """A column of the user's own that has the sibling's name is not taken over, whatever its type is."""
     with pytest.raises(DeclarationError, match=r"patient\.mrn: the table has a column 'mrn_hash' of its own"):
         with_id(Column("mrn_hash", type_), Column("mrn", searchable()))
-    with pytest.raises(Exception, match="A column with name 'mrn_hash' is already present"):
-        with_id(Column("mrn", searchable()), Column("mrn_hash", type_))
-    for own in (Column("mrn_hash", type_, key="digest"), Column("digest", type_, key="mrn_hash")):
+    for own in (
+        lambda: Column("mrn_hash", type_),
+        lambda: Column("mrn_hash", type_, key="digest"),
+        lambda: Column("digest", type_, key="mrn_hash"),
+    ):
         with pytest.raises(DeclarationError, match="mrn_hash"):
-            with_id(own, Column("mrn", searchable()))
+            with_id(own(), Column("mrn", searchable()))
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            with_id(Column("mrn", searchable()), own())
+        table = with_id(Column("mrn", searchable()))
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            table.append_column(own(), replace_existing=True)
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            Table("patient", table.metadata, own(), extend_existing=True)
+        assert isinstance(table.c.mrn_hash.type, SearchHash)
     metadata = MetaData()
     with_id(Column("mrn_hash", type_), metadata=metadata)
     with pytest.raises(DeclarationError, match="mrn_hash"):
