@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import pytest
 from sqlalchemy import (
     BINARY,
+    JSON,
     Column,
     Engine,
+    Enum,
     Index,
     Integer,
     LargeBinary,
@@ -55,6 +57,15 @@ from sqla_byok.orm.types import Digest, SearchHash
 on_sqlite = pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
 
 TYPED_MODEL = Path(__file__).parents[1] / "typing" / "model.py"
+
+
+class Code(Encrypted[str]):
+    """A type of an application's own."""
+
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(String(8), searchable=True)
 
 
 def searchable(**options: Any) -> Encrypted[str]:
@@ -664,6 +675,52 @@ def test_pickled_metadata() -> None:
     assert loaded.c.keys() == ["id", "mrn", "mrn_hash"]
     assert repr(loaded.c.mrn.type) == repr(table.c.mrn.type)
     assert loaded.c.mrn_hash.type.source is loaded.c.mrn.type
+
+
+def test_metadata_is_pickled_after_it_was_used(byok: Byok, engine: Engine) -> None:
+    """What statements have made of its types by then does not get in the way, of hash columns neither."""
+    table = with_id(Column("mrn", searchable()), Column("flags", Encrypted(JSON)))
+    table.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table), [{"mrn": "A-1", "flags": {"a": 1}}])
+        assert session.scalars(select(table.c.id).where(table.c.mrn == "A-1")).all() == [1]
+        loaded = pickle.loads(pickle.dumps(table.metadata)).tables["patient"]  # noqa: S301
+        found = select(loaded.c.flags).where(loaded.c.mrn == "A-1")
+        assert session.scalars(found).all() == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["process_bind_param", "process_result_value", "bind_expression", "column_expression", "bind_processor"],
+)
+def test_a_subclass_that_converts_values_is_refused(method: str) -> None:
+    """What it does would be passed over or run on ciphertext, and values be stored that nobody can read."""
+    with pytest.raises(DeclarationError, match=rf"{method}\(\).*TypeDecorator"):
+        type("Lowered", (Encrypted,), {method: lambda *_: None, "cache_ok": True})
+
+
+def test_a_subclass_may_give_options() -> None:
+    """A subclass that only declares what it wraps is an Encrypted like any other, and can be pickled and copied."""
+    table = with_id(Column("mrn", Code()))
+    copied = pickle.loads(pickle.dumps(table.to_metadata(MetaData()).metadata)).tables["patient"]  # noqa: S301
+    assert isinstance(copied.c.mrn.type, Code)
+    assert copied.c.keys() == ["id", "mrn", "mrn_hash"]
+
+
+def test_types_that_differ_in_one_option_share_no_statement() -> None:
+    """Two types of one column id have one key in the cache only where they make the same of a value."""
+    inside = [
+        String(20), String(20).with_variant(String(5), "sqlite"), String(20).with_variant(String(6), "sqlite"),
+        String(21), Enum("a", "b"), Enum("a", "c"), JSON(), JSON(none_as_null=True),
+    ]  # fmt: skip
+    types = [Encrypted(each, column_id="x.y") for each in inside]
+    options: list[dict[str, Any]] = [
+        {}, {"hash": "hmac-sha256"}, {"salt_scope": "s"}, {"normalize": str.casefold}, {"pad_to": 16}, {"owner": "o"},
+    ]  # fmt: skip
+    types += [Encrypted(String(20), searchable=True, column_id="x.y", **each) for each in options]
+    assert len({each._static_cache_key for each in types}) == len(types)
+    hashes = [each.hash_type for each in types if each.searchable]
+    assert len({each._static_cache_key for each in hashes}) == len(hashes)
 
 
 def test_extend_existing_keeps_one_hash_column() -> None:
