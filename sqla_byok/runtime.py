@@ -50,9 +50,10 @@ from sqla_byok.orm.digests import hashes, is_known
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.guard import Findings, Guard, search_hash
 from sqla_byok.orm.hash_index import searched_id
+from sqla_byok.orm.kept import SESSION_TURN
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.statements import attach
-from sqla_byok.orm.turns import ACTOR_OPTION, TENANT_OPTION, Blocks, Whose, one_tenant, whose
+from sqla_byok.orm.turns import TENANT_OPTION, Blocks, SessionTurn, Whose, one_tenant, whose
 from sqla_byok.orm.types import Digest
 
 if TYPE_CHECKING:
@@ -733,8 +734,7 @@ class Byok(Secret):
         self._require_attached(engine)
         who = _inheriting(actor, reason)
         self._keyrings.enter(tenant, who)
-        options_of_all = {TENANT_OPTION: tenant, ACTOR_OPTION: who}
-        with Session(engine.execution_options(**options_of_all), **options) as session:
+        with Session(engine, **_of_tenant(tenant, who, options)) as session:
             yield session
 
     @asynccontextmanager
@@ -756,8 +756,7 @@ class Byok(Secret):
         self._require_attached(getattr(engine, "sync_engine", None))
         who = _inheriting(actor, reason)
         await self._keyrings.aenter(tenant, who)
-        options_of_all = {TENANT_OPTION: tenant, ACTOR_OPTION: who}
-        async with AsyncSession(engine.execution_options(**options_of_all), **options) as session:
+        async with AsyncSession(engine, **_of_tenant(tenant, who, options)) as session:
             yield session
 
     def hash(self, column: Any, value: Any) -> Digest:
@@ -849,8 +848,12 @@ class Byok(Secret):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _tenant_of(self, bind: Engine | Connection) -> str | None:
-        return one_tenant(whose(bind.get_execution_options(), self._blocks))
+    def _tenant_of(self, session: Session, bind: Engine | Connection) -> str | None:
+        options: Mapping[str, Any] = bind.get_execution_options()
+        turn = session.info.get(SESSION_TURN)
+        if turn is not None and options.get(TENANT_OPTION) is None:
+            options = {**options, TENANT_OPTION: turn.tenant}
+        return one_tenant(whose(options, bind, self._blocks))
 
     def _tenant_of_column(self, column: Any) -> str:
         """Whose keys the column takes: its owner's, or those of the tenant whose turn it is."""
@@ -901,6 +904,11 @@ class Byok(Secret):
             )
         if attachment_of(engine.dialect).keyrings is not self._keyrings:
             raise NotAttachedError("give the engine to Byok.attach() before you open a session on it")
+
+
+def _of_tenant(tenant: str, who: Actor, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A session's options, with its own tenant among them."""
+    return {**options, "info": {**(options.get("info") or {}), SESSION_TURN: SessionTurn(tenant, who)}}
 
 
 def _only(found: list[Digest], column: Any) -> Digest:

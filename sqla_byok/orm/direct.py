@@ -234,10 +234,10 @@ class _Found(NamedTuple):
     tenant: str
 
 
-def reveal(obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[Any], str | None]) -> Any:
+def reveal(obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[Any, Any], str | None]) -> Any:
     """See :meth:`sqla_byok.Byok.reveal`.
 
-    :param tenant_of: tells the tenant of what a session is bound to.
+    :param tenant_of: tells the tenant of a session, by what it is bound to.
     """
     if upstream.in_greenlet():
         return await_only(areveal(obj, attribute, keyrings, tenant_of))
@@ -252,7 +252,7 @@ def reveal(obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[An
 
 
 async def areveal(
-    obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[Any], str | None]
+    obj: Any, attribute: str, keyrings: Keyrings, tenant_of: Callable[[Any, Any], str | None]
 ) -> Any:
     """:func:`reveal` from asyncio."""
     value = inspect(obj).dict.get(attribute)
@@ -268,7 +268,7 @@ async def areveal(
 
 
 def _find(
-    obj: Any, attribute: str, value: Sealed, keyrings: Keyrings, tenant_of: Callable[[Any], str | None]
+    obj: Any, attribute: str, value: Sealed, keyrings: Keyrings, tenant_of: Callable[[Any, Any], str | None]
 ) -> _Found:
     session = object_session(obj)
     if session is None:
@@ -291,7 +291,7 @@ def _find(
     attachment = attachment_of(bind.dialect)
     if attachment.keyrings is not keyrings:
         raise NotAttachedError(f"{value.column}: the object's engine is not attached to this Byok")
-    tenant = type_.owner or tenant_of(bind)
+    tenant = type_.owner or tenant_of(session, bind)
     if tenant is None:
         attachment.nobody(value.column)
     return _Found(value, type_, bind.dialect, tenant)

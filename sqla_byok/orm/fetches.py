@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 from sqla_byok.crypto.values import Opening, Taker
+from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.orm.current import Turn
 from sqla_byok.orm.direct import Cells, decrypted
@@ -95,23 +96,27 @@ class Fetch:
 
     def __init__(self, inner: Any, turn: Turn, columns: Columns) -> None:
         self._inner, self._turn, self._columns = inner, turn, columns
-        self._rings = [turn.rings[owner] for owner in columns.owners]
-        self._checked = [each for ring in self._rings for each in singles(ring)]
+        self._rings: Sequence[StatementRing] = [turn.rings[owner] for owner in columns.owners]
+        self._checked: Sequence[Keyring] = (
+            self._rings  # type: ignore[assignment] # of one tenant, as most often
+            if all(type(ring) is Keyring for ring in self._rings)
+            else [each for ring in self._rings for each in singles(ring)]
+        )
         self._check = cast("Keyrings", turn.attachment.keyrings).check
 
     @property
     def alternate_cursor_description(self) -> Any:
         return self._inner.alternate_cursor_description
 
-    def fetchone(self, result: Any, *args: Any, **kwargs: Any) -> Any:
-        row = self._inner.fetchone(result, *args, **kwargs)
+    def fetchone(self, result: Any, cursor: Any, hard_close: bool = False) -> Any:
+        row = self._inner.fetchone(result, cursor, hard_close)
         return row if row is None else self._opened(result, (row,))[0]
 
-    def fetchmany(self, result: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._opened(result, self._inner.fetchmany(result, *args, **kwargs))
+    def fetchmany(self, result: Any, cursor: Any, size: int | None = None) -> Any:
+        return self._opened(result, self._inner.fetchmany(result, cursor, size))
 
-    def fetchall(self, result: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._opened(result, self._inner.fetchall(result, *args, **kwargs))
+    def fetchall(self, result: Any, cursor: Any) -> Any:
+        return self._opened(result, self._inner.fetchall(result, cursor))
 
     def yield_per(self, result: Any, cursor: Any, num: int) -> None:
         self._inner.yield_per(result, cursor, num)
@@ -167,5 +172,5 @@ class Fetch:
         return zip(*cells, strict=True)
 
     def _look(self) -> None:
-        for ring in self._checked:
-            self._check(ring)
+        for keyring in self._checked:
+            self._check(keyring)

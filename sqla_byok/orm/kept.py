@@ -6,9 +6,12 @@ host                under                what
 ``Dialect``         ``ATTACHMENT``       what its engine is attached to
 ``Compiled``        ``NEEDS``            what the statement needs; None where nothing of it concerns us
 ``Compiled``        ``COLUMNS``          the columns of its result that are opened at the fetch
+``Compiled``        ``WITH_ROWS``        an INSERT or UPDATE compiled for rows with their hashes, by the rows' keys
 ``Compiled``        ``SALTS``            by how many search salts it compares hashes, and by which specifications
+``Connection``      ``TURN``             the tenant of the session that it works for, where that has its own
 ``Connection``      ``UNIT``             the keyring of a tenant that wants a KMS call for each transaction
 ``Connection``      ``MET``              for whom its transaction has worked so far
+``Session.info``    ``SESSION_TURN``     its tenant, where it has one of its own
 ``Session.info``    ``SESSION_MET``      the same of the session's transactions, by engine
 ``Column.info``     ``SOURCE``, …        what a hash column follows: see :mod:`sqla_byok.orm.schema`
 ==================  ===================  =============================================================================
@@ -25,7 +28,10 @@ __all__ = [
     "MET",
     "NEEDS",
     "SESSION_MET",
+    "SESSION_TURN",
+    "TURN",
     "UNASKED",
+    "WITH_ROWS",
     "compared",
     "held",
     "hold",
@@ -36,9 +42,12 @@ __all__ = [
 ATTACHMENT = "_sqla_byok_attachment"
 NEEDS = "_sqla_byok_needs"
 COLUMNS = "_sqla_byok_columns"
+WITH_ROWS = "_sqla_byok_with_rows"
 SALTS = "_sqla_byok_salts"
+TURN = "_sqla_byok_turn"
 UNIT = "_sqla_byok_unit"
 MET = "_sqla_byok_met"
+SESSION_TURN = "byok_turn"
 SESSION_MET = "byok_met"
 
 UNASKED: Any = object()

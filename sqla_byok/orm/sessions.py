@@ -46,7 +46,7 @@ def meet(
     :raises TenantMismatchError: it updates what may be another tenant's.
     """
     of_conn = conn.get_execution_options()
-    own = options.get(TENANT_OPTION) == of_conn.get(TENANT_OPTION) or tenant == whose(of_conn, blocks)
+    own = options.get(TENANT_OPTION) == of_conn.get(TENANT_OPTION) or tenant == whose(of_conn, conn, blocks)
     if not (own or reads):
         return
     tenants = _met(conn)
@@ -77,19 +77,21 @@ def _met(conn: Any) -> list[Whose | None]:
 
 
 @event.listens_for(Session, "after_begin")
-def _check_session(session: Session, transaction: Any, connection: Any) -> None:
-    """Refuse a session that still holds one tenant's values when it begins a transaction for another.
+def _begin(session: Session, transaction: Any, connection: Any) -> None:
+    """Give the connection the session's own tenant; refuse a session that still holds another tenant's values.
 
-    It would write what changed in them under the other's keys. With ``expire_on_commit=True`` it holds none, nor after
-    ``expunge_all()`` and ``close()``.
+    It would write what changed in them under the tenant's keys. With ``expire_on_commit=True`` it holds none, nor
+    after ``expunge_all()`` and ``close()``.
     """
     attachment = connection.dialect.__dict__.get(kept.ATTACHMENT)
     if attachment is None or attachment.blocks is None:
         return
+    if (turn := session.info.get(kept.SESSION_TURN)) is not None:
+        connection.__dict__[kept.TURN] = turn
     met: dict[Any, list[Whose | None]] = session.info.setdefault(kept.SESSION_MET, {})
     tenants, before = _met(connection), met.get(connection.engine)
     if before:
-        tenant = whose(connection.get_execution_options(), attachment.blocks)
+        tenant = whose(connection.get_execution_options(), connection, attachment.blocks)
         others = [each for each in before if each != tenant]
         first = next((each for each in others if each is not SEALED), None)
         if tenant is not None and tenant is not SEALED and first is not None and _holds(session, plain=True):

@@ -1,16 +1,17 @@
 """The way of every statement on an attached engine. docs/statements.md tells its life, with a picture.
 
-In the order in which a statement passes: :meth:`Statements.before` completes INSERT and UPDATE; once the statement is
-compiled, :class:`Execution` looks what it needs, and :meth:`Statements.begin` finds whose turn it is and opens what is
-cold; its parameters are bound under that turn; :meth:`Statements.send` looks at the clocks and at the transaction a
-last time; and its result keeps the turn, by which rows are opened as they are fetched: see
+SQLAlchemy compiles a statement, or finds it compiled, and makes an execution context for it, which here is an
+:class:`Execution`. In the order of its steps: :meth:`Statements.complete` gives INSERT and UPDATE their hashes;
+:meth:`Statements.ask` looks what the compiled statement needs, once; :meth:`Statements.begin` finds whose turn it is
+and opens what is cold; the parameters are bound under that turn; :meth:`Statements.send` looks at the clocks and at the
+transaction a last time; and the result keeps the turn, by which rows are opened as they are fetched: see
 :mod:`sqla_byok.orm.fetches`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Engine, event
@@ -18,7 +19,6 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.selectable import SelectBase
 
-from sqla_byok.audit import Actor
 from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
@@ -30,8 +30,9 @@ from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
-from sqla_byok.orm.turns import ACTOR_OPTION, Blocks, Whose, whose
+from sqla_byok.orm.turns import Blocks, Whose, whose
 from sqla_byok.orm.types import SearchHash
+from sqla_byok.orm.upstream import Call
 from sqla_byok.orm.writes import fill, refuse_compiled
 
 __all__ = ["attach"]
@@ -57,7 +58,6 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
         )
     attachment.keyrings, attachment.blocks = keyrings, blocks
     statements = Statements(attachment, keyrings, blocks, guard)
-    event.listen(engine, "before_execute", statements.before, retval=True)
     event.listen(engine, "handle_error", _hide_parameters)
     upstream.step_in(engine, Execution, statements=statements)
     engine.hide_parameters = True
@@ -72,32 +72,34 @@ class Statements:
     def __init__(self, attachment: Attachment, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> None:
         self._attachment, self._keyrings, self._blocks, self._guard = attachment, keyrings, blocks, guard
 
-    # -- before it is compiled -------------------------------------------------------------------------------------
+    # -- as it was given -------------------------------------------------------------------------------------------
 
-    def before(
-        self, conn: Any, clause: Any, multi: Any, params: Any, options: Mapping[str, Any]
-    ) -> tuple[Any, Any, Any]:
-        """Complete an INSERT or UPDATE, and hold DML to the tenant's rows. SQLAlchemy's event ``before_execute``."""
-        if isinstance(clause, SelectBase):
-            return clause, multi, params
-        given = upstream.inside(clause)
-        is_dml = getattr(given, "is_dml", None)
-        tenant = whose(options, self._blocks) if tenant_column.used else None
-        if is_dml is None:
+    def complete(self, conn: Any, options: Mapping[str, Any], call: Call) -> Call:
+        """Give an INSERT or UPDATE its hashes, and hold DML to the tenant's rows.
+
+        :param call: what is to be executed.
+        :returns: what is executed in its place; the same where there is nothing to do.
+        """
+        tenant = whose(options, conn, self._blocks) if tenant_column.used else None
+        if call.clause is None:
             if tenant_column.used:
-                tenant_column.refuse_compiled(clause, tenant)
-            refuse_compiled(clause)
-        if not is_dml:
-            return clause, multi, params
-        statement, rows = given, multi or ([params] if params else [])
+                tenant_column.refuse_compiled(call.compiled, tenant)
+            refuse_compiled(call.compiled)
+            return call
+        given, given_rows = upstream.inside(call.clause), call.parameters or ()
+        if not getattr(given, "is_dml", False):
+            return call
+        statement, rows = given, given_rows
         if tenant_column.used:
             statement = tenant_column.check(statement, rows, tenant)
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
             statement, rows = filled
-            multi, params = (rows, {}) if multi else ([], rows[0] if rows else {})
         if tenant_column.used:
             statement = tenant_column.hold_conflicts(statement, tenant)
-        return clause if statement is given else upstream.instead(clause, statement), multi, params
+        if statement is not given:
+            clause = upstream.instead(call.clause, statement)
+            return upstream.compiled_anew(conn, options, clause, rows)
+        return call if rows is given_rows else _with_rows(conn, options, call, rows)
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
 
@@ -114,19 +116,21 @@ class Statements:
         needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
         return needs
 
-    def begin(self, conn: Any, options: Mapping[str, Any], needs: Needs) -> Turn:
+    def begin(self, conn: Any, options: Mapping[str, Any], needs: Needs) -> tuple[Turn, bool]:
         """Whose turn it is, with the keys that the statement needs.
 
+        :returns: also whether it was compiled for as many search salts as there are.
         :raises UnsupportedQueryError: the guard refuses it.
         :raises NoTenantError: it needs a tenant's keys, and there is no tenant.
         :raises KmsError: a tenant has to be opened, and its KMS refuses or does not answer.
         """
-        tenant = whose(options, self._blocks)
+        tenant = whose(options, conn, self._blocks)
         if needs.tenant_rows is not None:
             tenant_column.check_compiled(needs.tenant_rows, tenant)
         if needs.refusal is not None:
             _refuse(needs.refusal)
         rings: dict[str | None, StatementRing] = {}
+        fits = True
         for owner, need in needs.of.items():
             taker = tenant if owner is None or tenant is SEALED else owner
             if taker is None:
@@ -134,39 +138,44 @@ class Statements:
                 continue
             ring: StatementRing | None = self._keyrings.warm(taker)  # type: ignore[arg-type] # only a name is found
             if ring is None:
-                ring = self._ring(conn, taker, options.get(ACTOR_OPTION))
+                ring = self._ring(conn, taker)
             if need.hashes and ring.searchable is not need.allowed_by:
                 ring = self._ready(ring, need)
+            if need.salts and need.salts != len(ring.live_salts):
+                fits = False
             rings[owner] = ring
         if needs.conflict is not None and needs.conflict.owner in rings:
             _refuse_upsert(needs.conflict, rings[needs.conflict.owner])
-        return Turn(self._attachment, tenant, rings)
+        return Turn(self._attachment, tenant, rings), fits
 
-    def fan_out(self, needs: Needs, turn: Turn) -> upstream.FanOut:
-        """What has the statement compiled for as many search salts as there are."""
-        return upstream.FanOut(
-            tuple(
-                (owner, len(turn.rings[owner].live_salts)) for owner, need in needs.of.items() if need.salts
-            )
-        )
+    def fan_out(self, conn: Any, options: Mapping[str, Any], call: Call, needs: Needs, turn: Turn) -> Call:
+        """The statement compiled for as many search salts as there are."""
+        if call.clause is None:
+            _refuse_precompiled(turn)
+        live = {owner: len(turn.rings[owner].live_salts) for owner, need in needs.of.items() if need.salts}
+        statement = upstream.inside(call.clause).options(upstream.FanOut(tuple(live.items())))
+        clause = upstream.instead(call.clause, statement)
+        return upstream.compiled_anew(conn, options, clause, call.parameters)
 
-    def _ring(self, conn: Any, tenant: Whose, who: Actor | None) -> StatementRing:
+    def _ring(self, conn: Any, tenant: Whose) -> StatementRing:
         """The keyring of a tenant; of several; of nobody."""
         if isinstance(tenant, SealedRing):
             return tenant
         if isinstance(tenant, Across):
-            return AcrossRing(tenant, [self._one(conn, name, who) for name in tenant.names])
-        return self._one(conn, tenant, who)
+            return AcrossRing(tenant, [self._one(conn, name) for name in tenant.names])
+        return self._one(conn, tenant)
 
-    def _one(self, conn: Any, tenant: str, who: Actor | None) -> Keyring:
+    def _one(self, conn: Any, tenant: str) -> Keyring:
         keyrings, clock = self._keyrings, self._keyrings.clock
         ring = keyrings.warm(tenant) or of_unit(conn, tenant, clock)
         if ring is not None and ring.lease.one_unit and clock.boot() >= ring.fresh_until:
             held = ring
             ring = upstream.run_or_await(lambda: keyrings.look(held), lambda: keyrings.alook(held))
         if ring is None:
+            turn = conn.__dict__.get(kept.TURN)
+            actor = None if turn is None else turn.actor
             ring = upstream.run_or_await(
-                lambda: keyrings.get(tenant, actor=who), lambda: keyrings.aget(tenant, actor=who)
+                lambda: keyrings.get(tenant, actor=actor), lambda: keyrings.aget(tenant, actor=actor)
             )
         return ring
 
@@ -228,10 +237,15 @@ class Statements:
             kept.hold(conn, own)
         if needs.sends and isinstance(own, Keyring):
             direct.send(context, self._keyrings, own)
+        now = self._keyrings.clock.boot()
         for owner, ring in turn.rings.items():
-            self._check_current(ring, needs.of[owner])
+            if now >= ring.write_until and needs.of[owner].current:
+                ring.outdated()
         need = needs.of.get(None)
         if need is not None and (need.reads or context.isinsert or context.isupdate):
+            met = conn.__dict__.get(kept.MET)
+            if met is not None and met[0] is conn.get_transaction() and met[1] == [turn.tenant]:
+                return
             updates = need.binds and context.isupdate
             meet(
                 conn, context.execution_options, turn.tenant, self._blocks, reads=need.reads, updates=updates
@@ -261,25 +275,29 @@ class Execution(upstream.Steps):
 
     @classmethod
     def of_compiled(
-        cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any, *more: Any, **kw: Any
-    ) -> Any:
+        cls, dialect: Any, conn: Any, dbapi: Any, options: Any,
+        compiled: Any, parameters: Any, clause: Any, extracted: Any, **more: Any,
+    ) -> Any:  # fmt: skip
+        statements = cls.statements
+        if not isinstance(clause, SelectBase):
+            call = Call(compiled, parameters, clause, extracted, more)
+            compiled, parameters, clause, extracted, more = statements.complete(conn, options, call)
         needs = compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
         if needs is kept.UNASKED:
-            needs = cls.statements.ask(compiled)
+            needs = statements.ask(compiled)
         if needs is None:
-            return super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
-        turn = cls.statements.begin(conn, options, needs)
-        if not _is_compiled_for(needs, turn):
-            parameters, clause, _ = more
-            if clause is None:
-                _refuse_precompiled(turn)
-            fan_out = cls.statements.fan_out(needs, turn)
-            clause = upstream.instead(clause, upstream.inside(clause).options(fan_out))
-            compiled, extracted, kw = upstream.compiled_anew(conn, clause, parameters, options)
-            more = parameters, clause, extracted
+            return super().of_compiled(
+                dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
+            )
+        turn, fits = statements.begin(conn, options, needs)
+        if not fits:
+            call = Call(compiled, parameters, clause, extracted, more)
+            compiled, _, clause, extracted, more = statements.fan_out(conn, options, call, needs, turn)
         token = RUNNING.set(turn)
         try:
-            self = super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
+            self = super().of_compiled(
+                dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
+            )
         finally:
             RUNNING.reset(token)
         self._byok = needs, turn
@@ -309,27 +327,31 @@ class Execution(upstream.Steps):
     def result_of(self) -> Any:
         if self._byok is None:
             return super().result_of()
-        _, turn = self._byok
-        token = RUNNING.set(turn)  # for what it reads itself
-        try:
+        (_, turn), known = self._byok, self.compiled.__dict__
+        if known.get(kept.COLUMNS) is not None:
             result = super().result_of()
-        finally:
-            RUNNING.reset(token)
+        else:
+            token = RUNNING.set(turn)  # for what it reads itself
+            try:
+                result = super().result_of()
+            finally:
+                RUNNING.reset(token)
         if self._byok_readers is not None:
-            self.compiled.__dict__[kept.COLUMNS] = Columns.of(self._byok_readers)
-        columns = self.compiled.__dict__.get(kept.COLUMNS)
+            known[kept.COLUMNS] = Columns.of(self._byok_readers)
+        columns = known.get(kept.COLUMNS)
         if columns is not None:
             result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
         return result
 
 
-def _is_compiled_for(needs: Needs, turn: Turn) -> bool:
-    """Whether a statement looks up as many search salts as there are."""
-    for owner, ring in turn.rings.items():
-        salts = needs.of[owner].salts
-        if salts and salts != len(ring.live_salts):
-            return False
-    return True
+def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence[Any]) -> Call:
+    """The same statement compiled for rows with other keys; kept, since a flush makes the same ones each time."""
+    known = call.compiled.__dict__.setdefault(kept.WITH_ROWS, {})
+    keys = tuple(rows[0]) if rows else ()
+    compiled = known.get(keys)
+    if compiled is None:
+        compiled = known[keys] = upstream.compiled_anew(conn, options, call.clause, rows).compiled
+    return call._replace(compiled=compiled, parameters=rows)
 
 
 def _refuse_precompiled(turn: Turn) -> NoReturn:

@@ -132,7 +132,7 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
     blocks = attachment_of(connection.dialect).blocks
     if blocks is None:
         return
-    tenant = whose(connection.get_execution_options(), blocks)
+    tenant = whose(connection.get_execution_options(), connection, blocks)
     for table in mapper.tables:
         key = _key_of(table)
         if key is None:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 from sqla_byok.audit import Actor
 from sqla_byok.errors import NoTenantError
+from sqla_byok.orm.kept import TURN
 from sqla_byok.orm.rings import SEALED, Across, SealedRing
 
 __all__ = [
-    "ACTOR_OPTION",
     "SEALED_OPTION",
     "TENANT_OPTION",
     "Block",
     "Blocks",
+    "SessionTurn",
     "Whose",
     "one_tenant",
     "shown",
@@ -31,8 +32,16 @@ TENANT_OPTION = "byok_tenant"
 SEALED_OPTION = "byok_sealed"
 """The execution option that has a session, connection or engine work without keys; it goes before any tenant."""
 
-ACTOR_OPTION = "byok_actor"
-"""Who is named in the audit for what a statement opens; Byok.session() sets it."""
+
+class SessionTurn(NamedTuple):
+    """Whose a session of :meth:`Byok.session` is; its connections carry it.
+
+    :param tenant: the tenant of all its statements, unless an execution option says another.
+    :param actor: who is named in the audit for what a statement opens.
+    """
+
+    tenant: str
+    actor: Actor
 
 
 class Block(NamedTuple):
@@ -84,12 +93,16 @@ def _without(ended: object, block: Block | None) -> Block | None:
     return block._replace(outer=_without(ended, block.outer))
 
 
-def whose(options: Mapping[str, Any], blocks: Blocks) -> Whose | None:
-    """The tenant of a statement with these execution options.
+def whose(options: Mapping[str, Any], conn: Any, blocks: Blocks) -> Whose | None:
+    """The tenant of a statement.
 
+    :param options: its execution options.
+    :param conn: the connection that executes it, which may be a session's with a tenant of its own.
     :param blocks: the blocks around it. A sealed one holds for sessions with a tenant of their own too.
     """
     tenant: Whose | None = options.get(TENANT_OPTION)
+    if tenant is None and (of_session := conn.__dict__.get(TURN)) is not None:
+        tenant = of_session.tenant
     block = blocks.innermost.get()
     if block is None:
         if tenant is None:

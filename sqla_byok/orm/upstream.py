@@ -44,6 +44,7 @@ from sqla_byok.orm.constructs import children, is_own
 
 __all__ = [
     "BYTES",
+    "Call",
     "Enclosing",
     "FanOut",
     "Named",
@@ -452,11 +453,25 @@ def step_in(engine: Engine, steps: type[Steps], **attributes: Any) -> None:
     engine.clear_compiled_cache()  # what was compiled and read before keeps result processors that are not ours
 
 
-def compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """What SQLAlchemy makes of a statement before it executes it: the statement compiled, or found compiled.
+class Call(NamedTuple):
+    """What an execution is given, in SQLAlchemy's order.
 
-    :returns: the compiled statement, the values that were taken out of it, and what else its execution is told.
+    :param compiled: the compiled statement.
+    :param parameters: the rows of parameters; none where it has none.
+    :param clause: the statement; None of one that was compiled beforehand.
+    :param extracted: the values that were taken out of it when it was compiled.
+    :param more: what else SQLAlchemy tells.
     """
+
+    compiled: Any
+    parameters: Any
+    clause: Any
+    extracted: Any
+    more: dict[str, Any]
+
+
+def compiled_anew(conn: Any, options: Any, clause: Any, parameters: Any) -> Call:
+    """What SQLAlchemy makes of a statement before it executes it: compiled, or found compiled."""
     compiled, extracted, *rest = clause._compile_w_cache(
         dialect=conn.dialect,
         compiled_cache=options.get("compiled_cache", conn.engine._compiled_cache),
@@ -468,7 +483,7 @@ def compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tupl
     more = {"cache_hit": rest[-1]}
     if len(rest) > 1:  # 2.1
         more["param_dict"] = rest[0]
-    return compiled, extracted, more
+    return Call(compiled, parameters, clause, extracted, more)
 
 
 def reads_early(context: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from orm.fill_forms import (
+    AS_GIVEN,
     FORMS,
     REFUSED,
     Base,
@@ -55,6 +56,7 @@ def run_all(byok: Byok, engine: Engine, forms: Sequence[Form]) -> None:
     assert not failures, "\n".join(failures)
 
 
+@AS_GIVEN
 @pytest.mark.parametrize("group", FORMS)
 def test_every_form_of_writing_leaves_ciphertext_and_the_right_hash(
     byok: Byok, engine: Engine, group: str
@@ -63,6 +65,7 @@ def test_every_form_of_writing_leaves_ciphertext_and_the_right_hash(
     run_all(byok, engine, FORMS[group])
 
 
+@AS_GIVEN
 def test_what_cannot_be_kept_in_step_is_refused(byok: Byok, engine: Engine) -> None:
     """SQL expressions, lone hashes and the like are refused in the column's name before anything is written."""
     run_all(byok, engine, REFUSED)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from orm.fill_forms import FORMS, REFUSED, Base, Patient, check_stored, patient, recorded
+from orm.fill_forms import AS_GIVEN, FORMS, REFUSED, Base, Patient, check_stored, patient, recorded
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqla_byok import Byok, UnsupportedQueryError
 
 
+@AS_GIVEN
 @pytest.mark.parametrize("group", [*FORMS, "refused"])
 async def test_every_form_of_writing_works_over_async_drivers(
     abyok: Byok, async_engine: AsyncEngine, group: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sqlalchemy
+from orm.fill_forms import AS_GIVEN
 from orm.query_page import PAGE, SECTIONS, page
 from sqlalchemy import Engine
 
@@ -18,6 +19,7 @@ def _verdicts(content: str) -> list[str]:
     return [line.split(" | refused | ")[0] for line in lines]
 
 
+@AS_GIVEN
 @pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
 def test_the_page_is_what_the_forms_do(byok: Byok, engine: Engine, request: pytest.FixtureRequest) -> None:
     """A form that was added, or does something else now, is on the page; run with --update-snapshots."""

@@ -578,20 +578,12 @@ def test_a_statement_can_be_compiled_anew_as_sqlalchemy_does_it() -> None:
     engine = create_engine("sqlite://")
     with engine.connect() as connection:
         statement = select(bindparam("x", type_=Integer))
-        first, *_ = upstream.compiled_anew(connection, statement, [{"x": 1}], {})
-        again, extracted, more = upstream.compiled_anew(connection, statement, [{"x": 2}], {})
-        assert again is first
-        assert [bind.key for bind in extracted] == ["x"]
+        first = upstream.compiled_anew(connection, {}, statement, [{"x": 1}])
+        again = upstream.compiled_anew(connection, {}, statement, [{"x": 2}])
+        assert again.compiled is first.compiled
+        assert [bind.key for bind in again.extracted] == ["x"]
         context = engine.dialect.execution_ctx_cls._init_compiled(  # type: ignore[attr-defined]
-            engine.dialect,
-            connection,
-            connection.connection,
-            {},
-            again,
-            [{"x": 2}],
-            statement,
-            extracted,
-            **more,
+            engine.dialect, connection, connection.connection, {}, *again[:-1], **again.more
         )
         assert list(context.parameters[0]) == [2]
         assert not upstream.reads_early(context)
