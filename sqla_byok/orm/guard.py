@@ -89,7 +89,7 @@ def search_hash(column: Any) -> ColumnElement[Any]:
     rotated one value may have two hashes: a statement that groups by them is refused for that tenant meanwhile.
 
     :param column: the attribute, column or hash_index, also of an alias; a column of a subquery or CTE that selects
-        the hash column too. For what an INSERT of a class returns, take the column of its table.
+        the hash column too.
     :returns: the hash column in the same FROM. Fetched, it is a :class:`~sqla_byok.Digest`.
     :raises UnsupportedQueryError: if it is no searchable encrypted column, or its FROM has no hash column.
     """

@@ -115,6 +115,8 @@ class hash_index(hybrid_property[_T | None]):  # noqa: N801 - used like hybrid_p
         )
 
     def _result_of(self, instance: Any) -> _T | None:
+        if not self.sources:
+            _ = self.key  # says what is wrong
         values = [getattr(instance, source) for source in self.sources]
         for value in values:
             if value is None or type(value) is Sealed:

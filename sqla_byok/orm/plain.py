@@ -218,16 +218,15 @@ def _overrides(type_: TypeDecorator[Any], method: str) -> bool:
 
 
 def cache_key_of(type_: TypeEngine[Any]) -> Any:
-    """SQLAlchemy's own key, and what it leaves out: what is inside a TypeDecorator, and the names of an Enum."""
-    key = type_._static_cache_key
-    if key is NO_CACHE:
-        return NO_CACHE
+    """SQLAlchemy's own key, and what it leaves out: what is inside a TypeDecorator, variants, the names of an Enum."""
+    parts: list[Any] = [type_._static_cache_key]
     if isinstance(type_, sqltypes.Enum):
-        return key, type_.enum_class, tuple(type_.enums)
+        parts += [type_.enum_class, *type_.enums]
     if is_plain_decorator(type_):
-        inside = cache_key_of(_inside(type_, None))
-        return NO_CACHE if inside is NO_CACHE else (key, inside)
-    return key
+        parts.append(cache_key_of(_inside(type_, None)))
+    for dialect_name, variant in upstream.variants(type_).items():
+        parts += [dialect_name, cache_key_of(variant)]
+    return NO_CACHE if NO_CACHE in parts else tuple(parts)
 
 
 def _enum_steps(type_: sqltypes.Enum) -> tuple[Process | None, Process | None]:

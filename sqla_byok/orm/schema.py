@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from sqlalchemy import (
     CheckConstraint,
@@ -170,21 +170,47 @@ def _adopt(
     type_: Encrypted[Any] = column.type  # type: ignore[assignment]
     ours = existing.info.get(SOURCE) == column.key and INDEX not in existing.info
     if existing.key != hash_key(column.key) or not (ours or _REFLECTED in existing.info):
-        raise DeclarationError(
-            f"{type_.column_id}: the table has a column {hash_key(column.key)!r} of its own, whose name is needed for "
-            "the search hashes. If it is meant for them, leave it out: it is made with the encrypted column; otherwise "
-            "give it another name",
-            column=type_.column_id,
-        )
+        _refuse_name(type_, hash_key(column.key))
     existing.type = type_.hash_type
     existing.info[SOURCE], existing.info[_NAMES] = column.key, (column.name,)
     _index_existing(existing, table, unique)
 
 
+def _refuse_name(type_: Encrypted[Any], name: str) -> NoReturn:
+    raise DeclarationError(
+        f"{type_.column_id}: the table has a column {name!r} of its own, whose name is needed for the search hashes. "
+        "If it is meant for them, leave it out: it is made with the encrypted column; otherwise give it another name",
+        column=type_.column_id,
+    )
+
+
+@event.listens_for(Column, "before_parent_attach")
+def _refuse_plain(column: Column[Any], table: Any) -> None:
+    """Refuse a plain column in the place of an encrypted one or of its hash column, which it would replace."""
+    if not isinstance(table, Table) or not declares_encrypted(table.metadata):
+        return
+    there = _called(table, column.key, column.name)
+    if there is None or isinstance(column.type, SearchHash):
+        return
+    if isinstance(there.type, SearchHash):
+        _refuse_name(there.type.source, there.key)
+    if isinstance(there.type, Encrypted) and not isinstance(column.type, Encrypted):
+        raise DeclarationError(
+            f"{there.type.column_id}: the table has this column encrypted already, and a plain one in its place would "
+            "write what it is given in the clear; declare it once",
+            column=there.type.column_id,
+        )
+
+
 @event.listens_for(Table, "column_reflect")
 def _reflected(inspector: Any, table: Table, given: Any) -> None:
-    """Note of a column of bytes that it was read from the database, where no column tells that it holds hashes."""
-    if given["name"].endswith(hash_key("")) and upstream.is_binary(given["type"]):
+    """Keep what is declared of a column that is read from the database, and note of others what may hold hashes."""
+    there = next((column for column in table.c if column.name == given["name"]), None)
+    if there is not None and isinstance(there.type, Encrypted | SearchHash):
+        info = {key: value for key, value in there.info.items() if key != _HAS_HASH}
+        given.update(type=there.type, key=there.key, info={**given.get("info", {}), **info})
+    elif given["name"].endswith(hash_key("")) and upstream.is_binary(given["type"]):
+        # No column tells that it holds hashes.
         given["info"] = {**given.get("info", {}), _REFLECTED: True}
 
 

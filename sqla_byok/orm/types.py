@@ -55,6 +55,19 @@ __all__ = ["Digest", "Encrypted", "IndexHash", "IndexedValue", "LeakWarning", "S
 
 _T = TypeVar("_T")
 
+# By which a type makes another value of one.
+_CONVERTING = (
+    "process_bind_param",
+    "process_result_value",
+    "process_literal_param",
+    "bind_processor",
+    "result_processor",
+    "literal_processor",
+    "bind_expression",
+    "column_expression",
+    "load_dialect_impl",
+)
+
 # What a transform may return, and the type that a column of it would have.
 _RESULTS: dict[type, type[TypeEngine[Any]]] = {
     str: String,
@@ -127,6 +140,15 @@ class Encrypted(Ours, TypeDecorator[_T], Generic[_T]):
 
     impl = LargeBinary
     cache_ok = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = [method for method in _CONVERTING if method in vars(cls)]
+        if own:
+            raise DeclarationError(
+                f"{cls.__name__}: a subclass of Encrypted takes no {own[0]}(), which would be passed over or run on "
+                "ciphertext; convert values in a TypeDecorator inside it: Encrypted(YourType)"
+            )
 
     def __init__(
         self,
@@ -267,8 +289,8 @@ class Encrypted(Ours, TypeDecorator[_T], Generic[_T]):
         if inner is NO_CACHE:
             return NO_CACHE
         return (
-            type(self), inner, self.searchable, self.hash, self.salt_scope, self.normalize, self.column_id, self.pad_to,
-            self.owner, self.mode,
+            _declared_class(type(self)), inner, self.searchable, self.hash, self.salt_scope, self.normalize,
+            self.column_id, self.pad_to, self.owner, self.mode,
         )  # fmt: skip
 
     @property
@@ -574,7 +596,8 @@ class IndexedValue(Encrypted[Any]):
     @memoized_property
     def _static_cache_key(self) -> Any:
         keys = tuple(source._static_cache_key for source in self.sources)
-        return NO_CACHE if NO_CACHE in keys else (type(self), self.column_id, self.transform, keys)
+        made = _declared_class(type(self)), self.column_id, self.transform, keys
+        return NO_CACHE if NO_CACHE in keys else made
 
 
 class IndexHash(SearchHash):

@@ -35,6 +35,7 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
 from sqlalchemy.sql.selectable import FromClause, Lateral, ScalarValues, SelectState, TableClause, Values
+from sqlalchemy.sql.util import _deep_deannotate
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -108,6 +109,7 @@ __all__ = [
     "with_conflicts",
     "with_criterion",
     "with_multi_values",
+    "with_returned",
     "with_target",
     "with_values",
     "written",
@@ -765,6 +767,27 @@ def returning(dml: Any) -> Sequence[Any]:
     """What an INSERT, UPDATE or DELETE returns."""
     found: Sequence[Any] = dml._returning
     return found
+
+
+def with_returned(insert: Any, unmapped: Callable[[Any], bool]) -> Any:
+    """The same INSERT, which returns some columns as those of its table.
+
+    Of a class the ORM would leave them out, since no attribute is mapped to them.
+
+    :param unmapped: whether an expression is such a column, or a label of one.
+    """
+    found = insert._returning
+    taken = tuple(
+        _deep_deannotate(each, values=_OF_ENTITY)
+        if "parententity" in getattr(each, "element", each)._annotations and unmapped(each)
+        else each
+        for each in found
+    )
+    if all(one is other for one, other in zip(found, taken, strict=True)):
+        return insert
+    new = insert._generate()
+    new._returning = taken
+    return new
 
 
 def returned(compiled: Any) -> Sequence[Any]:

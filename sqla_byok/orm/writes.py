@@ -72,7 +72,15 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
         rows = [{**row, **_copies(row, copied)} for row in rows]
     if plan.searchable:
         rows = _fill_rows(clause, table, plan, rows)
+    if clause.is_insert:
+        clause = upstream.with_returned(clause, lambda one: _is_hash_of(table, one))
     return clause, rows
+
+
+def _is_hash_of(table: Any, element: Any) -> bool:
+    """Whether an expression is a hash column of a table, or a label of one."""
+    bare = getattr(element, "element", element)
+    return isinstance(getattr(bare, "type", None), SearchHash) and bare.table == table
 
 
 def written(clause: Any) -> list[Mapping[str | None, Written]]:

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import pytest
 from sqlalchemy import (
     BINARY,
+    JSON,
     Column,
     Engine,
+    Enum,
     Index,
     Integer,
     LargeBinary,
@@ -55,6 +57,15 @@ from sqla_byok.orm.types import Digest, SearchHash
 on_sqlite = pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
 
 TYPED_MODEL = Path(__file__).parents[1] / "typing" / "model.py"
+
+
+class Code(Encrypted[str]):
+    """A type of an application's own."""
+
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(String(8), searchable=True)
 
 
 def searchable(**options: Any) -> Encrypted[str]:
@@ -666,6 +677,52 @@ def test_pickled_metadata() -> None:
     assert loaded.c.mrn_hash.type.source is loaded.c.mrn.type
 
 
+def test_metadata_is_pickled_after_it_was_used(byok: Byok, engine: Engine) -> None:
+    """What statements have made of its types by then does not get in the way, of hash columns neither."""
+    table = with_id(Column("mrn", searchable()), Column("flags", Encrypted(JSON)))
+    table.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table), [{"mrn": "A-1", "flags": {"a": 1}}])
+        assert session.scalars(select(table.c.id).where(table.c.mrn == "A-1")).all() == [1]
+        loaded = pickle.loads(pickle.dumps(table.metadata)).tables["patient"]  # noqa: S301
+        found = select(loaded.c.flags).where(loaded.c.mrn == "A-1")
+        assert session.scalars(found).all() == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["process_bind_param", "process_result_value", "bind_expression", "column_expression", "bind_processor"],
+)
+def test_a_subclass_that_converts_values_is_refused(method: str) -> None:
+    """What it does would be passed over or run on ciphertext, and values be stored that nobody can read."""
+    with pytest.raises(DeclarationError, match=rf"{method}\(\).*TypeDecorator"):
+        type("Lowered", (Encrypted,), {method: lambda *_: None, "cache_ok": True})
+
+
+def test_a_subclass_may_give_options() -> None:
+    """A subclass that only declares what it wraps is an Encrypted like any other, and can be pickled and copied."""
+    table = with_id(Column("mrn", Code()))
+    copied = pickle.loads(pickle.dumps(table.to_metadata(MetaData()).metadata)).tables["patient"]  # noqa: S301
+    assert isinstance(copied.c.mrn.type, Code)
+    assert copied.c.keys() == ["id", "mrn", "mrn_hash"]
+
+
+def test_types_that_differ_in_one_option_share_no_statement() -> None:
+    """Two types of one column id have one key in the cache only where they make the same of a value."""
+    inside = [
+        String(20), String(20).with_variant(String(5), "sqlite"), String(20).with_variant(String(6), "sqlite"),
+        String(21), Enum("a", "b"), Enum("a", "c"), JSON(), JSON(none_as_null=True),
+    ]  # fmt: skip
+    types = [Encrypted(each, column_id="x.y") for each in inside]
+    options: list[dict[str, Any]] = [
+        {}, {"hash": "hmac-sha256"}, {"salt_scope": "s"}, {"normalize": str.casefold}, {"pad_to": 16}, {"owner": "o"},
+    ]  # fmt: skip
+    types += [Encrypted(String(20), searchable=True, column_id="x.y", **each) for each in options]
+    assert len({each._static_cache_key for each in types}) == len(types)
+    hashes = [each.hash_type for each in types if each.searchable]
+    assert len({each._static_cache_key for each in hashes}) == len(hashes)
+
+
 def test_extend_existing_keeps_one_hash_column() -> None:
     """Declaring a table's column again replaces the source and keeps one sibling, with what is asked of it now."""
     metadata = MetaData()
@@ -757,6 +814,47 @@ def test_a_hash_column_reflected_before_its_source_is_declared(byok: Byok, fille
         assert session.scalars(select(table.c.city).where(table.c.mrn == "A-1")).all() == ["Bern"]
 
 
+@pytest.mark.parametrize("way", ["table", "metadata", "columns"])
+def test_reflecting_a_declared_table_leaves_it_encrypted(byok: Byok, filled: Engine, way: str) -> None:
+    """Reading a table from the database over its declaration changes neither what is encrypted nor what is searched."""
+    metadata = MetaData()
+    declared = [Column("mrn", searchable(), key="number", unique=True), Column("email", searchable())]
+    table = Table("patient", metadata, Column("id", Integer, primary_key=True), *declared)
+    if way == "metadata":
+        metadata.reflect(filled, extend_existing=True)
+    else:
+        chosen = {"include_columns": ["id", "mrn", "email", "city"]} if way == "columns" else {}
+        Table("patient", metadata, autoload_with=filled, extend_existing=True, **chosen)
+
+    assert isinstance(table.c.number.type, Encrypted)
+    assert isinstance(table.c.email.type, Encrypted)
+    assert isinstance(table.c.number_hash.type, SearchHash)
+    with byok.session("t1", filled) as session:
+        assert session.scalars(select(table.c.city).where(table.c.number == "A-1")).all() == ["Bern"]
+        session.execute(insert(table), [{"number": "A-2", "email": "b@x.org", "city": "Genf"}])
+        assert session.scalars(select(table.c.city).where(table.c.email == "b@x.org")).all() == ["Genf"]
+        assert session.scalars(select(table.c.city).where(table.c.number == "A-2")).all() == ["Genf"]
+
+
+def test_a_type_that_is_given_while_reflecting(byok: Byok, filled: Engine) -> None:
+    """An application may say in column_reflect what is encrypted; a hash column that is read later is taken for it."""
+    metadata = MetaData()
+
+    @event.listens_for(metadata, "column_reflect")
+    def encrypted(inspector: Any, table: Table, given: Any) -> None:
+        given["key"] = f"{given['name']}_"
+        if given["name"] in ("mrn", "email"):
+            given["type"] = searchable()
+        elif given["name"].endswith("_hash"):
+            del given["key"]
+
+    table = Table("patient", metadata, autoload_with=filled)
+    with byok.session("t1", filled) as session:
+        session.execute(insert(table), [{"mrn_": "A-2", "email_": "b@x.org", "city_": "Genf"}])
+        for email in ("a@x.org", "b@x.org"):
+            assert len(session.scalars(select(table.c.mrn_).where(table.c.email_ == email)).all()) == 1
+
+
 def test_reflected_hash_column_follows_defaults(byok: Byok, filled: Engine) -> None:
     """A default that is declared for a reflected column, or taken away again, reaches its hash."""
     metadata = MetaData()
@@ -825,18 +923,55 @@ def test_table_reflected_without_declaring_anything_holds_bytes(filled: Engine) 
 # -- names that are taken --------------------------------------------------------------------------------------------
 
 
+def test_an_encrypted_column_is_not_replaced_by_a_plain_one() -> None:
+    """What declares a column again without encryption would write its values in the clear, and is refused."""
+    table = with_id(Column("mrn", searchable()), Column("name", Encrypted(String(20))))
+    for name in ("mrn", "name"):
+        for again in (Column(name, String(20)), Column(name, LargeBinary), Column("other", String, key=name)):
+            with pytest.raises(DeclarationError, match=rf"patient\.{name}: .* encrypted already"):
+                Table("patient", table.metadata, again, extend_existing=True)
+        with pytest.raises(DeclarationError, match="encrypted already"):
+            table.append_column(Column(name, String(20)), replace_existing=True)
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Patient(Base):
+        __tablename__ = "patient"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        mrn: Mapped[str] = mapped_column(searchable())
+
+    with pytest.raises(DeclarationError, match="encrypted already"):
+        Patient.mrn = mapped_column(String(20))  # type: ignore[assignment]
+    with pytest.raises(DeclarationError, match="mrn_hash"):
+        Patient.mrn_hash = mapped_column(LargeBinary)  # type: ignore[attr-defined]
+    Table(
+        "patient", Base.metadata, Column("mrn", searchable()), Column("city", String(9)), extend_existing=True
+    )
+
+
 @pytest.mark.parametrize(
-    "type_", [String(20), LargeBinary(), LargeBinary(32), BINARY(32), Integer()], ids=repr
+    "type_", [String(20), LargeBinary(), LargeBinary(32), BINARY(32), Integer(), searchable()], ids=repr
 )
 def test_own_column_with_the_name_of_the_hash_is_refused(type_: Any) -> None:
     """A column of the user's own that has the sibling's name is not taken over, whatever its type is."""
     with pytest.raises(DeclarationError, match=r"patient\.mrn: the table has a column 'mrn_hash' of its own"):
         with_id(Column("mrn_hash", type_), Column("mrn", searchable()))
-    with pytest.raises(Exception, match="A column with name 'mrn_hash' is already present"):
-        with_id(Column("mrn", searchable()), Column("mrn_hash", type_))
-    for own in (Column("mrn_hash", type_, key="digest"), Column("digest", type_, key="mrn_hash")):
+    for own in (
+        lambda: Column("mrn_hash", type_),
+        lambda: Column("mrn_hash", type_, key="digest"),
+        lambda: Column("digest", type_, key="mrn_hash"),
+    ):
         with pytest.raises(DeclarationError, match="mrn_hash"):
-            with_id(own, Column("mrn", searchable()))
+            with_id(own(), Column("mrn", searchable()))
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            with_id(Column("mrn", searchable()), own())
+        table = with_id(Column("mrn", searchable()))
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            table.append_column(own(), replace_existing=True)
+        with pytest.raises(DeclarationError, match="mrn_hash"):
+            Table("patient", table.metadata, own(), extend_existing=True)
+        assert isinstance(table.c.mrn_hash.type, SearchHash)
     metadata = MetaData()
     with_id(Column("mrn_hash", type_), metadata=metadata)
     with pytest.raises(DeclarationError, match="mrn_hash"):

@@ -810,6 +810,23 @@ def test_what_cannot_be_declared_is_refused(what: str) -> None:
         WRONG[what]()
 
 
+def test_an_index_that_was_assigned_later_says_so() -> None:
+    """Where nothing tells it its sources it is refused by name, whatever is asked of it."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Guest(Own):
+        __tablename__ = "hi_guest"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        phone: Mapped[str] = mapped_column(Encrypted(String(20)))
+
+    Guest.phone_last4 = hash_index("phone", transform=last(4))  # type: ignore[attr-defined]
+    for asked in (lambda: Guest(phone="555").phone_last4, lambda: Guest.phone_last4 == "1"):  # type: ignore[attr-defined]
+        with pytest.raises(DeclarationError, match="in the body of its class"):
+            asked()
+
+
 def test_a_copied_table_has_the_index_too() -> None:
     """to_metadata() keeps the transform, and takes the id of the new table."""
     copied = person.to_metadata(MetaData(), schema="s")

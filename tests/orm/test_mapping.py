@@ -476,7 +476,7 @@ def test_a_hash_can_be_read(session: Session, byok: Byok, kind: str) -> None:
 
 
 def test_a_hash_can_be_returned(session: Session, byok: Byok) -> None:
-    """What an UPDATE or DELETE wrote or removed; of an INSERT through the ORM by the table's column."""
+    """What an UPDATE or DELETE wrote or removed, or an INSERT through the ORM or of the table."""
     if session.get_bind().dialect.name in ("mysql", "mariadb"):
         pytest.skip("MySQL has no RETURNING")
     with byok.tenant("t1"):
@@ -486,8 +486,35 @@ def test_a_hash_can_be_returned(session: Session, byok: Byok) -> None:
     assert session.scalars(change).all() == [expected]
     removed = delete(Person).where(search_hash(Person.mrn) == "Z-9").returning(search_hash(Person.mrn))
     assert session.scalars(removed).all() == [expected]
-    added = insert(Person).returning(search_hash(table.c.record_number))
-    assert session.scalars(added, [{"id": 9, "kind": "person", "mrn": "Z-9"}]).all() == [expected]
+    for found in (search_hash(Person.mrn), search_hash(table.c.record_number), table.c.record_number_hash):
+        added = session.scalars(insert(Person).returning(found), [{"id": 9, "kind": "person", "mrn": "Z-9"}])
+        assert added.all() == [expected]
+        session.execute(delete(Person).where(Person.id == 9))
+
+
+@pytest.mark.parametrize("rows", ["one", "several", "values"])
+def test_an_insert_returns_hashes_beside_other_columns(session: Session, rows: str) -> None:
+    """Whatever stands beside it, and of a class with tables of its own too: what a SELECT would give of the rows."""
+    many = rows == "several"
+    ids = [20, 21] if many else [20]
+    given = [{"id": nth, "mrn": f"R-{nth}", "phone": "555 1234"} for nth in ids]
+    hashes = [search_hash(Person.mrn), search_hash(Person.phone_last4)]
+    returned: list[tuple[Any, dict[str, Any], list[Any]]] = [
+        (Person, {"kind": "person"}, [*hashes, Person.id, Person.name]),
+        (Person, {"kind": "person"}, [Person, search_hash(Person.mrn).label("found")]),
+        (Doctor, {"kind": "doctor", "licence": "L"}, [search_hash(Doctor.licence), *hashes, Doctor.mrn]),
+    ]
+    if rows != "values":
+        both = [Nurse.id, search_hash(Nurse.badge), search_hash(Nurse.mrn)]
+        returned.append((Nurse, {"badge": "N", "kind": "nurse"}, both))
+    for cls, more, what in returned:
+        full = [{**each, **more} for each in given]
+        if rows == "values":
+            added = session.execute(insert(cls).values(full).returning(*what)).all()
+        else:
+            added = session.execute(insert(cls).returning(*what, sort_by_parameter_order=True), full).all()
+        assert added == session.execute(select(*what).where(cls.id.in_(ids)).order_by(cls.id)).all()
+        session.rollback()
 
 
 def test_a_hash_of_an_index_can_be_read(session: Session, byok: Byok) -> None:
