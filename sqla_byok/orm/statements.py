@@ -10,7 +10,7 @@ last time; and its result keeps the turn, by which rows are opened as they are f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from sqlalchemy import Engine, event
@@ -98,6 +98,30 @@ class Statements:
         if tenant_column.used:
             statement = tenant_column.hold_conflicts(statement, tenant)
         return clause if statement is given else upstream.instead(clause, statement), multi, params
+
+    def again(
+        self, conn: Any, compiled: Any, options: Mapping[str, Any], more: Sequence[Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+        """Look once more at an INSERT, UPDATE or DELETE that a listener of the application's heard of after us.
+
+        What it put in the statement's place, or into its values, is completed and held to the tenant like any other.
+
+        :param more: the parameters, the statement itself and the values taken out of it, as an execution is given them.
+        :returns: what is to be executed instead; None where nobody listens behind us.
+        """
+        if upstream.hears_last(conn, self.before):
+            return None
+        parameters, clause, *_ = more if len(more) > 1 else (*more, None)
+        many = len(parameters) > 1
+        multi, params = (parameters, {}) if many else ([], parameters[0] if parameters else {})
+        clause, multi, params = self.before(
+            conn, compiled if clause is None else clause, multi, params, options
+        )
+        if clause is compiled:
+            return None
+        parameters = list(multi) or ([params] if params else [])
+        compiled, extracted, kw = upstream.compiled_anew(conn, clause, parameters, options)
+        return compiled, (parameters, clause, extracted), kw
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
 
@@ -263,6 +287,10 @@ class Execution(upstream.Steps):
     def of_compiled(
         cls, dialect: Any, conn: Any, dbapi: Any, options: Any, compiled: Any, *more: Any, **kw: Any
     ) -> Any:
+        if compiled.dml_compile_state is not None and (
+            changed := cls.statements.again(conn, compiled, options, more)
+        ):
+            compiled, more, kw = changed
         needs = compiled.__dict__.get(kept.NEEDS, kept.UNASKED)
         if needs is kept.UNASKED:
             needs = cls.statements.ask(compiled)

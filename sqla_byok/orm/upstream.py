@@ -62,6 +62,7 @@ __all__ = [
     "executed",
     "fanned_out",
     "has_rows",
+    "hears_last",
     "held_to",
     "hints",
     "in_greenlet",
@@ -464,6 +465,13 @@ def compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tupl
     if len(rest) > 1:  # 2.1
         more["param_dict"] = rest[0]
     return compiled, extracted, more
+
+
+def hears_last(conn: Any, listener: Any) -> bool:
+    """Whether nobody hears of a statement after this listener of ``before_execute``."""
+    *_, last = conn.dispatch.before_execute
+    heard: bool = last == listener
+    return heard
 
 
 def reads_early(context: Any) -> bool:

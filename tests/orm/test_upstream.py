@@ -573,6 +573,29 @@ def test_an_execution_takes_the_steps_of_ours() -> None:
     engine.dispose()
 
 
+def test_it_is_known_who_hears_last_of_a_statement() -> None:
+    """A connection's own listeners hear of it first; one that goes away leaves the one before it the last."""
+    engine, heard = create_engine("sqlite://"), list[bool]()
+
+    def ours(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> Any:
+        heard.append(upstream.hears_last(conn, ours))
+        return clause, multi, params
+
+    def other(conn: Any, *args: Any) -> None:
+        pass
+
+    event.listen(engine, "before_execute", ours, retval=True)
+    for target in ("nobody", "engine", "nobody", "connection"):
+        with engine.connect() as connection:
+            if target != "nobody":
+                event.listen(engine if target == "engine" else connection, "before_execute", other)
+            connection.execute(select(1))
+            if target == "engine":
+                event.remove(engine, "before_execute", other)
+    assert heard == [True, False, True, True]
+    engine.dispose()
+
+
 def test_a_statement_can_be_compiled_anew_as_sqlalchemy_does_it() -> None:
     """`_compile_w_cache` and what an execution is told of it: rotated salts have a statement compiled once more."""
     engine = create_engine("sqlite://")
