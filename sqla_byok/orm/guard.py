@@ -882,7 +882,7 @@ class _Walk:
             self.visit(element.element, _COMPUTED)
             self.visit(element.partition_by, _WINDOW)
             self.visit(element.order_by, _WINDOW)
-        elif isinstance(element, UnaryExpression) and why is None:
+        elif isinstance(element, UnaryExpression) and why is None and not isinstance(element, Exists):
             self._within(element, _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED)
         elif not (self._nested(element, why) or self._named(element, why)):
             self._within(element, why or _COMPUTED)

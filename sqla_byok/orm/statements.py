@@ -30,7 +30,7 @@ from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
-from sqla_byok.orm.turns import ACTOR_OPTION, Blocks, Whose, whose
+from sqla_byok.orm.turns import ACTOR_OPTION, TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.writes import fill, refuse_compiled
 
@@ -89,6 +89,8 @@ class Statements:
             refuse_compiled(clause)
         if not is_dml:
             return clause, multi, params
+        if TENANT_OPTION in clause._execution_options and tenant_column.used:
+            refuse_overruled(clause._execution_options, options, conn.get_execution_options())
         statement, rows = given, multi or ([params] if params else [])
         if tenant_column.used:
             statement = tenant_column.check(statement, rows, tenant)
@@ -111,7 +113,7 @@ class Statements:
         """
         if upstream.hears_last(conn, self.before):
             return None
-        parameters, clause, *_ = more if len(more) > 1 else (*more, None)
+        parameters, clause, _ = more
         many = len(parameters) > 1
         multi, params = (parameters, {}) if many else ([], parameters[0] if parameters else {})
         clause, multi, params = self.before(
@@ -296,6 +298,8 @@ class Execution(upstream.Steps):
             needs = cls.statements.ask(compiled)
         if needs is None:
             return super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
+        if more[1] is not None and TENANT_OPTION in (own := more[1]._execution_options):
+            refuse_overruled(own, options, conn.get_execution_options())
         turn = cls.statements.begin(conn, options, needs)
         if not _is_compiled_for(needs, turn):
             parameters, clause, _ = more

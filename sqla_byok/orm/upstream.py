@@ -33,7 +33,16 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
-from sqlalchemy.sql.selectable import FromClause, Lateral, ScalarValues, SelectState, TableClause, Values
+from sqlalchemy.sql.selectable import (
+    AliasedReturnsRows,
+    FromClause,
+    Lateral,
+    ScalarValues,
+    SelectState,
+    TableClause,
+    Values,
+)
+from sqlalchemy.sql.util import ClauseAdapter
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -65,6 +74,7 @@ __all__ = [
     "hears_last",
     "held_to",
     "hints",
+    "in_alias",
     "in_greenlet",
     "inside",
     "instead",
@@ -329,6 +339,11 @@ def _expression(value: Any, type_: Any) -> Any:
     if hasattr(value, "__clause_element__"):
         value = value.__clause_element__()
     return value if isinstance(value, ClauseElement) else BindParameter(None, value, type_=type_, unique=True)
+
+
+def in_alias(criterion: Any, table: Any) -> Any:
+    """A criterion with the columns of an alias in the place of those of its table; of a table it is as it was."""
+    return ClauseAdapter(table).traverse(criterion) if isinstance(table, AliasedReturnsRows) else criterion
 
 
 def with_criterion(dml: Any, criterion: Any) -> Any:
