@@ -137,6 +137,9 @@ class Statements:
 
     def ask(self, compiled: Any) -> Needs | None:
         """What a compiled statement needs; None where nothing of it concerns us. Kept with the statement."""
+        upstream.forget_metadata(
+            compiled
+        )  # of a cache of the application's, filled before the engine was attached
         needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
         return needs
 
@@ -333,7 +336,7 @@ class Execution(upstream.Steps):
         if self._byok is None:
             return process
         if self._byok_readers is None:
-            self._byok_readers = []
+            self._byok_readers = kept.gather(self.compiled)
         reads = isinstance(process, Reader) and not upstream.reads_early(self)
         self._byok_readers.append(process if reads else None)
         return None if reads else process
@@ -347,12 +350,28 @@ class Execution(upstream.Steps):
             result = super().result_of()
         finally:
             RUNNING.reset(token)
-        if self._byok_readers is not None:
-            self.compiled.__dict__[kept.COLUMNS] = Columns.of(self._byok_readers)
-        columns = self.compiled.__dict__.get(kept.COLUMNS)
+        columns = self._columns()
         if columns is not None:
             result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
         return result
+
+    def _columns(self) -> Columns | None:
+        """The columns of the result that are opened at the fetch.
+
+        SQLAlchemy keeps a result's metadata with the compiled statement before we have kept its columns. Another
+        thread, or whoever comes after an interrupt, may meet the one alone: the readers are there before both.
+        """
+        there = self.compiled.__dict__
+        readers = self._byok_readers
+        if readers is None:
+            if kept.COLUMNS in there:
+                found: Columns | None = there[kept.COLUMNS]
+                return found
+            readers = max(there.get(kept.READERS, ()), key=len, default=None)
+        if readers is None:
+            return None
+        columns = there[kept.COLUMNS] = Columns.of(readers)
+        return columns
 
 
 def _is_compiled_for(needs: Needs, turn: Turn) -> bool:

@@ -70,6 +70,7 @@ __all__ = [
     "excluded",
     "executed",
     "fanned_out",
+    "forget_metadata",
     "has_rows",
     "hears_last",
     "held_to",
@@ -460,7 +461,6 @@ def step_in(engine: Engine, steps: type[Steps], **attributes: Any) -> None:
     )
     ours = {name: getattr_static(steps, ours) for ours, name in _STEPS.items()}
     engine.dialect.execution_ctx_cls = type(plain.__name__, (steps, named), {**attributes, **ours})
-    engine.clear_compiled_cache()  # what was compiled and read before keeps result processors that are not ours
 
 
 def compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -480,6 +480,11 @@ def compiled_anew(conn: Any, clause: Any, parameters: Any, options: Any) -> tupl
     if len(rest) > 1:  # 2.1
         more["param_dict"] = rest[0]
     return compiled, extracted, more
+
+
+def forget_metadata(compiled: Any) -> None:
+    """Have the metadata of a compiled statement's result, and with it the result processors, made anew."""
+    compiled._cached_metadata = None
 
 
 def hears_last(conn: Any, listener: Any) -> bool:
