@@ -211,7 +211,7 @@ def tables_in(text: str, syntax: Syntax, *, fragment: bool = False, in_from: boo
 
 
 def written_in(text: str, syntax: Syntax) -> set[Name]:
-    """The names in a statement's text that stand where it says which table is written to."""
+    """The names in a statement's text that stand where it says which table gets rows or values."""
     found: set[Name] = set()
     for tokens in _readings(text, syntax):
         reading = _Tables(tokens, syntax, fragment=False, in_from=False)
@@ -224,7 +224,7 @@ def written_in(text: str, syntax: Syntax) -> set[Name]:
 class _Tables:
     """One reading of a text.
 
-    :ivar written: the tables that it writes to, of those that were read so far.
+    :ivar written: the tables that get rows or values, of those that were read so far.
     """
 
     def __init__(self, tokens: Sequence[_Token], syntax: Syntax, fragment: bool, in_from: bool) -> None:
@@ -331,8 +331,10 @@ class _Tables:
             index += 2
         level.expects = False
         name = Name(_spelled(self._tokens[index], self._syntax), before)
-        if level.opened in {*_FIRST, "into", "update"} or (level.opened, self._first) == ("from", "delete"):
+        if level.opened in {*_FIRST, "into", "update"}:
             self.written.add(name)
             return index, name  # what is written to is no function, nor a CTE
+        if (level.opened, self._first) == ("from", "delete"):
+            return index, name  # likewise
         is_cte = before is None and any(name.name.lower() in each.ctes for each in self._levels)
         return index, None if is_cte or self._at(index + 1).kind == "(" else name

@@ -231,11 +231,23 @@ def _insert(element: InsertFromSelect, compiler: Any, **kwargs: Any) -> str:
     return f"INSERT INTO {table} ({element.columns}) {compiler.process(element.selected, **kwargs)}"
 
 
+class DeleteAll(Executable, ClauseElement):
+    inherit_cache = False
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+
+@compiles(DeleteAll)
+def _delete(element: DeleteAll, compiler: Any, **kwargs: Any) -> str:
+    return f"DELETE FROM {compiler.process(element.table, asfrom=True, **kwargs)}"
+
+
 @pytest.mark.parametrize("mode", ["raise", "report"])
 def test_a_statement_of_ones_own_writes_to_no_table_with_encrypted_columns(
     engine: Engine, tmp_path: Path, mode: Any
 ) -> None:
-    """Nothing in it would be encrypted: it is refused, also with guard="report"; reading one's rows is not writing."""
+    """Nothing in it would be encrypted: it is refused, also with guard="report"; reading and deleting is not."""
     notes = Table(
         "guard_log", MetaData(), Column("id", Integer, primary_key=True), Column("note", String(40))
     )
@@ -252,3 +264,4 @@ def test_a_statement_of_ones_own_writes_to_no_table_with_encrypted_columns(
                 assert sent == []
             connection.execute(InsertFromSelect(notes, "id, note", select(literal(9), literal(SECRET))))
             connection.execute(InsertFromSelect(notes, "id, note", select(c.id + 100, c.note)))
+            connection.execute(DeleteAll(P.__table__))
