@@ -89,8 +89,8 @@ class Statements:
             refuse_compiled(clause)
         if not is_dml:
             return clause, multi, params
-        if TENANT_OPTION in clause._execution_options and tenant_column.used:
-            refuse_overruled(clause._execution_options, options, conn.get_execution_options())
+        if tenant_column.used and TENANT_OPTION in (own := clause.get_execution_options()):
+            refuse_overruled(own, options, conn.get_execution_options())
         statement, rows = given, multi or ([params] if params else [])
         if tenant_column.used:
             statement = tenant_column.check(statement, rows, tenant)
@@ -301,7 +301,7 @@ class Execution(upstream.Steps):
             needs = cls.statements.ask(compiled)
         if needs is None:
             return super().of_compiled(dialect, conn, dbapi, options, compiled, *more, **kw)
-        if more[1] is not None and TENANT_OPTION in (own := more[1]._execution_options):
+        if more[1] is not None and TENANT_OPTION in (own := more[1].get_execution_options()):
             refuse_overruled(own, options, conn.get_execution_options())
         turn = cls.statements.begin(conn, options, needs)
         if not _is_compiled_for(needs, turn):
