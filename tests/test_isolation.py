@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from sqla_byok import (
     KeystoreUnavailableError,
     KmsUnavailableError,
     LocalKms,
+    NotAttachedError,
     NotEncryptedError,
     TamperedError,
     TenantMismatchError,
 )
 from sqla_byok.keys.rows import State
 from sqla_byok.kms import providers
+from sqla_byok.orm.fetches import Columns
 
 
 class Base(DeclarativeBase):
@@ -327,3 +330,46 @@ async def test_the_wrong_kind_of_engine_is_told(tmp_path: Path, local: Byok, sql
         async with local.asession("t1", wrong):
             pass
     await engine.dispose()
+
+
+# -- what is kept with a compiled statement ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["another", "an interrupt"])
+def test_a_statement_that_is_executed_first_by_two_at_once_is_read_by_both(
+    local: Byok, sqlite: Engine, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """SQLAlchemy keeps how a result is read before we have kept ours; who came in between was given ciphertext."""
+    statement, met = select(Patient.id, Patient.mrn).order_by(Patient.mrn.is_(None), Patient.id).limit(1), []
+    make = Columns.of
+
+    def interrupted(readers: Any) -> Columns | None:
+        if not met:
+            met.append(how)
+            if how == "an interrupt":
+                raise SystemExit
+            with local.session("t1", sqlite) as other:
+                met.append(other.execute(statement).one().mrn)
+        return make(readers)
+
+    monkeypatch.setattr(Columns, "of", interrupted)
+    with local.session("t1", sqlite) as session, suppress(SystemExit):
+        met.append(session.execute(statement).one().mrn)
+    with local.session("t1", sqlite) as session:
+        met.append(session.execute(statement).one().mrn)
+    assert met == [how, *["t1 secret"] * (3 if how == "another" else 1)]
+
+
+def test_a_cache_of_the_applications_own_from_before_attaching_is_of_use_afterwards(
+    local: Byok, sqlite: Engine
+) -> None:
+    """What was compiled and refused before the engine was attached is read as anything else then."""
+    engine, cache = create_engine(sqlite.url), dict[Any, Any]()
+    statement = select(Patient.mrn).where(Patient.id == 1)
+    with engine.execution_options(compiled_cache=cache, byok_tenant="t1").connect() as connection:
+        with pytest.raises(NotAttachedError):
+            connection.execute(statement).all()
+        local.attach(engine)
+        assert connection.scalar(statement) == "t1 secret"
+    assert len(cache) == 1
+    engine.dispose()

@@ -65,7 +65,7 @@ from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys
 from sqla_byok.orm.constructs import children, is_own
 from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import Naming, protected_in
-from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in
+from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in, written_in
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Findings", "Guard", "Verdict", "search_hash"]
@@ -176,6 +176,10 @@ _LIGHT = _Why(
     "use the model or its Table",
 )
 _TEXT = _Why("textual SQL names it, and would see ciphertext", "use the model's columns")
+_OWN = _Why(
+    "a construct of somebody's own writes to its table, where nothing would be encrypted or hashed",
+    "use insert() or update() of the model",
+)
 _HASHES = _Why(
     "its search hashes stand beside hashes that are made in another way, or beside other values",
     "give the columns one salt_scope, hash and normalize, and take none but their hashes",
@@ -546,6 +550,12 @@ class _Walk:
             for piece in upstream.pieces_of(statement):
                 self._embedded.extend(upstream.tables_of(piece))
             return
+        if (
+            is_own(statement)
+            and not isinstance(statement, SelectBase)
+            and not getattr(statement, "is_dml", False)
+        ):
+            self._written_by_own()
         lists = self.statement(statement, None)
         self._scopes.append(_Scope(_nothing, list(upstream.targets(self._compiled))))
         for column in upstream.returned(self._compiled):
@@ -555,6 +565,12 @@ class _Walk:
             types = {type_.column_id: type_ for column in position for type_ in _stored_types(column)}
             if len(types) > 1:
                 self._refuse(next(iter(types.values())), _RETURNED)
+
+    def _written_by_own(self) -> None:
+        """The tables that a statement of somebody's own writes to, as it was rendered."""
+        for name in written_in(self._compiled.string, Syntax.of(self._compiled.dialect)):
+            for type_ in self._naming.protected(*name, loosely=True).values():
+                self._refuse(type_, _OWN, True)
 
     def statement(self, statement: Any, why: _Why | None, in_from: Any = None) -> list[list[Any]]:
         """Any statement; returns the columns of each of its parts.
@@ -865,7 +881,7 @@ class _Walk:
             self.visit(element.element, _COMPUTED)
             self.visit(element.partition_by, _WINDOW)
             self.visit(element.order_by, _WINDOW)
-        elif isinstance(element, UnaryExpression) and why is None:
+        elif isinstance(element, UnaryExpression) and why is None and not isinstance(element, Exists):
             self._within(element, _COUNT_DISTINCT if element.operator is operators.distinct_op else _COMPUTED)
         elif not (self._nested(element, why) or self._named(element, why)):
             self._within(element, why or _COMPUTED)

@@ -5,6 +5,7 @@ host                under                what
 ==================  ===================  =============================================================================
 ``Dialect``         ``ATTACHMENT``       what its engine is attached to
 ``Compiled``        ``NEEDS``            what the statement needs; None where nothing of it concerns us
+``Compiled``        ``READERS``          what opens the columns of its result, once for each time that SQLAlchemy asked
 ``Compiled``        ``COLUMNS``          the columns of its result that are opened at the fetch
 ``Compiled``        ``BINARY``           whether its result comes out of PostgreSQL's binary format the same
 ``Compiled``        ``WITH_ROWS``        an INSERT or UPDATE compiled for rows with their hashes, by the rows' keys
@@ -29,12 +30,14 @@ __all__ = [
     "COLUMNS",
     "MET",
     "NEEDS",
+    "READERS",
     "SESSION_MET",
     "SESSION_TURN",
     "TURN",
     "UNASKED",
     "WITH_ROWS",
     "compared",
+    "gather",
     "held",
     "hold",
     "note_compared",
@@ -43,6 +46,7 @@ __all__ = [
 
 ATTACHMENT = "_sqla_byok_attachment"
 NEEDS = "_sqla_byok_needs"
+READERS = "_sqla_byok_readers"
 COLUMNS = "_sqla_byok_columns"
 BINARY = "_sqla_byok_binary"
 WITH_ROWS = "_sqla_byok_with_rows"
@@ -80,6 +84,17 @@ def compared(compiled: Any) -> Mapping[str | None, int]:
 def searched(compiled: Any) -> dict[str | None, frozenset[Any]]:
     """How the search hashes are made that a compiled statement compares, by whose they are."""
     return {owner: specs for owner, (_, specs) in compiled.__dict__.get(SALTS, {}).items()}
+
+
+def gather(compiled: Any) -> list[Any]:
+    """A list for what opens the columns of a statement's result; until those are known, it is kept from the first on.
+
+    Several threads may ask at once: each gathers a list of its own, and the longest is complete where any is.
+    """
+    readers: list[Any] = []
+    if COLUMNS not in compiled.__dict__:
+        compiled.__dict__.setdefault(READERS, []).append(readers)
+    return readers
 
 
 # -- connections -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["Name", "Syntax", "columns_in", "tables_in"]
+__all__ = ["Name", "Syntax", "columns_in", "tables_in", "written_in"]
 
 
 class Syntax(NamedTuple):
@@ -210,13 +210,28 @@ def tables_in(text: str, syntax: Syntax, *, fragment: bool = False, in_from: boo
     return found
 
 
+def written_in(text: str, syntax: Syntax) -> set[Name]:
+    """The names in a statement's text that stand where it says which table gets rows or values."""
+    found: set[Name] = set()
+    for tokens in _readings(text, syntax):
+        reading = _Tables(tokens, syntax, fragment=False, in_from=False)
+        for _ in reading.read():
+            pass
+        found |= reading.written
+    return found
+
+
 class _Tables:
-    """One reading of a text."""
+    """One reading of a text.
+
+    :ivar written: the tables that get rows or values, of those that were read so far.
+    """
 
     def __init__(self, tokens: Sequence[_Token], syntax: Syntax, fragment: bool, in_from: bool) -> None:
         self._tokens, self._syntax, self._fragment = tokens, syntax, fragment
         self._levels = [_Level(expects=in_from, lists=in_from)]
         self._first = ""  # the first word of the statement, or its verb
+        self.written: set[Name] = set()
 
     def _at(self, index: int) -> _Token:
         return self._tokens[index] if 0 <= index < len(self._tokens) else _NONE
@@ -316,7 +331,10 @@ class _Tables:
             index += 2
         level.expects = False
         name = Name(_spelled(self._tokens[index], self._syntax), before)
-        if level.opened in {*_FIRST, "into", "update"} or (level.opened, self._first) == ("from", "delete"):
+        if level.opened in {*_FIRST, "into", "update"}:
+            self.written.add(name)
             return index, name  # what is written to is no function, nor a CTE
+        if (level.opened, self._first) == ("from", "delete"):
+            return index, name  # likewise
         is_cte = before is None and any(name.name.lower() in each.ctes for each in self._levels)
         return index, None if is_cte or self._at(index + 1).kind == "(" else name

@@ -32,7 +32,7 @@ from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
-from sqla_byok.orm.turns import Blocks, Whose, whose
+from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
 from sqla_byok.orm.writes import fill, refuse_compiled
@@ -92,6 +92,8 @@ class Statements:
         given, given_rows = upstream.inside(call.clause), call.parameters or ()
         if not getattr(given, "is_dml", False):
             return call
+        if tenant_column.used:
+            refuse_overruled(call.clause.get_execution_options(), options, conn.get_execution_options())
         statement, rows = given, given_rows
         if tenant_column.used:
             statement = tenant_column.check(statement, rows, tenant)
@@ -116,6 +118,9 @@ class Statements:
 
     def ask(self, compiled: Any) -> Needs | None:
         """What a compiled statement needs; None where nothing of it concerns us. Kept with the statement."""
+        upstream.forget_metadata(
+            compiled
+        )  # of a cache of the application's, from before the engine was attached
         needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
         return needs
 
@@ -302,6 +307,8 @@ class Execution(upstream.Steps):
             return super().of_compiled(
                 dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
             )
+        if clause is not None and TENANT_OPTION in (own := clause.get_execution_options()):
+            refuse_overruled(own, options, conn.get_execution_options())
         turn, fits = statements.begin(conn, options, needs)
         if not fits:
             call = Call(compiled, parameters, clause, extracted, more)
@@ -334,7 +341,7 @@ class Execution(upstream.Steps):
         if self._byok is None:
             return process
         if self._byok_readers is None:
-            self._byok_readers = []
+            self._byok_readers = kept.gather(self.compiled)
         reads = isinstance(process, Reader) and not upstream.reads_early(self)
         self._byok_readers.append(process if reads else None)
         return None if reads else process
@@ -351,14 +358,29 @@ class Execution(upstream.Steps):
                 result = super().result_of()
             finally:
                 RUNNING.reset(token)
-        if self._byok_readers is not None:
-            known[kept.COLUMNS] = Columns.of(self._byok_readers)
-        columns = known.get(kept.COLUMNS)
+        columns = self._columns()
         if columns is not None:
             if self.binary and not self.executemany:
                 learn_of_binary(self)
             result.cursor_strategy = Fetch(result.cursor_strategy, turn, columns)
         return result
+
+    def _columns(self) -> Columns | None:
+        """The columns of the result that are opened at the fetch.
+
+        SQLAlchemy keeps a result's metadata with the compiled statement before we have kept its columns. Another
+        thread, or whoever comes after an interrupt, may meet the one alone: the readers are there before both.
+        """
+        there, readers = self.compiled.__dict__, self._byok_readers
+        if readers is None:
+            if kept.COLUMNS in there:
+                found: Columns | None = there[kept.COLUMNS]
+                return found
+            readers = max(there.get(kept.READERS, ()), key=len, default=None)
+        if readers is None:
+            return None
+        columns = there[kept.COLUMNS] = Columns.of(readers)
+        return columns
 
 
 def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence[Any]) -> Call:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import (
     Alias,
@@ -24,7 +24,9 @@ from sqlalchemy import (
     event,
     inspect,
     literal,
+    literal_column,
     or_,
+    select,
 )
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
@@ -58,6 +60,8 @@ used: dict[str, WeakSet[Table]] = {}
 """The tables that have such a column, by name; empty for most applications, which then pay nothing."""
 
 _columns: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of a Table
+# Of the table of a subclass in joined inheritance: its mapper, which leads to the table with the column.
+_heirs: WeakKeyDictionary[Any, ref[Mapper[Any]]] = WeakKeyDictionary()
 _NAMES = (str, int, UUID)
 
 
@@ -80,6 +84,8 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
         table = mapper.local_table if column is None else column.table
         _declare(table, column, f"{cls.__name__}.__byok_tenant__", name)
     if any(_key_of(table) is not None for table in mapper.tables):
+        if mapper.inherit_condition is not None and _key_of(mapper.local_table) is None:
+            _heirs[mapper.local_table] = ref(mapper)
         for when in ("before_insert", "before_update", "before_delete"):
             event.listen(cls, when, _check_object)
 
@@ -152,8 +158,9 @@ class _Target(NamedTuple):
     """What a statement writes to, where its rows belong to tenants."""
 
     table: Any  # or an alias of it
-    column: Any  # the tenant's, in it
+    column: Any  # the tenant's, in it; in joined inheritance in the declared table
     declared: Table  # the table that was declared with it
+    joins: tuple[Any, ...] = ()  # what leads to the declared table from that of a subclass
 
     @property
     def type(self) -> Any:
@@ -178,7 +185,8 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
             continue
         if not clause.is_delete:
             given = given or list(_given(clause, rows))
-            _check_given(clause, target, _own(clause, target, given), names)
+            if not target.joins:
+                _check_given(clause, target, _own(clause, target, given), names)
         if not clause.is_insert:
             clause = upstream.with_criterion(clause, _held(target, names))
     return clause
@@ -196,9 +204,20 @@ def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
         names = _allowed(target.declared, tenant)
         if names is not None:
             held = _held(target, names)
+            if target.joins:  # what an INSERT has within sees nothing of the row that is there
+                if any(upstream.conflict_values(each) for each in conflicts):
+                    _refuse_upsert(target)
+                continue
             conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
             return upstream.with_conflicts(clause, conflicts)
     return clause
+
+
+def _refuse_upsert(target: _Target) -> NoReturn:
+    raise UnsupportedQueryError(
+        f"{target.table.description}: its rows belong to tenants by {target.declared.fullname}, and an upsert cannot "
+        "be held to one of them; look the row up, then update or insert it"
+    )
 
 
 def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
@@ -216,7 +235,10 @@ def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
 
 def _held(target: _Target, names: tuple[str, ...]) -> Any:
     """True of the tenants' own rows."""
-    return or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
+    own = or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
+    if not target.joins:
+        return own
+    return select(literal_column("1")).where(*target.joins, own).correlate(target.table).exists()
 
 
 def _written(clause: Any) -> Iterator[_Target]:
@@ -250,6 +272,9 @@ def _target(table: Any) -> _Target | None:
     key = _key_of(inner)
     if key is not None:
         return _Target(table, table.c[key], upstream.plain_table(inner))  # type: ignore[arg-type]  # a Table
+    mapper = found() if (found := _heirs.get(inner)) is not None else None
+    if mapper is not None:
+        return _inherited(table, mapper)
     declared = _known_as(inner)
     if declared is None:
         return None
@@ -259,6 +284,20 @@ def _target(table: Any) -> _Target | None:
         column = ColumnClause(name)
         column.table = table
     return _Target(table, column, declared)
+
+
+def _inherited(table: Any, mapper: Mapper[Any]) -> _Target | None:
+    """The table of a subclass in joined inheritance, or an alias of it: a row is whose the row is that it joins."""
+    joins: list[Any] = []
+    above: Mapper[Any] | None = mapper
+    while above is not None and (key := _key_of(above.local_table)) is None:
+        if above.inherit_condition is not None:
+            joins.append(upstream.in_alias(above.inherit_condition, table))
+        above = above.inherits
+    if above is None:
+        return None
+    declared: Any = above.local_table
+    return _Target(table, declared.c[key], declared, tuple(joins))
 
 
 def _known_as(table: Any) -> Table | None:
@@ -346,6 +385,8 @@ def _check_given(
 def _plain(column: Any, value: Any) -> Any:
     """The Python value that a tenant's column is set to."""
     if isinstance(value, BindParameter):
+        if value.callable is not None:
+            _unknown(column, "a function gives as a parameter is called once more when it is sent, and what")
         return value.effective_value
     if isinstance(value, Null):
         return None

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from sqla_byok.audit import Actor
-from sqla_byok.errors import NoTenantError
+from sqla_byok.errors import NoTenantError, TenantMismatchError
 from sqla_byok.orm.kept import TURN
 from sqla_byok.orm.rings import SEALED, Across, SealedRing
 
@@ -19,6 +19,7 @@ __all__ = [
     "SessionTurn",
     "Whose",
     "one_tenant",
+    "refuse_overruled",
     "shown",
     "whose",
 ]
@@ -110,6 +111,25 @@ def whose(options: Mapping[str, Any], conn: Any, blocks: Blocks) -> Whose | None
     elif tenant is None or block.tenant is SEALED:
         tenant = block.tenant
     return SEALED if options.get(SEALED_OPTION) else tenant
+
+
+def refuse_overruled(own: Mapping[str, Any], options: Mapping[str, Any], of_conn: Mapping[str, Any]) -> None:
+    """Refuse a statement whose own option names another tenant than its connection's, which SQLAlchemy lets win.
+
+    :param own: the statement's own options.
+    :param options: those that it is executed with.
+    :param of_conn: the connection's.
+    :raises TenantMismatchError: it would run for another tenant than it names.
+    """
+    named, taken = own.get(TENANT_OPTION), options.get(TENANT_OPTION)
+    if named is not None and named != taken and taken == of_conn.get(TENANT_OPTION):
+        raise TenantMismatchError(
+            f"the statement names tenant {named!r} by its own option byok_tenant, and would run for {taken!r}, which "
+            "its session, connection or engine names: SQLAlchemy lets theirs go before it; give it to execute() as "
+            "execution_options={'byok_tenant': …}, or use a session of that tenant",
+            tenant=str(taken),
+            owner=str(named),
+        )
 
 
 def one_tenant(tenant: Whose | None) -> str | None:

@@ -34,8 +34,16 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
-from sqlalchemy.sql.selectable import FromClause, Lateral, ScalarValues, SelectState, TableClause, Values
-from sqlalchemy.sql.util import _deep_deannotate
+from sqlalchemy.sql.selectable import (
+    AliasedReturnsRows,
+    FromClause,
+    Lateral,
+    ScalarValues,
+    SelectState,
+    TableClause,
+    Values,
+)
+from sqlalchemy.sql.util import ClauseAdapter, _deep_deannotate
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -65,9 +73,11 @@ __all__ = [
     "excluded",
     "executed",
     "fanned_out",
+    "forget_metadata",
     "has_rows",
     "held_to",
     "hints",
+    "in_alias",
     "in_greenlet",
     "inside",
     "instead",
@@ -336,6 +346,11 @@ def _expression(value: Any, type_: Any) -> Any:
     return value if isinstance(value, ClauseElement) else BindParameter(None, value, type_=type_, unique=True)
 
 
+def in_alias(criterion: Any, table: Any) -> Any:
+    """A criterion with the columns of an alias in the place of those of its table; of a table it is as it was."""
+    return ClauseAdapter(table).traverse(criterion) if isinstance(table, AliasedReturnsRows) else criterion
+
+
 def with_criterion(dml: Any, criterion: Any) -> Any:
     """A copy of an UPDATE or DELETE that reaches only rows of which this is true, whatever text its WHERE is of."""
     given = dml._where_criteria
@@ -451,7 +466,6 @@ def step_in(engine: Engine, steps: type[Steps], **attributes: Any) -> None:
     )
     ours = {name: getattr_static(steps, ours) for ours, name in _STEPS.items()}
     engine.dialect.execution_ctx_cls = type(plain.__name__, (steps, named), {**attributes, **ours})
-    engine.clear_compiled_cache()  # what was compiled and read before keeps result processors that are not ours
 
 
 class Call(NamedTuple):
@@ -485,6 +499,11 @@ def compiled_anew(conn: Any, options: Any, clause: Any, parameters: Any) -> Call
     if len(rest) > 1:  # 2.1
         more["param_dict"] = rest[0]
     return Call(compiled, parameters, clause, extracted, more)
+
+
+def forget_metadata(compiled: Any) -> None:
+    """Have the metadata of a compiled statement's result, and with it the result processors, made anew."""
+    compiled._cached_metadata = None
 
 
 def driver_cursor(context: Any) -> Any:

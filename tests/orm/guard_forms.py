@@ -536,6 +536,10 @@ LEGAL: dict[str, Legal] = {
     "EXISTS of columns": lambda m: (
         select(m.P.id).where(select(m.R.code).where(m.R.pid == m.P.id).exists()).order_by(m.P.id)
     ),
+    "EXISTS selected": lambda m: select(
+        exists(select(m.R)), ~exists(m.R.mrn).where(m.R.id < 0), exists(select(m.R.code)).label("x")
+    ),
+    "EXISTS in case": lambda m: select(case((exists(select(m.R.mrn)), m.P.id), else_=0)).order_by(m.P.id),
     "NOT EXISTS": lambda m: select(m.P.id).where(~exists(m.R.mrn).where(m.R.mrn == m.P.mrn)),
     "a scalar subquery selected": lambda m: select(
         m.P.id, select(m.R.code).where(m.R.pid == m.P.id).order_by(m.R.id).limit(1).scalar_subquery()

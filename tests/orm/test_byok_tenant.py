@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -44,7 +44,14 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import ObjectNotExecutableError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, load_only, mapped_column
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    load_only,
+    make_transient_to_detached,
+    mapped_column,
+)
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.expression import Executable
@@ -881,3 +888,104 @@ async def test_flushes_and_statements_under_asyncio(abyok: Byok, async_engine: A
         await session.commit()
         notes = await session.execute(select(Patient.id, Patient.note).order_by(Patient.id))
         assert [tuple(row) for row in notes] == [(1, "bulk"), (11, None)]
+
+
+# -- the tables of subclasses ------------------------------------------------------------------------------------------
+
+
+class Pupil(Child):
+    """Two tables away from the one with the column."""
+
+    __tablename__ = "pupil"
+    id: Mapped[int] = mapped_column(ForeignKey("child.id"), primary_key=True)
+    form: Mapped[str | None] = mapped_column(String(20))
+    __mapper_args__ = {"polymorphic_identity": "pupil"}  # noqa: RUF012
+
+
+C: Any = Child.__table__
+U: Any = Pupil.__table__
+
+
+def _detached(delete_it: bool) -> Callable[[Session], object]:
+    def flush(session: Session) -> None:
+        pupil = Pupil(id=13, org="t1", form="1b")  # the object says that it is ours, and the row is not
+        make_transient_to_detached(pupil)
+        session.add(pupil)
+        session.delete(pupil) if delete_it else setattr(pupil, "form", "taken")
+        session.flush()
+
+    return flush
+
+
+HEIRS: dict[str, Callable[[Session], object]] = {
+    "Core update": lambda s: s.execute(update(U).values(form="taken")),
+    "ORM update": lambda s: s.execute(update(Pupil).values(form="taken")),
+    "update by key": lambda s: s.execute(update(Pupil), [{"id": 13, "form": "taken"}]),
+    "bulk_update_mappings": lambda s: s.bulk_update_mappings(Pupil, [{"id": 13, "form": "taken"}]),  # type: ignore[arg-type]
+    "update of the middle": lambda s: s.execute(update(C).values(school="taken")),
+    "many": lambda s: s.connection().execute(
+        update(U).where(U.c.id == bindparam("b")), [{"b": 13, "form": "taken"}, {"b": 13, "form": "taken"}]
+    ),
+    "flush": _detached(False),
+    "delete in a flush": _detached(True),
+    "delete": lambda s: s.execute(delete(U)),
+    "text": lambda s: s.execute(delete(U).where(text("1 = 1 OR 1 = 1"))),
+    "update of an alias": lambda s: s.execute(update(U.alias("a")).values(form="taken")),
+    "upsert": lambda s: s.execute(_upsert_of(s)),
+}
+
+
+def _upsert_of(session: Session) -> Any:
+    row = {"id": 13, "form": "taken"}
+    if session.get_bind().dialect.name in ("mysql", "mariadb"):
+        return mysql.insert(U).values(row).on_duplicate_key_update(form="taken")
+    module: Any = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    return module.insert(U).values(row).on_conflict_do_update(index_elements=["id"], set_={"form": "taken"})
+
+
+@pytest.mark.filterwarnings("ignore:DELETE statement on table")
+@pytest.mark.parametrize("form", HEIRS)
+def test_the_table_of_a_subclass_is_held_to_the_tenants_rows(byok: Byok, data: Engine, form: str) -> None:
+    """Joined inheritance: a row of it is whose the row is that it joins; without a tenant it is NoTenantError."""
+    for number, tenant in ((3, "t1"), (13, "t2")):
+        with byok.session(tenant, data) as session:
+            session.add(Pupil(id=number, org=tenant, school="Eton", form="1a"))
+            session.commit()
+
+    def theirs() -> list[Any]:
+        with byok.session("t2", data) as session:
+            found = select(Pupil.id, Pupil.school, Pupil.form).where(Pupil.id > 10)
+            return [tuple(row) for row in session.execute(found)]
+
+    before = theirs()
+    with byok.session("t1", data) as session, suppress(StaleDataError, UnsupportedQueryError):
+        HEIRS[form](session)
+        session.commit()
+    assert theirs() == before == [(13, "Eton", "1a")]
+    with Session(data) as session, pytest.raises(NoTenantError):
+        HEIRS[form](session)
+
+
+def test_the_table_of_a_subclass_is_written_for_its_own_tenant(byok: Byok, data: Engine) -> None:
+    """What is the tenant's own is reached as before, by flush, bulk and Core; sealed, all rows are."""
+    with byok.session("t1", data) as session:
+        session.add_all([Pupil(id=n, org="t1", school="Eton", form="1a") for n in (3, 4, 5)])
+        session.commit()
+        assert session.execute(update(U).values(form="2a")).rowcount == 3
+        session.execute(update(Pupil), [{"id": 3, "form": "2b", "note": "bulk"}])
+        pupil = session.get_one(Pupil, 4)
+        pupil.form, pupil.school = "2c", "Harrow"
+        session.delete(session.get_one(Pupil, 5))
+        session.commit()
+        found = session.execute(select(Pupil.id, Pupil.form, Pupil.school).order_by(Pupil.id)).all()
+        assert [tuple(row) for row in found] == [(3, "2b", "Eton"), (4, "2c", "Harrow")]
+    with byok.sealed(**WHO), Session(data) as session:
+        assert session.execute(delete(U)).rowcount == 2
+
+
+def test_a_tenant_that_a_function_gives_is_refused(byok: Byok, data: Engine) -> None:
+    """It is called again when the statement is sent, and need not say the same."""
+    names = iter(["t1", "t2", "t2"])
+    given = bindparam("o", callable_=lambda: next(names))
+    with byok.session("t1", data) as session, pytest.raises(UnsupportedQueryError, match="by name"):
+        session.execute(insert(R).values(id=9, org_id=given))

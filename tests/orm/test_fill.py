@@ -123,6 +123,97 @@ def test_a_statement_without_encrypted_columns_is_passed_on_untouched(byok: Byok
         assert all(a is b for a, b in zip(parameters, rows, strict=True)) or isinstance(rows, dict)
 
 
+def _more_values(clause: Any, multi: Any, params: Any) -> Any:
+    values = {"email_db": literal("secret-l", String)}
+    return (clause.values(values) if clause.is_dml else update(Patient).values(values)), multi, params
+
+
+def _other_parameters(clause: Any, multi: Any, params: Any) -> Any:
+    def changed(row: Any) -> Any:
+        return {**row, "email_db": "secret-l"}
+
+    return clause, [changed(row) for row in multi], changed(params) if params else params
+
+
+def _parameters_in_place(clause: Any, multi: Any, params: Any) -> Any:
+    for row in multi or [params]:
+        row["email_db"] = "secret-l"
+    return clause, multi, params
+
+
+def _nothing(clause: Any, multi: Any, params: Any) -> Any:
+    return clause, multi, params
+
+
+@pytest.mark.parametrize(
+    ("listener", "key", "found"),
+    [
+        (
+            _more_values,
+            "n",
+            {"secret-l": 3},
+        ),  # a flush gives NULL for what was not set, which goes before values()
+        (_other_parameters, "email_db", {"secret-l": 4}),
+        (_parameters_in_place, "email_db", {"secret-l": 4}),
+        (_nothing, "email_db", {"1": 4}),
+    ],
+)
+@pytest.mark.parametrize("where", ["engine", "connection"])
+def test_what_a_listener_behind_ours_puts_into_a_statement_is_encrypted_and_hashed(
+    byok: Byok, engine: Engine, listener: Any, key: str, found: dict[str, int], where: str
+) -> None:
+    """An application that changes statements by before_execute, after attach(), neither leaks nor loses a row."""
+    Base.metadata.create_all(engine)
+
+    def before(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> Any:
+        return listener(clause, multi, params) if clause.is_dml else (clause, multi, params)
+
+    value: Any = 1 if key == "n" else "1"
+    with byok.session("t1", engine) as session:
+        connection = session.connection()
+        target = engine if where == "engine" else connection
+        event.listen(target, "before_execute", before, retval=True)
+        try:
+            connection.execute(insert(patient), {key: value})
+            connection.execute(insert(patient), [{key: value}, {key: value}])
+            session.add(Patient(n=1) if key == "n" else Patient(email=value))
+            session.flush()
+        finally:
+            event.remove(target, "before_execute", before)
+        check_stored(byok, session.connection(), "t1")
+        for email, count in found.items():
+            assert len(session.scalars(select(Patient).where(Patient.email == email)).all()) == count
+
+
+def test_a_listener_behind_ours_leaves_every_form_of_writing_as_it_is(byok: Byok, engine: Engine) -> None:
+    """A statement that is looked at twice is completed once: named parameters, many rows, upserts, RETURNING."""
+
+    def before(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> Any:
+        return clause, multi, params
+
+    event.listen(engine, "before_execute", before, retval=True)
+    run_all(byok, engine, [form for forms in FORMS.values() for form in forms])
+
+
+def test_a_select_that_a_listener_makes_an_update_is_completed_too(byok: Byok, engine: Engine) -> None:
+    """Whatever was executed: what is sent is what passes."""
+    Base.metadata.create_all(engine)
+
+    def before(conn: Any, clause: Any, multi: Any, params: Any, options: Any) -> Any:
+        return _more_values(clause, multi, params) if clause.is_select else (clause, multi, params)
+
+    with byok.session("t1", engine) as session:
+        session.add(Patient(email="secret-given"))
+        session.flush()
+        event.listen(engine, "before_execute", before, retval=True)
+        try:
+            session.connection().execute(select(patient.c.id))
+        finally:
+            event.remove(engine, "before_execute", before)
+        check_stored(byok, session.connection(), "t1")
+        assert len(session.scalars(select(Patient).where(Patient.email == "secret-l")).all()) == 1
+
+
 def test_columns_appended_after_the_first_statement_are_filled(byok: Byok, engine: Engine) -> None:
     """What is remembered of a table does not outlive a change of its columns."""
     table = Table("growing", MetaData(), Column("id", Integer, primary_key=True))

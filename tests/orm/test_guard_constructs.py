@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 from orm.guard_forms import ENCRYPTED, MRN, SECRET, rows
 from orm.test_guard import reached
-from sqlalchemy import Engine, String, literal, select
+from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, literal, select
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.elements import ClauseElement, ColumnElement
+from sqlalchemy.sql.expression import Executable
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.sql.visitors import InternalTraversal
 
@@ -211,3 +214,54 @@ def test_what_a_construct_holds_beside_sql_is_left_alone(engine: Engine, byok: B
             with reached(engine) as sent:
                 session.execute(select(P.id).order_by(Element(c.note, held))).all()
             assert len(sent) == 1
+
+
+class InsertFromSelect(Executable, ClauseElement):
+    """That of SQLAlchemy's documentation."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Any, columns: str, selected: Any) -> None:
+        self.table, self.columns, self.selected = table, columns, selected
+
+
+@compiles(InsertFromSelect)
+def _insert(element: InsertFromSelect, compiler: Any, **kwargs: Any) -> str:
+    table = compiler.process(element.table, asfrom=True, **kwargs)
+    return f"INSERT INTO {table} ({element.columns}) {compiler.process(element.selected, **kwargs)}"
+
+
+class DeleteAll(Executable, ClauseElement):
+    inherit_cache = False
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+
+@compiles(DeleteAll)
+def _delete(element: DeleteAll, compiler: Any, **kwargs: Any) -> str:
+    return f"DELETE FROM {compiler.process(element.table, asfrom=True, **kwargs)}"
+
+
+@pytest.mark.parametrize("mode", ["raise", "report"])
+def test_a_statement_of_ones_own_writes_to_no_table_with_encrypted_columns(
+    engine: Engine, tmp_path: Path, mode: Any
+) -> None:
+    """Nothing in it would be encrypted: it is refused, also with guard="report"; reading and deleting is not."""
+    notes = Table(
+        "guard_log", MetaData(), Column("id", Integer, primary_key=True), Column("note", String(40))
+    )
+    ENCRYPTED.Base.metadata.create_all(engine)
+    notes.metadata.create_all(engine)
+    with contextlib.closing(Byok(keystore=f"sqlite:///{tmp_path / 'own.db'}")) as byok:
+        byok.create_keystore()
+        byok.attach(engine, guard=mode, raw_sql="allow")
+        with engine.begin() as connection:
+            for columns in ("id, mrn", "id, note"):
+                refused = InsertFromSelect(P.__table__, columns, select(literal(9), literal(SECRET)))
+                with reached(engine) as sent, pytest.raises(UnsupportedQueryError, match="insert\\(\\)"):
+                    connection.execute(refused)
+                assert sent == []
+            connection.execute(InsertFromSelect(notes, "id, note", select(literal(9), literal(SECRET))))
+            connection.execute(InsertFromSelect(notes, "id, note", select(c.id + 100, c.note)))
+            connection.execute(DeleteAll(P.__table__))
