@@ -150,7 +150,7 @@ def test_every_place_that_names_the_tenant(byok: Byok, data: Engine) -> None:
 def test_a_statement_never_runs_for_another_tenant_than_it_names(byok: Byok, data: Engine) -> None:
     """SQLAlchemy lets the option of a connection or engine go before the statement's: no rows, or the wrong ones."""
     query = of("t2").where(Patient.mrn == "t2-3").execution_options(byok_tenant="t2")
-    with byok.session("t1", data) as session:
+    with Session(data.execution_options(byok_tenant="t1")) as session:
         for statement in (query, insert(Patient).values(id=900, mrn="x").execution_options(byok_tenant="t2")):
             with pytest.raises(TenantMismatchError, match="execution_options=") as raised:
                 session.execute(statement)
@@ -159,6 +159,8 @@ def test_a_statement_never_runs_for_another_tenant_than_it_names(byok: Byok, dat
         assert session.scalar(query.execution_options(byok_tenant="t1")) is None
         session.execute(select(Patient.id).execution_options(byok_tenant="t2")).all()  # needs no tenant
     with byok.tenant("t1"), Session(data) as session:
+        assert session.scalar(query) == "t2-3"
+    with byok.session("t1", data) as session:
         assert session.scalar(query) == "t2-3"
 
 

@@ -177,7 +177,7 @@ _LIGHT = _Why(
 )
 _TEXT = _Why("textual SQL names it, and would see ciphertext", "use the model's columns")
 _OWN = _Why(
-    "a construct of somebody's own writes to its table, where nothing would be encrypted or hashed",
+    "a construct of somebody's own writes to it, where nothing would be encrypted or hashed",
     "use insert() or update() of the model",
 )
 _HASHES = _Why(
@@ -567,10 +567,13 @@ class _Walk:
                 self._refuse(next(iter(types.values())), _RETURNED)
 
     def _written_by_own(self) -> None:
-        """The tables that a statement of somebody's own writes to, as it was rendered."""
-        for name in written_in(self._compiled.string, Syntax.of(self._compiled.dialect)):
-            for type_ in self._naming.protected(*name, loosely=True).values():
-                self._refuse(type_, _OWN, True)
+        """The encrypted columns that a statement of somebody's own writes to, as it was rendered."""
+        text, syntax = self._compiled.string, Syntax.of(self._compiled.dialect)
+        named = {self._naming.column(name.name) for name in columns_in(text, syntax) if name.before is None}
+        for table, whole in written_in(text, syntax).items():
+            for column, type_ in self._naming.protected(*table, loosely=True).items():
+                if whole or column in named:
+                    self._refuse(type_, _OWN, True)
 
     def statement(self, statement: Any, why: _Why | None, in_from: Any = None) -> list[list[Any]]:
         """Any statement; returns the columns of each of its parts.

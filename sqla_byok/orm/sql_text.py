@@ -210,28 +210,28 @@ def tables_in(text: str, syntax: Syntax, *, fragment: bool = False, in_from: boo
     return found
 
 
-def written_in(text: str, syntax: Syntax) -> set[Name]:
-    """The names in a statement's text that stand where it says which table gets rows or values."""
-    found: set[Name] = set()
+def written_in(text: str, syntax: Syntax) -> dict[Name, bool]:
+    """The tables that get rows or values by a statement's text, and whether all of their columns may."""
+    found: dict[Name, bool] = {}
     for tokens in _readings(text, syntax):
         reading = _Tables(tokens, syntax, fragment=False, in_from=False)
         for _ in reading.read():
             pass
-        found |= reading.written
+        found.update(reading.written)
     return found
 
 
 class _Tables:
     """One reading of a text.
 
-    :ivar written: the tables that get rows or values, of those that were read so far.
+    :ivar written: the tables that get rows or values, of those that were read so far; True where no columns are named.
     """
 
     def __init__(self, tokens: Sequence[_Token], syntax: Syntax, fragment: bool, in_from: bool) -> None:
         self._tokens, self._syntax, self._fragment = tokens, syntax, fragment
         self._levels = [_Level(expects=in_from, lists=in_from)]
         self._first = ""  # the first word of the statement, or its verb
-        self.written: set[Name] = set()
+        self.written: dict[Name, bool] = {}
 
     def _at(self, index: int) -> _Token:
         return self._tokens[index] if 0 <= index < len(self._tokens) else _NONE
@@ -332,7 +332,11 @@ class _Tables:
         level.expects = False
         name = Name(_spelled(self._tokens[index], self._syntax), before)
         if level.opened in {*_FIRST, "into", "update"}:
-            self.written.add(name)
+            names_columns = self._at(index + 1).kind == "(" and self._at(index + 2).word not in (
+                "select",
+                "with",
+            )
+            self.written[name] = level.opened != "update" and not names_columns
             return index, name  # what is written to is no function, nor a CTE
         if (level.opened, self._first) == ("from", "delete"):
             return index, name  # likewise

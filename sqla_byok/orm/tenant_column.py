@@ -290,14 +290,15 @@ def _inherited(table: Any, mapper: Mapper[Any]) -> _Target | None:
     """The table of a subclass in joined inheritance, or an alias of it: a row is whose the row is that it joins."""
     joins: list[Any] = []
     above: Mapper[Any] | None = mapper
-    while above is not None and (key := _key_of(above.local_table)) is None:
+    while above is not None:
+        key = _key_of(above.local_table)
+        if key is not None:
+            declared: Any = above.local_table
+            return _Target(table, declared.c[key], declared, tuple(joins))
         if above.inherit_condition is not None:
             joins.append(upstream.in_alias(above.inherit_condition, table))
         above = above.inherits
-    if above is None:
-        return None
-    declared: Any = above.local_table
-    return _Target(table, declared.c[key], declared, tuple(joins))
+    return None
 
 
 def _known_as(table: Any) -> Table | None:

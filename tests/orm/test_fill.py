@@ -185,6 +185,7 @@ def test_what_a_listener_behind_ours_puts_into_a_statement_is_encrypted_and_hash
             assert len(session.scalars(select(Patient).where(Patient.email == email)).all()) == count
 
 
+@AS_GIVEN
 def test_a_listener_behind_ours_leaves_every_form_of_writing_as_it_is(byok: Byok, engine: Engine) -> None:
     """A statement that is looked at twice is completed once: named parameters, many rows, upserts, RETURNING."""
 

@@ -228,7 +228,7 @@ class InsertFromSelect(Executable, ClauseElement):
 @compiles(InsertFromSelect)
 def _insert(element: InsertFromSelect, compiler: Any, **kwargs: Any) -> str:
     table = compiler.process(element.table, asfrom=True, **kwargs)
-    return f"INSERT INTO {table} ({element.columns}) {compiler.process(element.selected, **kwargs)}"
+    return f"INSERT INTO {table} {element.columns} {compiler.process(element.selected, **kwargs)}"
 
 
 class DeleteAll(Executable, ClauseElement):
@@ -244,8 +244,8 @@ def _delete(element: DeleteAll, compiler: Any, **kwargs: Any) -> str:
 
 
 @pytest.mark.parametrize("mode", ["raise", "report"])
-def test_a_statement_of_ones_own_writes_to_no_table_with_encrypted_columns(
-    engine: Engine, tmp_path: Path, mode: Any
+def test_a_statement_of_ones_own_writes_to_no_encrypted_column(
+    engine: Engine, tmp_path: Path, customers: Any, kms_options: Any, mode: Any
 ) -> None:
     """Nothing in it would be encrypted: it is refused, also with guard="report"; reading and deleting is not."""
     notes = Table(
@@ -253,15 +253,19 @@ def test_a_statement_of_ones_own_writes_to_no_table_with_encrypted_columns(
     )
     ENCRYPTED.Base.metadata.create_all(engine)
     notes.metadata.create_all(engine)
-    with contextlib.closing(Byok(keystore=f"sqlite:///{tmp_path / 'own.db'}")) as byok:
+    with contextlib.closing(Byok(keystore=f"sqlite:///{tmp_path / 'own.db'}", **kms_options)) as byok:
         byok.create_keystore()
         byok.attach(engine, guard=mode, raw_sql="allow")
+        byok.onboard("t1", customers["t1"])
         with engine.begin() as connection:
-            for columns in ("id, mrn", "id, note"):
+            for columns in ("(id, mrn)", "(mrn_hash, id)", ""):
                 refused = InsertFromSelect(P.__table__, columns, select(literal(9), literal(SECRET)))
                 with reached(engine) as sent, pytest.raises(UnsupportedQueryError, match="insert\\(\\)"):
                     connection.execute(refused)
                 assert sent == []
-            connection.execute(InsertFromSelect(notes, "id, note", select(literal(9), literal(SECRET))))
-            connection.execute(InsertFromSelect(notes, "id, note", select(c.id + 100, c.note)))
+            connection.execute(InsertFromSelect(notes, "(id, note)", select(literal(9), literal(SECRET))))
+            connection.execute(InsertFromSelect(notes, "(id, note)", select(c.id + 100, c.note)))
+            own = select(c.id + 100, c.note).where(c.mrn == "a")
+            with byok.tenant("t1"):
+                connection.execute(InsertFromSelect(P.__table__, "(id, note)", own))
             connection.execute(DeleteAll(P.__table__))

@@ -574,6 +574,34 @@ def test_an_execution_takes_the_steps_of_ours() -> None:
     engine.dispose()
 
 
+def test_the_metadata_of_a_result_is_made_anew() -> None:
+    """`_cached_metadata`: a statement that was read before the engine was attached asks for its processors again."""
+    engine, statement, cache = (
+        create_engine("sqlite://"),
+        select(bindparam("x", type_=Integer)),
+        dict[Any, Any](),
+    )
+    with engine.connect().execution_options(compiled_cache=cache) as connection:
+        connection.execute(statement, {"x": 1})
+        (compiled,) = cache.values()
+        first = compiled._cached_metadata
+        connection.execute(statement, {"x": 2})
+        assert compiled._cached_metadata is first is not None
+        upstream.forget_metadata(compiled)
+        assert connection.execute(statement, {"x": 3}).scalar() == 3
+        assert compiled._cached_metadata not in (first, None)
+    engine.dispose()
+
+
+def test_a_criterion_is_put_into_an_alias() -> None:
+    """`ClauseAdapter`: the columns of the aliased table alone are others."""
+    one, two = (Table(name, MetaData(), Column("id", Integer)) for name in ("one", "two"))
+    criterion = one.c.id == two.c.id
+    assert upstream.in_alias(criterion, one) is criterion
+    assert str(upstream.in_alias(criterion, one.alias("a"))) == "a.id = two.id"
+    assert str(criterion) == "one.id = two.id"
+
+
 def test_a_statement_can_be_compiled_anew_as_sqlalchemy_does_it() -> None:
     """`_compile_w_cache` and what an execution is told of it: rotated salts have a statement compiled once more."""
     engine = create_engine("sqlite://")
