@@ -45,12 +45,12 @@ from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
-from sqla_byok.orm.current import attachment_of, refuse_foreign
+from sqla_byok.orm.current import Attachment, refuse_foreign
 from sqla_byok.orm.digests import hashes, is_known
 from sqla_byok.orm.direct import areveal, reveal
 from sqla_byok.orm.guard import Findings, Guard, search_hash
 from sqla_byok.orm.hash_index import searched_id
-from sqla_byok.orm.kept import SESSION_TURN
+from sqla_byok.orm.kept import ATTACHMENT, SESSION_TURN
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.statements import attach
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, SessionTurn, Whose, one_tenant, whose
@@ -733,10 +733,11 @@ class Byok(Secret):
         """
         self._require_attached(engine)
         who = _inheriting(actor, reason)
+        of_tenant = _of_tenant(tenant, who, options)
         self._keyrings.enter(tenant, who)
         if TENANT_OPTION in engine.get_execution_options():  # another's view, whose option would go first
             engine = engine.execution_options(**{TENANT_OPTION: tenant})
-        with Session(engine, **_of_tenant(tenant, who, options)) as session:
+        with Session(engine, **of_tenant) as session:
             yield session
 
     @asynccontextmanager
@@ -906,7 +907,8 @@ class Byok(Secret):
                 f"this takes an engine, not {type(engine).__name__}: byok.session() an Engine, byok.asession() an "
                 "AsyncEngine"
             )
-        if attachment_of(engine.dialect).keyrings is not self._keyrings:
+        attachment: Attachment | None = engine.dialect.__dict__.get(ATTACHMENT)
+        if attachment is None or attachment.keyrings is not self._keyrings:
             raise NotAttachedError("give the engine to Byok.attach() before you open a session on it")
 
 

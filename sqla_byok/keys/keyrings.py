@@ -236,7 +236,7 @@ class Keyrings(Secret):
         :raises KeysExpiredError: the keyring's time is up.
         """
         now, wall, lease = self._boot(), self._wall(), ring.lease
-        if lease.over(now, wall):
+        if now >= lease.deadline or wall >= lease.wall_deadline or lease.cleared:
             if not lease.in_grace(now, wall):
                 ring.clear()
             ring.expired()

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NoReturn
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
+from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import SelectBase
 
 from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
@@ -89,7 +90,9 @@ class Statements:
                 tenant_column.refuse_compiled(call.compiled, tenant)
             refuse_compiled(call.compiled)
             return call
-        given, given_rows = upstream.inside(call.clause), call.parameters or ()
+        given, given_rows = call.clause, call.parameters or ()
+        if not isinstance(given, UpdateBase):
+            given = upstream.inside(given)
         if not getattr(given, "is_dml", False):
             return call
         if tenant_column.used:
@@ -260,8 +263,11 @@ class Statements:
         need = needs.of.get(None)
         if need is not None and (need.reads or context.isinsert or context.isupdate):
             met = conn.__dict__.get(kept.MET)
-            if met is not None and met[0] is conn.get_transaction() and met[1] == [turn.tenant]:
-                return
+            if met is not None and met[0] is conn.get_transaction():  # as most often: nothing to refuse
+                if need.reads and not met[1]:
+                    met[1].append(turn.tenant)
+                if met[1] == [turn.tenant]:
+                    return
             updates = need.binds and context.isupdate
             meet(
                 conn, context.execution_options, turn.tenant, self._blocks, reads=need.reads, updates=updates

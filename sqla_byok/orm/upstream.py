@@ -58,6 +58,7 @@ __all__ = [
     "Named",
     "Parts",
     "Steps",
+    "Writing",
     "beside",
     "case_counts",
     "columns_of",
@@ -122,6 +123,7 @@ __all__ = [
     "with_returned",
     "with_target",
     "with_values",
+    "writing",
     "written",
     "written_froms",
 ]
@@ -217,6 +219,30 @@ def target(clause: Any) -> tuple[Any, bool]:
     """
     emitted = clause._annotations.get("_emit_insert_table" if clause.is_insert else "_emit_update_table")
     return (clause.table, False) if emitted is None else (emitted, True)
+
+
+class Writing(NamedTuple):
+    """What an INSERT or UPDATE writes, as it was given."""
+
+    table: Any  # what it writes to
+    one_of_several: bool  # see target()
+    values: list[Item]
+    select_names: Sequence[str]
+    multi_values: Sequence[Sequence[Any]]
+    conflicts: Sequence[Any]
+    returns: bool
+
+
+def writing(clause: Any) -> Writing:
+    """All of it at once."""
+    return Writing(
+        *target(clause),
+        values(clause),
+        select_names(clause),
+        multi_values(clause),
+        conflicts(clause),
+        bool(clause._returning),
+    )
 
 
 def plain_table(table: Table) -> Table:

@@ -43,17 +43,16 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
     :returns: the statement and parameters to run instead; None where no encrypted column is concerned.
     :raises UnsupportedQueryError: for what cannot be kept in step.
     """
-    table, one_of_several = upstream.target(clause)
-    table = _first(table)
+    given = upstream.writing(clause)
+    table, items = _first(given.table), given.values
     plan = _plan_of(table)
     if not (plan.encrypted or clause.is_update):
         return None
-    items = upstream.values(clause)
-    if one_of_several:
+    if given.one_of_several:
         items = [(key, value) for key, value in items if key.table == table]
     if not (plan.encrypted or any(isinstance(getattr(key, "type", None), _OURS) for key, _ in items)):
         return None
-    for name in upstream.select_names(clause):
+    for name in given.select_names:
         if isinstance(table.c[name].type, _OURS):
             _refuse(
                 table.c[name],
@@ -62,17 +61,19 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
     if plan.compounds and items and rows:
         _refuse_mixed(table, plan, items, rows[0])
     copied: Copies = {}
-    if groups := upstream.multi_values(clause):
-        clause = upstream.with_multi_values(clause, _fill_groups(clause, table, plan, groups, copied))
+    if given.multi_values:
+        groups = _fill_groups(clause, table, plan, given.multi_values, copied)
+        clause = upstream.with_multi_values(clause, groups)
     elif items:
         clause = upstream.with_values(clause, _fill_items(clause, table, plan, items, copied))
-    if conflicts := upstream.conflicts(clause):
-        clause = upstream.with_conflicts(clause, [_fill_conflict(table, plan, each) for each in conflicts])
+    if given.conflicts:
+        conflicts = [_fill_conflict(table, plan, each) for each in given.conflicts]
+        clause = upstream.with_conflicts(clause, conflicts)
     if copied:
         rows = [{**row, **_copies(row, copied)} for row in rows]
     if plan.searchable:
         rows = _fill_rows(clause, table, plan, rows)
-    if clause.is_insert:
+    if given.returns and clause.is_insert:
         clause = upstream.with_returned(clause, lambda one: _is_hash_of(table, one))
     return clause, rows
 
