@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -313,7 +313,8 @@ class Execution(upstream.Steps):
             return super().of_compiled(
                 dialect, conn, dbapi, options, compiled, parameters, clause, extracted, **more
             )
-        if clause is not None and TENANT_OPTION in (own := clause.get_execution_options()):
+        own: Mapping[str, Any] = {} if clause is None else cast("Any", clause).get_execution_options()
+        if TENANT_OPTION in own:
             refuse_overruled(own, options, conn.get_execution_options())
         turn, fits = statements.begin(conn, options, needs)
         if not fits:
