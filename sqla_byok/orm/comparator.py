@@ -132,7 +132,7 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
             _refuse(self.expr, f"{spelled(op)} takes {'a value' if op in NULL_TESTS else 'a list of values'}")
         if type_.normalize is not None:
             # With it the ORM would evaluate the un-normalized text in Python and leave the session stale.
-            comparison.left = comparison.left._deannotate(values=("parentmapper",), clone=True)
+            comparison.left = upstream.without_entity(comparison.left)
         comparison.__class__ = HashComparison  # in place: see _over_hashes()
         taken: HashComparison = comparison
         return taken
@@ -159,7 +159,7 @@ class HashComparator(TypeDecorator.Comparator[Any]):
             if _is_hash_column(plain.left):
                 # With it the ORM would compare the hash with the value in Python and leave the session stale.
                 left: Any = plain.left
-                plain.left = left._deannotate(values=("parentmapper",), clone=True)
+                plain.left = upstream.without_entity(left)
         result: ColumnElement[Any] = plain
         return result
 
@@ -293,9 +293,7 @@ def _hashed(operand: Any, column: Any) -> Any:
     if isinstance(bare, Null):
         return bare
     if isinstance(bare, ClauseList):
-        values = bare._clone()
-        values.clauses = [_hashed(value, column) for value in bare.clauses]
-        return values
+        return upstream.with_clauses(bare, [_hashed(value, column) for value in bare.clauses])
     source = _selected(bare) if isinstance(bare, ScalarSelect) else bare
     if not _is_encrypted_column(source):
         _refuse(column, f"it {_NO_HASH}")
@@ -321,9 +319,8 @@ class _BySalt(ColumnElement[Any]):
     inherit_cache = False  # there only while a statement is compiled
 
     def __init__(self, bind: Any, nth: int) -> None:
-        self.bind = bind._clone(maintain_key=True)
-        self.bind.type = self.type = bind.type.at(nth)
-        self.nth = nth
+        self.type = bind.type.at(nth)
+        self.bind, self.nth = upstream.bound_as(bind, self.type), nth
 
 
 @compiles(_BySalt)
@@ -339,11 +336,7 @@ def _by_salt(bind: Any, nth: int) -> Any:
 
 def _retyped(bind: Any, hash_type: SearchHash) -> Any:
     """Bind values through the hash type, whatever type they were given; keep their names."""
-    if bind.type is hash_type:
-        return bind
-    retyped = bind._clone(maintain_key=True)
-    retyped.type = hash_type
-    return retyped
+    return bind if bind.type is hash_type else upstream.bound_as(bind, hash_type)
 
 
 def hash_column_of(
@@ -419,10 +412,7 @@ def _is_hash_column(element: Any) -> bool:
 def _selected(select: Any) -> Any:
     """The one column of a scalar subquery, without labels; None where it is not that simple."""
     inner = _bare(select.element)
-    # GROUP BY and DISTINCT ON (an extension before the columns, from 2.1 on) may name the ciphertext.
-    if not isinstance(inner, Select) or inner._distinct_on or inner._group_by_clauses:
-        return None
-    if getattr(inner, "_pre_columns_clause", None) is not None:
+    if not isinstance(inner, Select) or upstream.tells_rows_apart(inner):  # they may name the ciphertext
         return None
     columns = list(inner.selected_columns)
     return _bare(columns[0]) if len(columns) == 1 else None
@@ -439,9 +429,7 @@ def _beside_hash(operand: Any, column: Any) -> Any:
     if isinstance(bare, BindParameter):
         return _retyped(bare, type_.source.hash_type)
     if isinstance(bare, ClauseList):
-        values = bare._clone()
-        values.clauses = [_beside_hash(value, column) for value in bare.clauses]
-        return values
+        return upstream.with_clauses(bare, [_beside_hash(value, column) for value in bare.clauses])
     keys = search_keys(bare)
     if None in keys:
         _refuse(column, f"its search hash {_NO_HASH}")

@@ -349,7 +349,7 @@ class Guard:
         return None
 
 
-class _Scope(NamedTuple):
+class _Visible(NamedTuple):
     """What names and texts within a statement can mean."""
 
     named: Callable[[str], upstream.Named]
@@ -366,7 +366,7 @@ class _Text(NamedTuple):
     """A piece of text, or the name of a column without a table."""
 
     text: str
-    scopes: tuple[_Scope, ...]
+    visible: tuple[_Visible, ...]
     in_from: bool = False
     column: bool = False
 
@@ -383,7 +383,7 @@ class _Walk:
         self.whole_texts: list[str] = []  # statements that are text
         self._embedded: list[Any] = []  # tables that are put into such a text
         self._texts: list[_Text] = []
-        self._scopes: list[_Scope] = []
+        self._visible: list[_Visible] = []
         self._parts: list[Any] = []  # the expressions that were walked, each as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
@@ -420,7 +420,7 @@ class _Walk:
     # -- text ------------------------------------------------------------------------------------------------------
 
     def _text(self, text: str, *, in_from: bool = False, column: bool = False) -> None:
-        self._texts.append(_Text(text, tuple(self._scopes), in_from, column))
+        self._texts.append(_Text(text, tuple(self._visible), in_from, column))
 
     def named_in_texts(self) -> None:
         """Find the encrypted columns of the statement's own tables that its texts name."""
@@ -429,7 +429,7 @@ class _Walk:
             names = {Name(piece.text)} if piece.column else columns_in(piece.text, syntax)
             alone = piece.column or not tables_in(piece.text, syntax, fragment=True)
             for name in sorted(names, key=str):
-                if (type_ := self._meant_by(name, piece.scopes, alone)) is not None:
+                if (type_ := self._meant_by(name, piece.visible, alone)) is not None:
                     self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
 
     def tables_in_texts(self) -> Iterator[str]:
@@ -444,17 +444,17 @@ class _Walk:
                     if self._naming.protected(*name, loosely=True):
                         yield name.name
 
-    def _meant_by(self, name: Name, scopes: tuple[_Scope, ...], alone: bool) -> Any:
+    def _meant_by(self, name: Name, visible: tuple[_Visible, ...], alone: bool) -> Any:
         """The type of the encrypted column that a name means in a text; None where it means something else.
 
         :param alone: the text has no FROM of its own, so that what stands before the name is of the statement, such
             as ``excluded`` or an alias that SQLAlchemy names.
         """
         column, unnamed = self._naming.column(name.name), None
-        for scope in reversed(scopes):
-            known = [self._named_columns(source) for source in _flat(scope.froms)]
+        for level in reversed(visible):
+            known = [self._named_columns(source) for source in _flat(level.froms)]
             if name.before is None:
-                known.append((None, self._columns_by_name(scope.columns)))
+                known.append((None, self._columns_by_name(level.columns)))
             for called, columns in known:
                 if name.before is None or (called or "").lower() == name.before.lower():
                     if column in columns and (columns[column] is not None or name.before is not None):
@@ -557,10 +557,10 @@ class _Walk:
         ):
             self._written_by_own()
         lists = self.statement(statement, None)
-        self._scopes.append(_Scope(_nothing, list(upstream.targets(self._compiled))))
+        self._visible.append(_Visible(_nothing, list(upstream.targets(self._compiled))))
         for column in upstream.returned(self._compiled):
             self._returned(column)
-        self._scopes.pop()
+        self._visible.pop()
         for position in zip(*lists, strict=False):
             types = {type_.column_id: type_ for column in position for type_ in _stored_types(column)}
             if len(types) > 1:
@@ -584,7 +584,7 @@ class _Walk:
         known = self._seen.get(key)
         if known is None:
             self._seen[key] = known = (statement, [])
-            for cte in getattr(statement, "_independent_ctes", ()):
+            for cte in upstream.added_ctes(statement):
                 self.source(cte)
             known[1].extend(self._statement(statement, why, in_from))
         return known[1]
@@ -609,7 +609,7 @@ class _Walk:
     def _select(self, select: Any, why: _Why | None, in_from: Any) -> list[Any]:
         parts = upstream.parts(select, self._enclosing, in_from)
         self._enclosing.enter(select, parts.froms, parts.state)
-        self._scopes.append(_Scope(parts.named, list(parts.froms), parts.columns))
+        self._visible.append(_Visible(parts.named, list(parts.froms), parts.columns))
         for source in parts.froms:
             self.source(source)
         for column in parts.columns:
@@ -627,7 +627,7 @@ class _Walk:
             self._part(other, _COMPUTED)
         for hint in upstream.hints(select, self._compiled):
             self._text(hint)
-        self._scopes.pop()
+        self._visible.pop()
         self._enclosing.leave()
         return parts.columns
 
@@ -646,14 +646,14 @@ class _Walk:
             self._compared_rows(lists)
         order_by, group_by = upstream.ordering(compound)
         columns = lists[0] if lists else []
-        named = _Scope(lambda name: upstream.named_in_compound(lists, name), [], columns)
-        self._scopes.append(named)
+        named = _Visible(lambda name: upstream.named_in_compound(lists, name), [], columns)
+        self._visible.append(named)
         for column in order_by:
             self._ordered(column, columns)
         self._grouped(group_by, columns)
         for other in upstream.beside(compound):
             self._part(other, _COMPUTED)
-        self._scopes.pop()
+        self._visible.pop()
         self._enclosing.leave()
         return lists
 
@@ -718,7 +718,7 @@ class _Walk:
     # -- INSERT, UPDATE and DELETE ---------------------------------------------------------------------------------
 
     def _dml(self, dml: Any) -> None:
-        self._scopes.append(_Scope(_nothing, [dml.table], grows=True))
+        self._visible.append(_Visible(_nothing, [dml.table], grows=True))
         self.source(dml.table)
         self._enclosing.enter(dml, upstream.written_froms(dml))
         if not dml.is_delete:
@@ -731,7 +731,7 @@ class _Walk:
             self._part(other, _COMPUTED)
         for hint in upstream.hints(dml, self._compiled):
             self._text(hint)
-        self._scopes.pop()
+        self._visible.pop()
         self._enclosing.leave()
 
     def _written(self, dml: Any) -> None:
@@ -810,8 +810,8 @@ class _Walk:
         for other in upstream.made_by(source):
             self._part(other, _COMPUTED)
         # Its statement sees the enclosing ones, but not what it stands beside.
-        scopes = self._scopes
-        self._scopes = scopes if isinstance(source, Lateral) else scopes[:-1]
+        visible = self._visible
+        self._visible = visible if isinstance(source, Lateral) else visible[:-1]
         restated = upstream.restated(source)
         if restated is not None:
             self.source(restated)
@@ -820,7 +820,7 @@ class _Walk:
             self.source(inner)
         elif inner is not None:
             self.statement(inner, None, source)
-        self._scopes = scopes
+        self._visible = visible
         if is_own(source):
             self._within(source, _COMPUTED)
 
@@ -937,8 +937,8 @@ class _Walk:
             self._text(column.name, column=True)
         if table is not None:
             self.source(table)
-            if self._scopes and self._scopes[-1].grows:
-                self._scopes[-1].froms.append(table)
+            if self._visible and self._visible[-1].grows:
+                self._visible[-1].froms.append(table)
         type_ = self._type_of(column)
         if type_ is None:
             if (
@@ -981,10 +981,10 @@ class _Walk:
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
         parts = upstream.parts(select, self._enclosing)
-        self._scopes.append(_Scope(parts.named, list(parts.froms), parts.columns))
+        self._visible.append(_Visible(parts.named, list(parts.froms), parts.columns))
         for column in parts.order_by:
             self._ordered(column, parts.columns)
-        self._scopes.pop()
+        self._visible.pop()
 
     def _binary(self, binary: Any) -> None:
         left, right = binary.left, binary.right
@@ -1049,9 +1049,9 @@ class _Walk:
 
         :param shadowed: where a label has the name, the database takes a column of the FROM first: but in ORDER BY.
         """
-        if not self._scopes:
+        if not self._visible:
             return []
-        meant, alike = self._scopes[-1].named(name)
+        meant, alike = self._visible[-1].named(name)
         if shadowed:
             return meant + alike if any(isinstance(column, Label) for column in meant) else meant
         return meant[:1]

@@ -21,7 +21,6 @@ from sqlalchemy.sql.elements import (
     Null,
 )
 from sqlalchemy.sql.operators import OperatorType
-from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import TypeDecorator
 
 from sqla_byok.errors import ConfigurationError, DeclarationError, UnsupportedQueryError
@@ -41,9 +40,6 @@ from sqla_byok.orm.types import Encrypted, IndexHash, SearchHash
 __all__ = ["IndexComparator", "hash_index", "searched_id"]
 
 _T = TypeVar("_T")
-
-# What SQLAlchemy has to know of IndexComparison beside what it knows of any comparison.
-_INDEX_TOO: Any = [("index", InternalTraversal.dp_string)]
 
 _INSTEAD = "only ==, !=, in_(), not_in(), is_(None) and is_not(None) work on a hash_index, with values"
 
@@ -165,7 +161,7 @@ def _bring_along(mapper: Mapper[Any], sources: list[Any]) -> None:
     """Have a flush that changes one source set the others too. Where it becomes None there is no hash anyway."""
 
     def before_update(mapper: Mapper[Any], connection: Any, instance: Any) -> None:
-        known = mapper._columntoproperty
+        known = upstream.properties_of(mapper)
         if any(source not in known for source in sources):
             return  # a class in the same table that has not all of them
         attributes, names = inspect(instance).attrs, [known[source].key for source in sources]
@@ -208,7 +204,7 @@ def _declared(cls: type[Any]) -> Iterator[hash_index[Any]]:
 
 def _column(mapper: Mapper[Any], attribute: str) -> Any:
     """The column of the class's own table that an attribute stands for; None where there is none."""
-    given: Any = mapper._init_properties.get(attribute)
+    given: Any = upstream.given_property(mapper, attribute)
     if isinstance(given, MappedColumn):
         given = given.column
     elif isinstance(given, ColumnProperty):
@@ -263,7 +259,7 @@ class IndexComparator(Comparator[Any]):
         if not isinstance(comparison, BinaryExpression):
             self._refuse(f"{spelled(op)} takes values")
         # The ORM would evaluate the comparison in Python with the source's value, and leave the session stale.
-        comparison.left = source._deannotate(values=("parentmapper",), clone=True)
+        comparison.left = upstream.without_entity(source)
         return _over_index(comparison, self._index.key)
 
     def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:
@@ -301,6 +297,7 @@ def searched_id(attribute: Any) -> str:
     return type_.column_id
 
 
+@upstream.traverse_too("index")
 class IndexComparison(HashComparison):
     """``source (==, !=, IN, NOT IN, IS) value``, rendered over the hash column of an index of the source.
 
@@ -308,8 +305,6 @@ class IndexComparison(HashComparison):
     """
 
     inherit_cache = True
-    _traverse_internals = BinaryExpression._traverse_internals + _INDEX_TOO
-    _cache_key_traversal = BinaryExpression._cache_key_traversal + _INDEX_TOO
     index: str
 
     def _found(self) -> Any:
@@ -343,12 +338,9 @@ class IndexComparison(HashComparison):
         """What stands for an operand: values are hashed by the index's salt; nothing else can be compared."""
         bare = getattr(operand, "element", operand)
         if isinstance(bare, BindParameter):
-            taken = bare._clone(maintain_key=True)
-            taken.type = found.type.source.hash_type
-            return taken
+            return upstream.bound_as(bare, found.type.source.hash_type)
         if isinstance(bare, ClauseList):
-            values = bare._clone()
-            values.clauses = [self._compared(value, found) for value in bare.clauses]
+            values = upstream.with_clauses(bare, [self._compared(value, found) for value in bare.clauses])
             return values.self_group(against=self.operator)
         if isinstance(bare, Null):
             return bare

@@ -163,8 +163,8 @@ def codec_of(type_: TypeEngine[Any], dialect: Dialect | None = None) -> Codec:
     if isinstance(type_, sqltypes.Uuid):
         return codecs.uuid_codec(as_uuid=type_.as_uuid)
     if isinstance(type_, sqltypes.JSON):
-        dumps = getattr(dialect, "_json_serializer", None) or json.dumps
-        loads = getattr(dialect, "_json_deserializer", None) or json.loads
+        writes, reads = upstream.json_functions(dialect)
+        dumps, loads = writes or json.dumps, reads or json.loads
         return codecs.json_codec(lambda value: "null" if value is sqltypes.JSON.NULL else dumps(value), loads)
     raise DeclarationError(
         f"Encrypted cannot wrap {type(type_).__name__}; wrap String, LargeBinary, JSON or another "

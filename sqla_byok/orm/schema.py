@@ -155,7 +155,7 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
     for default in (column.default, column.onupdate):
         if default is not None:
             follow = CallableColumnDefault(_follow(column.key), for_update=default.for_update)
-            follow._set_parent_with_dispatch(sibling)
+            upstream.set_default(follow, sibling)
 
 
 def _called(table: Table, key: str, name: str) -> Column[Any] | None:
@@ -302,7 +302,7 @@ def add_index(table: Table, index: IndexOf, unique: bool) -> None:
                 column=indexed.column_id,
             )
         follow = CallableColumnDefault(_follow(*index.sources), for_update=attribute == "onupdate")
-        follow._set_parent_with_dispatch(existing)
+        upstream.set_default(follow, existing)
 
 
 def _adopt_index(
@@ -414,7 +414,7 @@ def _move_columns(constraint: Any, table: Any) -> None:
     """Point a unique constraint or index that names an encrypted column at its hash column; refuse any other."""
     if not isinstance(table, Table) or isinstance(constraint, CheckConstraint):
         return
-    pending: list[Any] = constraint._pending_colargs
+    pending = upstream.pending_columns(constraint)
     for position, given in enumerate(pending):
         column = table.c.get(given) if isinstance(given, str) else given
         if column is None or not isinstance(column.type, Encrypted):
@@ -584,7 +584,7 @@ def _leave_out_hash_columns(mapper: Mapper[Any], cls: type[Any]) -> None:
 
 def _hashes_of(mapper: Mapper[Any]) -> list[Any]:
     """The hash columns of the mapped attributes of a class that are not mapped themselves."""
-    known = mapper._columntoproperty
+    known = upstream.properties_of(mapper)
     return [
         column
         for column in mapper.persist_selectable.c

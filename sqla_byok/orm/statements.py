@@ -51,7 +51,7 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
     """
     # A view made by execution_options() shares its engine's dialect: what is hung on the view alone would leave the
     # engine itself with a dialect that is attached, and statements that nobody prepared.
-    engine = getattr(engine, "_proxied", engine)
+    engine = upstream.engine_of(engine)
     attachment = attachment_of(engine.dialect)
     if attachment.keyrings is keyrings:
         return

@@ -59,7 +59,9 @@ __all__ = [
     "Parts",
     "Steps",
     "Writing",
+    "added_ctes",
     "beside",
+    "bound_as",
     "case_counts",
     "columns_of",
     "compiled_anew",
@@ -71,10 +73,12 @@ __all__ = [
     "criteria",
     "dml_within",
     "driver_cursor",
+    "engine_of",
     "excluded",
     "executed",
     "fanned_out",
     "forget_metadata",
+    "given_property",
     "has_rows",
     "held_to",
     "hints",
@@ -84,6 +88,7 @@ __all__ = [
     "instead",
     "is_binary",
     "is_made_up",
+    "json_functions",
     "made_by",
     "multi_values",
     "named_in_compound",
@@ -91,9 +96,11 @@ __all__ = [
     "of_entity",
     "ordering",
     "parts",
+    "pending_columns",
     "pieces_of",
     "plain_table",
     "prefixes",
+    "properties_of",
     "proxied",
     "reads_early",
     "referred",
@@ -108,21 +115,26 @@ __all__ = [
     "run_or_await",
     "select_names",
     "selected_by",
+    "set_default",
     "show_in_subqueries",
     "step_in",
     "tables_of",
     "target",
     "targets",
+    "tells_rows_apart",
     "text_of",
+    "traverse_too",
     "unique_columns",
     "values",
     "variants",
+    "with_clauses",
     "with_conflicts",
     "with_criterion",
     "with_multi_values",
     "with_returned",
     "with_target",
     "with_values",
+    "without_entity",
     "writing",
     "written",
     "written_froms",
@@ -151,6 +163,43 @@ def fanned_out(compiler: Any) -> Mapping[str | None, int]:
         if isinstance(option, FanOut):
             return dict(option.live)
     return {}
+
+
+def bound_as(bind: Any, type_: Any) -> Any:
+    """A bound value of another type, under the same name."""
+    other = bind._clone(maintain_key=True)
+    other.type = type_
+    return other
+
+
+def with_clauses(clauses: Any, parts: list[Any]) -> Any:
+    """A list of expressions with others in the place of its own."""
+    other = clauses._clone()
+    other.clauses = parts
+    return other
+
+
+def without_entity(column: Any) -> Any:
+    """A column by which the ORM does not find its attribute: it would compare what the attribute holds, in Python."""
+    return column._deannotate(values=("parentmapper",), clone=True)
+
+
+def tells_rows_apart(select: Any) -> bool:
+    """Whether a SELECT groups or has a DISTINCT ON (an extension before the columns, from 2.1 on)."""
+    before_columns = getattr(select, "_pre_columns_clause", None)
+    return bool(select._distinct_on or select._group_by_clauses or before_columns is not None)
+
+
+def traverse_too(name: str) -> Callable[[type[T]], type[T]]:
+    """Have SQLAlchemy know of a string that a subclass of an expression holds, as part of its cache key."""
+
+    def more(cls: Any) -> Any:
+        field = [(name, InternalTraversal.dp_string)]
+        cls._traverse_internals = cls._traverse_internals + field
+        cls._cache_key_traversal = cls._cache_key_traversal + field
+        return cls
+
+    return more
 
 
 def render_again(bind: Any, compiler: Any, suffix: str, **kwargs: Any) -> Any:
@@ -243,6 +292,44 @@ def writing(clause: Any) -> Writing:
         conflicts(clause),
         bool(clause._returning),
     )
+
+
+def properties_of(mapper: Any) -> Mapping[Any, Any]:
+    """The mapped properties of a class, by their columns."""
+    found: Mapping[Any, Any] = mapper._columntoproperty
+    return found
+
+
+def given_property(mapper: Any, attribute: str) -> Any:
+    """What a class that is being mapped was given for an attribute; None for nothing."""
+    return mapper._init_properties.get(attribute)
+
+
+def pending_columns(constraint: Any) -> list[Any]:
+    """The columns that a constraint or index is about to be attached with; to be changed in place."""
+    found: list[Any] = constraint._pending_colargs
+    return found
+
+
+def set_default(default: Any, column: Any) -> None:
+    """Make a default or onupdate that of a column."""
+    default._set_parent_with_dispatch(column)
+
+
+def engine_of(engine: Engine) -> Engine:
+    """The engine itself, of a view made by ``execution_options()``."""
+    return getattr(engine, "_proxied", engine)
+
+
+def json_functions(dialect: Any) -> tuple[Any, Any]:
+    """The functions by which an engine writes and reads JSON, where it was given any."""
+    return getattr(dialect, "_json_serializer", None), getattr(dialect, "_json_deserializer", None)
+
+
+def added_ctes(statement: Any) -> Sequence[Any]:
+    """The CTEs that were only added to a statement."""
+    found: Sequence[Any] = getattr(statement, "_independent_ctes", ())
+    return found
 
 
 def plain_table(table: Table) -> Table:
