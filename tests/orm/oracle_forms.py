@@ -375,7 +375,9 @@ class Built:
             statement = statement.params(**self.params)
             if query.what == "count":
                 return [(statement.count(),)]
-            result = (self.session.query(statement.exists()) if query.what == "exists" else statement).all()
+            if query.what == "exists":  # a negated subquery within loses them there
+                statement = self.session.query(statement.exists()).params(**self.params)
+            result = statement.all()
             result = [row if isinstance(row, Sequence) else (row,) for row in result]
         else:
             found = self.session.execute(statement, self.params)
