@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +13,11 @@ import pytest
 from keys_tools import TurnableClock, hand_in, in_child, publish_data_key
 from sqlalchemy import URL, LargeBinary, String, create_engine, insert, select, text, type_coerce
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from told_process import ToldProcess
 
 from sqla_byok import Byok, Encrypted, LocalKms, TenantExistsError, UnknownTenantError
 from sqla_byok.keys.keyrings import POLL_EVERY
 from sqla_byok.kms import Kms, providers
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 class Base(DeclarativeBase):
@@ -70,29 +68,11 @@ def _other_process(url: str, key: str, pipe: Any) -> None:
     engine.dispose()
 
 
-class Other:
+class Other(ToldProcess):
     """Another process with a Byok on the same database."""
 
     def __init__(self, url: URL, key: Path) -> None:
-        self.pipe, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_other_process, args=(_url(url), str(key), theirs), daemon=True)
-        self.process.start()
-
-    def start(self, name: str, *arguments: Any) -> None:
-        self.pipe.send((name, *arguments))
-
-    def answer(self) -> Any:
-        assert self.pipe.poll(60), "the other process does not answer"
-        return self.pipe.recv()
-
-    def do(self, name: str, *arguments: Any) -> Any:
-        self.start(name, *arguments)
-        return self.answer()
-
-    def close(self) -> None:
-        self.pipe.send(None)
-        self.process.join(30)
-        assert self.process.exitcode == 0
+        super().__init__(_other_process, _url(url), str(key))
 
 
 @pytest.fixture

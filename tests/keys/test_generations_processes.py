@@ -6,7 +6,6 @@ and waits to be told that the time has passed, so that the parent decides what h
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import pytest
 from keys_tools import TurnableClock
 from sqlalchemy import URL, LargeBinary, String, create_engine, insert, select, type_coerce
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from told_process import WAKE, ToldProcess
 
 from sqla_byok import Byok, Encrypted, KeystoreConflictError, KeystoreUnavailableError, LocalKms
 from sqla_byok.crypto.formats import DATA_KEY, KINDS, SEARCH_SALT
 from sqla_byok.keys.generations import SETTLE
 from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 class Base(DeclarativeBase):
@@ -44,7 +42,7 @@ class _ToldClock(TurnableClock):
 
     def sleep(self, seconds: float) -> None:
         self.pipe.send(("sleeps", seconds))
-        assert self.pipe.recv() == "wake"
+        assert self.pipe.recv() == WAKE
         super().sleep(seconds)
 
 
@@ -114,45 +112,15 @@ def _serve(url: str, pipe: Any) -> None:
     worker.close()
 
 
-class Other:
+class Other(ToldProcess):
     """Another process."""
 
     def __init__(self, url: URL) -> None:
-        self.pipe, theirs = SPAWN.Pipe()
-        given = url.render_as_string(hide_password=False)
-        self.process = SPAWN.Process(target=_serve, args=(given, theirs), daemon=True)
-        self.process.start()
-
-    def start(self, name: str, *arguments: Any) -> None:
-        self.pipe.send((name, *arguments))
-
-    def answer(self) -> Any:
-        assert self.pipe.poll(60), "the other process does not answer"
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def do(self, name: str, *arguments: Any) -> Any:
-        self.start(name, *arguments)
-        return self.answer()
+        super().__init__(_serve, url.render_as_string(hide_password=False))
 
     def settling(self) -> None:
         """Wait until it says that it lets a change settle."""
         assert self.answer() == ("sleeps", SETTLE)
-
-    def wake(self) -> None:
-        self.pipe.send("wake")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join(30)
-
-    def close(self) -> None:
-        if self.process.exitcode is None:
-            self.pipe.send(None)
-            self.process.join(30)
-            assert self.process.exitcode == 0
 
 
 @pytest.fixture

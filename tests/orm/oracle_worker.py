@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -10,12 +9,12 @@ from typing import Any, NamedTuple
 from keys_tools import TurnableClock
 from orm.oracle_forms import ENCRYPTED, TENANTS, Built, Query, Row
 from sqlalchemy import URL, Engine, create_engine, delete, event, insert, update
+from told_process import WAKE, ToldProcess
 
 from sqla_byok import Byok, Encrypted, KeystoreUnavailableError, LocalKms, UnsupportedQueryError
 from sqla_byok.crypto.formats import DATA_KEY, READABLE
 
-SPAWN = multiprocessing.get_context("spawn")
-SLEEPS, WAKE = "sleeps", "wake"
+SLEEPS = "sleeps"
 
 
 def engine_of(url: URL) -> Engine:
@@ -183,34 +182,14 @@ def _serve(pipe: Any) -> None:
     Worker(pipe).serve()
 
 
-class Other:
-    """A process, as its parent sees it."""
+class Other(ToldProcess):
+    """A process that is ended wherever it is."""
+
+    patience = 120.0
 
     def __init__(self) -> None:
-        self.pipe, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def start(self, name: str, *arguments: Any) -> None:
-        self.pipe.send((name, *arguments))
-
-    def answer(self) -> Any:
-        assert self.pipe.poll(120), "the other process does not answer"
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def do(self, name: str, *arguments: Any) -> Any:
-        self.start(name, *arguments)
-        return self.answer()
-
-    def wake(self) -> None:
-        self.pipe.send(WAKE)
+        super().__init__(_serve)
 
     def close(self) -> None:
-        """End it, wherever it is."""
-        self.process.kill()
-        self.process.join(30)
+        self.kill()
         self.pipe.close()
