@@ -34,7 +34,7 @@ help: ## show this list
 demo: $(VENV)/test.stamp ## see it work, start to end
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
-test: $(VENV)/test.stamp ## run the tests on the newest SQLAlchemy
+test: $(VENV)/test.stamp .alembic/stamp ## run the tests on the newest SQLAlchemy
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 # The oracle and the machine bring keys of their own.
@@ -46,7 +46,7 @@ test-kms: $(VENV)/test.stamp ## run the ORM's tests with tenants whose keys are 
 test-sqlalchemy: $(VENV)/test.stamp ## run SQLAlchemy's own tests on attached engines; takes half an hour
 	$(VENV)/bin/python tests/upstream_suite.py $(ARGS)
 
-test-2.0: $(VENV_20)/test.stamp ## run the tests on SQLAlchemy 2.0
+test-2.0: $(VENV_20)/test.stamp .alembic/stamp ## run the tests on SQLAlchemy 2.0
 	$(VENV_20)/bin/python -m pytest $(ARGS)
 
 oracle: $(VENV)/test.stamp ## 20,000 random queries beside plaintext on each database, while keys rotate (half an hour)
@@ -87,12 +87,20 @@ smoke: $(VENV)/check.stamp ## build the wheel and try it, installed, on each SQL
 	$(call smoke,2.1,sqlalchemy>=2.1; python_version >= "3.11")
 
 clean: ## remove all that these targets made
-	rm -rf $(VENV) $(VENV_20) dist site .smoke .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_20) .alembic dist site .smoke .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find sqla_byok tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python $(VENV_20)/bin/python:
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 	$@ -m pip install --quiet --upgrade "pip>=25.1"
+
+# Versions of Alembic whose plugins differ, beside the newest: tests/test_alembic.py.
+.alembic/stamp: tests/test_alembic.py | $(VENV)/bin/python
+	rm -rf .alembic
+	for version in $$(sed -n 's/^OLDER = (\(.*\))/\1/p' $< | tr -d '",'); do \
+		$(VENV)/bin/python -m pip install --quiet --no-deps --target .alembic/$$version alembic==$$version || exit; \
+	done
+	@touch $@
 
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --editable . --group $*

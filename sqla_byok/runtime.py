@@ -197,7 +197,8 @@ class Byok(Secret):
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def create_keystore(self) -> None:
-        """Create the keystore's tables where they are missing. With Alembic, use :data:`keystore_metadata` instead.
+        """Create the keystore's tables where they are missing. A migration that was made of :data:`keystore_metadata`
+        does the same.
 
         :raises KeystoreUnavailableError: if the database does not answer.
         """

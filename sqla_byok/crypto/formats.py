@@ -39,7 +39,6 @@ __all__ = [
     "BASE62",
     "DATA_KEY",
     "DIRECT",
-    "DIRECT_SIZE",
     "HEADER_SIZE",
     "ID_SIZE",
     "KEY_SIZE",
@@ -112,8 +111,6 @@ OVERHEAD = HEADER_SIZE + NONCE_SIZE + TAG_SIZE
 
 # What a provider puts into its URL must not be able to leave its place there: no dot, slash, colon or percent.
 _VERSION = re.compile(rb"[A-Za-z0-9_-]{0,255}")
-# AWS KMS makes up to 6,144 bytes of what it takes, RSA 512.
-DIRECT_SIZE = HEADER_SIZE + 1 + 255 + 6144
 
 BASE62 = string.ascii_uppercase + string.ascii_lowercase + string.digits
 

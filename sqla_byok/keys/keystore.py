@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -44,7 +45,7 @@ from sqla_byok.errors import (
     TenantExistsError,
     UnknownTenantError,
 )
-from sqla_byok.keys.database import Database
+from sqla_byok.keys.database import Database, Work
 from sqla_byok.keys.rows import SealedRecord, State, TenantRow, Wrapping
 from sqla_byok.kms import providers
 
@@ -59,7 +60,8 @@ OUTAGE_GRACE_MS = 3_600_000
 _CREATE_TRIES = 10  # each may lose the race for another of the tables
 
 keystore_metadata = MetaData()
-"""The keystore's tables. Add it to ``target_metadata`` in Alembic's ``env.py``, or call ``Byok.create_keystore()``."""
+"""The keystore's tables: for ``target_metadata = [Base.metadata, keystore_metadata]`` in Alembic's ``env.py``, or for
+``create_all()``. ``Byok.create_keystore()`` makes the same."""
 
 
 def _name() -> String:
@@ -67,6 +69,11 @@ def _name() -> String:
     return String(255).with_variant(
         mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
     )
+
+
+def _short(size: int) -> LargeBinary:
+    # What MySQL makes of BLOB(size), by the name under which it is found there: Alembic compares them.
+    return LargeBinary(size).with_variant(mysql.TINYBLOB(), "mysql", "mariadb")
 
 
 def _digest() -> LargeBinary:
@@ -85,10 +92,10 @@ _tenant = Table(
     Column("tenant", _name(), primary_key=True),
     Column("revoke_within_ms", BigInteger, nullable=False),
     Column("outage_grace_ms", BigInteger, nullable=False),
-    Column("tenant_key_id", LargeBinary(16), nullable=False),
+    Column("tenant_key_id", _short(16), nullable=False),
     Column("tenant_key_generation", Integer, nullable=False),
     Column("epoch", BigInteger, nullable=False),
-    Column("manifest_tag", LargeBinary(32), nullable=False),
+    Column("manifest_tag", _short(32), nullable=False),
     Column("onboarded_at", DateTime(timezone=True), nullable=False),
 )
 
@@ -101,7 +108,7 @@ _wrapping = Table(
     Column("config", Text, nullable=False),
     Column("wrapped", LargeBinary, nullable=False),
     Column("kms_key_version", String(255), nullable=False),
-    Column("row_tag", LargeBinary(32), nullable=True),
+    Column("row_tag", _short(32), nullable=True),
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
 )
 
@@ -111,7 +118,7 @@ _generation = Table(
     Column("tenant", _name(), primary_key=True),
     Column("kind", String(20), primary_key=True),
     Column("generation", Integer, primary_key=True, autoincrement=False),
-    Column("id", LargeBinary(16), nullable=False),
+    Column("id", _short(16), nullable=False),
     Column("sealed", LargeBinary, nullable=False),
     Column("state", String(20), nullable=False),
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
@@ -206,7 +213,7 @@ class Keystore(Secret):
         def work(connection: Connection) -> None:
             keystore_metadata.create_all(connection)
             if connection.scalar(select(_format.c.write_format)) is None:
-                connection.execute(insert(_format).values(write_format=WRITE_FORMAT))
+                _pin_format(connection)
 
         for _ in range(_CREATE_TRIES - 1):
             try:
@@ -225,7 +232,6 @@ class Keystore(Secret):
         """
 
         def work(connection: Connection) -> None:
-            self._check_format(connection)
             connection.execute(
                 insert(_tenant).values(
                     tenant=row.tenant, onboarded_at=datetime.now(timezone.utc), **_tenant_values(row)
@@ -236,7 +242,7 @@ class Keystore(Secret):
 
         exists = False
         try:
-            self.database.write(work)
+            self._write(work)
         except IntegrityError:
             exists = True
         if exists:
@@ -257,7 +263,6 @@ class Keystore(Secret):
             raise ValueError("each change of a tenant raises its epoch by one")
 
         def work(connection: Connection) -> None:
-            self._check_format(connection)
             changed = connection.execute(
                 update(_tenant)
                 .where(
@@ -280,7 +285,7 @@ class Keystore(Secret):
 
         claimed = False
         try:
-            self.database.write(work)
+            self._write(work)
         except IntegrityError:
             claimed = True
         if claimed:
@@ -468,13 +473,30 @@ class Keystore(Secret):
                 return False
         return True
 
-    @staticmethod
-    def _check_format(connection: Connection) -> None:
-        found = connection.scalar(select(_format.c.write_format))
-        if found != WRITE_FORMAT:
+    def _write(self, work: Work[None]) -> None:
+        """Run ``work`` in a transaction of its own, if the keystore has the format that this release writes."""
+
+        def pinned(connection: Connection) -> Sequence[int]:
+            found = connection.scalars(select(_format.c.write_format)).all()
+            if found == [WRITE_FORMAT]:
+                work(connection)
+            return found
+
+        found = self.database.write(pinned)
+        if not found:
+            # A migration made the tables, which are empty.
+            with suppress(IntegrityError):  # another process was faster
+                self.database.write(_pin_format)
+            found = self.database.write(pinned)
+        if found != [WRITE_FORMAT]:
+            formats = ", ".join(map(str, found))
             raise KeystoreError(
-                f"the keystore is pinned to write format {found}, this release writes format {WRITE_FORMAT}"
+                f"the keystore is pinned to write format {formats}, this release writes format {WRITE_FORMAT}"
             )
+
+
+def _pin_format(connection: Connection) -> None:
+    connection.execute(insert(_format).values(write_format=WRITE_FORMAT))
 
 
 def _refuse_older(row: TenantRow, seen: State | None) -> None:

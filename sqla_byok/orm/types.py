@@ -18,7 +18,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine, to_instance
 from sqlalchemy.util import memoized_property
 
 from sqla_byok.crypto.codecs import Codec, UnfitError
-from sqla_byok.crypto.formats import DIRECT_SIZE, OVERHEAD, check_tenant
+from sqla_byok.crypto.formats import OVERHEAD, check_tenant
 from sqla_byok.crypto.hashes import ALGORITHMS, Scope
 from sqla_byok.crypto.values import Opening, hash_with, open_with, seal_with
 from sqla_byok.errors import (
@@ -316,12 +316,12 @@ class Encrypted(Ours, TypeDecorator[_T], Generic[_T]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name not in ("mysql", "mariadb"):
             return self.impl_instance
-        if self.mode == "direct":
-            return LargeBinary(DIRECT_SIZE)
         size = codec_of(self.type_, dialect).max_size
-        if size is None:
-            return mysql.LONGBLOB()
-        return LargeBinary(OVERHEAD + size + (self.pad_to or 0))
+        if self.mode == "direct" or (size is not None and OVERHEAD + size + (self.pad_to or 0) < 1 << 16):
+            # BLOB, which takes 64 KiB; what a KMS makes of a direct value is at most some 6 KiB. With a size it would
+            # become a TINYBLOB, and Alembic would find another type in the database each time.
+            return self.impl_instance
+        return mysql.LONGBLOB()
 
     def bind_processor(self, dialect: Dialect) -> Any:
         if self.column_id is None:

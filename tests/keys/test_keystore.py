@@ -23,6 +23,7 @@ from sqla_byok import (
     TenantExistsError,
     UnknownTenantError,
     WrongKeyError,
+    keystore_metadata,
 )
 from sqla_byok.kms import Kms, Wrapped
 
@@ -165,6 +166,27 @@ def test_several_threads_create_the_keystore(sync_url: URL) -> None:
         list(pool.map(create, byoks))
     engine = hand_in(sync_url)
     assert [_rows(engine, name) for name in ("format", "tenant")] == [1, 0]
+    engine.dispose()
+
+
+def test_several_threads_onboard_first_into_tables_that_a_migration_made(
+    sync_url: URL, tmp_path: Path
+) -> None:
+    """No one pins the format there before they do, and it is pinned once."""
+    engine = hand_in(sync_url)
+    keystore_metadata.create_all(engine)
+    byoks, meeting = [Byok(keystore=sync_url) for _ in range(4)], threading.Barrier(4)
+    keys = [LocalKms.create(tmp_path / f"{number}.key") for number in range(4)]
+
+    def onboard(number: int) -> None:
+        meeting.wait(10)
+        byoks[number].onboard(f"t{number}", keys[number])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(onboard, range(4)))
+    assert [_rows(engine, name) for name in ("format", "tenant")] == [1, 4]
+    for byok in byoks:
+        byok.close()
     engine.dispose()
 
 
