@@ -15,6 +15,7 @@
     ├── EncodeError                   a value does not fit its encrypted column
     ├── UnsupportedQueryError         the query would run on ciphertext
     ├── NotSearchableError            the tenant cannot be searched by this column
+    ├── SettlingError                 what the model changes has to become known first: try again in seconds
     ├── DecryptError                  a stored value does not open
     │   ├── NotEncryptedError         it is not one of our values at all
     │   ├── TamperedError             it does not authenticate
@@ -81,6 +82,7 @@ __all__ = [
     "NotSearchableError",
     "SaltChangedError",
     "SealedError",
+    "SettlingError",
     "TamperedError",
     "TenantExistsError",
     "TenantMismatchError",
@@ -164,6 +166,17 @@ class UnsupportedQueryError(ByokError):
 
 class NotSearchableError(ByokError):
     """The tenant has not enabled the search of a column, or the column's rows are yet to be hashed."""
+
+
+class SettlingError(ByokError):
+    """What the model changes has to become known to every process first. Nothing was written; try again.
+
+    :ivar retryable: always true.
+    :ivar retry_after: in how many seconds at most it has settled.
+    """
+
+    retryable = True
+    retry_after = 21.0
 
 
 class DecryptError(ByokError):

@@ -34,6 +34,7 @@ from sqla_byok.keys.clock import Clock, SystemClock
 from sqla_byok.keys.database import open_database
 from sqla_byok.keys.generations import Generations
 from sqla_byok.keys.health import CLOSED, DARK, FRESH, GRACE
+from sqla_byok.keys.jobs import Jobs
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore
@@ -193,6 +194,8 @@ class Byok(Secret):
         self._keyrings = Keyrings(self._keystore, self._calls, salts, clock, max_tenants, self._audit)
         generations = self._generations = Generations(self._keystore, self._calls, salts, clock, self._audit)
         self._searchable = SearchableColumns(generations.search, generations.settle)
+        self._jobs = Jobs(self._keystore)
+        self._engines: list[Engine] = []
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -230,7 +233,14 @@ class Byok(Secret):
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
             judge = Guard(guard, raw_sql, self._findings, sync_engine.dialect)
             attach(sync_engine, self._keyrings, self._blocks, judge)
+            if sync_engine not in self._engines:
+                self._engines.append(sync_engine)
             self._dialect = self._dialect or type(sync_engine.dialect)()
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that were given to :meth:`attach`, of async ones the sync engine within."""
+        return tuple(self._engines)
 
     def guard_report(self) -> dict[str, dict[str, int]]:
         """What the guard has found on engines attached with ``guard="report"``, since the start of the process.

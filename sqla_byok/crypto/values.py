@@ -24,6 +24,7 @@ from sqla_byok.crypto.codecs import Codec, UnfitError
 from sqla_byok.crypto.formats import (
     HEADER_SIZE,
     NONCE_SIZE,
+    OVERHEAD,
     PADDED,
     PLAIN,
     VALUE_MAGIC,
@@ -49,6 +50,7 @@ __all__ = [
     "hash_with",
     "open_bytes",
     "open_with",
+    "reseal_with",
     "seal_bytes",
     "seal_with",
 ]
@@ -290,6 +292,55 @@ def open_with(
         return opened if len(opened) == len(blobs) else [one(ring, blob) for blob in blobs]
 
     return Opening(one, many)
+
+
+def reseal_with(
+    foreign: Callable[[Ring | None, bytes], Any],
+    column: str,
+    codec: str,
+    pad_to: int | None = None,
+) -> Callable[[Ring, bytes], bytes]:
+    """Build what brings a stored value under the data key that is written with, and to the declared padding.
+
+    Its plaintext stays as it is, to the byte: no codec, and no code of the application, sees it.
+
+    :param foreign: told of a value whose key is not in the keyring; raises the error.
+    :param codec: the name of the column's codec.
+    :returns: a function that gives the same object where there is nothing to do, and that raises
+        :class:`~sqla_byok.errors.TamperedError` for a value that does not authenticate in this column.
+    """
+    tail = column_aad(column, codec)
+
+    def reseal(ring: Ring, blob: bytes) -> bytes:
+        key, found = ring.write, blob[_HEADER_PART]
+        if pad_to is None:
+            header, aad = key.header, key.aad
+        else:
+            header, aad = key.padded_header, key.padded_aad
+        if found == header and (pad_to is None or (len(blob) - OVERHEAD) % pad_to == 0):
+            return blob
+        opener, plaintext = ring.openers.get(found), None
+        if opener is None:
+            foreign(ring, blob)
+        else:
+            with suppress(InvalidTag, ValueError):
+                plaintext = opener[0](blob[_NONCE_PART], blob[_SEALED_PART], opener[1] + tail)
+                plaintext = plaintext if found[1] == PLAIN else unpad(plaintext)
+        if plaintext is None:
+            DECRYPT_FAILURES.add()
+            raise TamperedError(
+                f"{column}: a stored value does not authenticate; it was altered, or it was written for another column",
+                column=column,
+                tenant=ring.tenant,
+            )
+        nonce = urandom(12)
+        return (
+            header
+            + nonce
+            + key.encrypt(nonce, plaintext if pad_to is None else pad(plaintext, pad_to), aad + tail)
+        )
+
+    return reseal
 
 
 # In place of a column's codec: what is sealed outside the columns opens in none of them.

@@ -36,20 +36,13 @@ from sqla_byok.crypto.formats import (
 from sqla_byok.errors import ConfigurationError, KeystoreConflictError
 from sqla_byok.keys.calls import KmsCalls
 from sqla_byok.keys.clock import Clock
-from sqla_byok.keys.keyrings import POLL_EVERY, WRITE_WITHIN
+from sqla_byok.keys.keyrings import SETTLE
 from sqla_byok.keys.keystore import Keystore
 from sqla_byok.keys.rows import SealedRecord, TenantRow, Wrapping
 from sqla_byok.keys.salts import ExternalSalts
 from sqla_byok.keys.searchable import Searchable
 
 __all__ = ["SETTLE", "Generations"]
-
-# A process that looked just before a change was stored writes and searches for WRITE_WITHIN more by what it saw
-# (15 s); a statement that was let through at the last moment has to reach the database, which is given one POLL_EVERY
-# (3 s); and clocks of different machines run at different rates, and threads wait for their turn (3 s). So 21 s after
-# a change nobody works without knowing of it.
-_MARGIN = 3.0
-SETTLE = WRITE_WITHIN + POLL_EVERY + _MARGIN
 
 # Another change of the tenant at the same time, such as of its other kind, is no reason to give up at once.
 _TRIES = 3
@@ -117,6 +110,14 @@ class Generations(Secret):
         """
         self.settle()
         self._change(tenant, lambda row: self._retired(row, kind, generation))
+
+    def restore(self, tenant: str, kind: str, generation: int) -> None:
+        """Make a retired generation readable again. Others take it over at their next look; settles.
+
+        :raises ConfigurationError: if it is not there. One that is readable stays as it is.
+        """
+        self._change(tenant, lambda row: self._restored(row, kind, generation))
+        self.settle()
 
     def destroy(self, tenant: str, kind: str, generation: int) -> None:
         """Delete a retired generation. What was written with it is lost; nothing to do if it is gone.
@@ -257,6 +258,21 @@ class Generations(Secret):
             self._open(row),
             generations=[record for record in row.generations if record != found],
             retired=[*row.retired, found._replace(state=RETIRED)],
+        )
+
+    def _restored(self, row: TenantRow, kind: str, generation: int) -> TenantRow | None:
+        if _find(row.generations, kind, generation):
+            return None
+        found = _find(row.retired, kind, generation)
+        if found is None:
+            raise ConfigurationError(
+                f"{kind} {generation} of tenant {row.tenant!r} is not there: what was destroyed cannot be restored",
+                tenant=row.tenant,
+            )
+        return row.next(
+            self._open(row),
+            generations=[*row.generations, found._replace(state=READABLE)],
+            retired=[record for record in row.retired if record != found],
         )
 
     def _destroyed(self, row: TenantRow, kind: str, generation: int) -> TenantRow | None:

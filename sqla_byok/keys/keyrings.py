@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as NotDoneError
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta, timezone
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from sqla_byok.audit import Actor, Audit, KeysOpened, acting
@@ -49,7 +50,7 @@ from sqla_byok.kms import Kms, KmsClient, Wrapped
 from sqla_byok.kms.base import request_id
 from sqla_byok.metrics import Snapshot
 
-__all__ = ["Keyrings"]
+__all__ = ["POLL_EVERY", "SETTLE", "WRITE_WITHIN", "Keyrings"]
 
 T = TypeVar("T")
 
@@ -60,6 +61,12 @@ _log = logging.getLogger("sqla_byok")
 # Both are far shorter than the settle time between publishing a generation and writing with it.
 POLL_EVERY = 3.0
 WRITE_WITHIN = 15.0
+
+# A process that looked just before a change was stored writes and searches for WRITE_WITHIN more by what it saw
+# (15 s); a statement that was let through at the last moment has to reach the database, which is given one POLL_EVERY
+# (3 s); and clocks of different machines run at different rates, and threads wait for their turn (3 s). So 21 s after
+# a change nobody works without knowing of it.
+SETTLE = WRITE_WITHIN + POLL_EVERY + 3.0
 
 # How often keys whose time is up are looked for (seconds): none stays in memory for a second more.
 _SWEEP_EVERY = 0.4
@@ -164,6 +171,8 @@ class Keyrings(Secret):
         self._rings: dict[str, Keyring] = {}
         self._units: dict[str, Keyring] = {}  # opened for one unit of work that has not begun
         self._evicted: weakref.WeakSet[Keyring] = weakref.WeakSet()
+        # Since when this process has seen the search of a column closed that its model hashes otherwise than before.
+        self._closing: dict[tuple[str, str], tuple[str, float]] = {}
         self._opening: dict[str, _Opening] = {}
         # Apart, so that customers' vaults that do not answer hold up nobody whose keys are in memory.
         self._executors: dict[str, ThreadPoolExecutor] = {}
@@ -262,15 +271,35 @@ class Keyrings(Secret):
         :returns: the tenant's keyring, which knows them.
         :raises KeystoreError: if the keystore cannot be read or written; without a note, nothing may be written.
         """
+        settled = partial(self._has_settled, ring.tenant)
+        ring = self.revise(ring, lambda now: now.noted(written, settled))
+        for column in written.specs:
+            mark, seen = ring.searchable.mark(column), self._closing.get((ring.tenant, column))
+            if mark and (seen is None or seen[0] != mark):
+                self._closing[ring.tenant, column] = mark, self._boot()
+        return ring
+
+    def _has_settled(self, tenant: str, column: str, mark: str) -> bool:
+        """Whether the search of a column has been closed for the settle time, as far as this process has seen."""
+        seen, since = self._closing.get((tenant, column), ("", 0.0))
+        return seen == mark and self._boot() >= since + SETTLE
+
+    def revise(self, ring: Keyring, change: Callable[[Searchable], Searchable]) -> Keyring:
+        """Change what of an open tenant can be searched. Needs no KMS call; others take it over at their next look.
+
+        :param change: makes the new state of the stored one; called again after a conflict.
+        :returns: the tenant's keyring, which knows it.
+        :raises KeystoreError: if the keystore cannot be read or written.
+        """
         now, tries = self._boot(), 0
         while True:
             row = self._keystore.row(ring.tenant)
             if row.tenant_key_id != ring.tenant_key.id:
                 self._drop(ring)  # rekeyed meanwhile
-                return self.note(self.get(ring.tenant), written)
+                return self.revise(self.get(ring.tenant), change)
             row.check(ring.tenant_key)
             self._keystore.saw(row)
-            noted = Searchable.parse(row.searchable_text, ring.tenant).noted(written).text
+            noted = change(Searchable.parse(row.searchable_text, ring.tenant)).text
             new = row if noted == row.searchable_text else row.next(ring.tenant_key, searchable_text=noted)
             try:
                 if new is not row:

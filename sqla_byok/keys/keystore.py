@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 
-from sqla_byok.crypto.formats import ID_SIZE, RETIRED, Secret, check_tenant, kdf
+from sqla_byok.crypto.formats import DATA_KEY, ID_SIZE, RETIRED, Secret, check_tenant, enc, kdf
 from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
@@ -49,7 +49,7 @@ from sqla_byok.keys.database import Database, Work
 from sqla_byok.keys.rows import SealedRecord, State, TenantRow, Wrapping
 from sqla_byok.kms import providers
 
-__all__ = ["Keystore", "keystore_metadata"]
+__all__ = ["Keystore", "keystore_metadata", "name_type", "tag_column"]
 
 WRITE_FORMAT = 1
 
@@ -64,7 +64,8 @@ keystore_metadata = MetaData()
 ``create_all()``. ``Byok.create_keystore()`` makes the same."""
 
 
-def _name() -> String:
+def name_type() -> String:
+    """The type of a tenant's name."""
     # Compared byte by byte: a case-insensitive collation must not take one tenant for another.
     return String(255).with_variant(
         mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
@@ -74,6 +75,11 @@ def _name() -> String:
 def _short(size: int) -> LargeBinary:
     # What MySQL makes of BLOB(size), by the name under which it is found there: Alembic compares them.
     return LargeBinary(size).with_variant(mysql.TINYBLOB(), "mysql", "mariadb")
+
+
+def tag_column() -> Column[Any]:
+    """The column of what authenticates a row under the keystore key; NULL where there is none."""
+    return Column("tag", _short(32), nullable=True)
 
 
 def _digest() -> LargeBinary:
@@ -89,7 +95,7 @@ _format = Table(
 _tenant = Table(
     "byok_tenant",
     keystore_metadata,
-    Column("tenant", _name(), primary_key=True),
+    Column("tenant", name_type(), primary_key=True),
     Column("revoke_within_ms", BigInteger, nullable=False),
     Column("outage_grace_ms", BigInteger, nullable=False),
     Column("tenant_key_id", _short(16), nullable=False),
@@ -102,7 +108,7 @@ _tenant = Table(
 _wrapping = Table(
     "byok_wrapping",
     keystore_metadata,
-    Column("tenant", _name(), primary_key=True),
+    Column("tenant", name_type(), primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("provider", String(40), nullable=False),
     Column("config", Text, nullable=False),
@@ -115,7 +121,7 @@ _wrapping = Table(
 _generation = Table(
     "byok_generation",
     keystore_metadata,
-    Column("tenant", _name(), primary_key=True),
+    Column("tenant", name_type(), primary_key=True),
     Column("kind", String(20), primary_key=True),
     Column("generation", Integer, primary_key=True, autoincrement=False),
     Column("id", _short(16), nullable=False),
@@ -128,7 +134,7 @@ _generation = Table(
 _searchable = Table(
     "byok_searchable",
     keystore_metadata,
-    Column("tenant", _name(), primary_key=True),
+    Column("tenant", name_type(), primary_key=True),
     Column("content", Text().with_variant(mysql.MEDIUMTEXT(), "mysql", "mariadb"), nullable=False),
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
 )
@@ -138,7 +144,7 @@ _claim = Table(
     "byok_claim",
     keystore_metadata,
     Column("claim", _digest(), primary_key=True),
-    Column("tenant", _name(), nullable=False),
+    Column("tenant", name_type(), nullable=False),
     Column("of", String(10), nullable=False),  # "key" or "salts": a new key leaves the other
     ForeignKeyConstraint(["tenant"], ["byok_tenant.tenant"], ondelete="CASCADE"),
 )
@@ -195,6 +201,13 @@ class Keystore(Secret):
     def authenticates(self) -> bool:
         """Whether there is a keystore key."""
         return self._key is not None
+
+    def mac(self, label: str, *parts: str) -> bytes | None:
+        """What authenticates a row that is no tenant's, under the keystore key; None where there is none.
+
+        :param label: what the row is, so that one cannot stand for another.
+        """
+        return None if self._key is None else hmac.digest(self._key, enc(label, *parts), "sha256")
 
     def external_id(self, tenant: str) -> str:
         """The external id by which we assume the tenant's role: ours to choose, and another for each tenant.
@@ -420,6 +433,13 @@ class Keystore(Secret):
         )
         return [(row[0], row[1], row[2]) for row in rows]
 
+    def searchable_texts(self) -> dict[str, str]:
+        """What is kept of each tenant's searching, not authenticated: to see whom to open."""
+        rows = self.database.read(
+            lambda connection: connection.execute(select(_searchable.c.tenant, _searchable.c.content)).all()
+        )
+        return {row[0]: row[1] for row in rows}
+
     def tenants(self) -> list[str]:
         """The names of all tenants, sorted."""
         names = self.database.read(lambda connection: connection.scalars(select(_tenant.c.tenant)).all())
@@ -428,6 +448,17 @@ class Keystore(Secret):
                 "a tenant's name in the keystore is no text; remove or restore that row"
             )
         return sorted(names)
+
+    def tenant_of(self, data_key_id: bytes) -> str | None:
+        """Which tenant a data key belongs to, by its id; not authenticated: the tenant's keyring has it, or has not."""
+        found = self.database.read(
+            lambda connection: connection.scalar(
+                select(_generation.c.tenant).where(
+                    _generation.c.id == data_key_id, _generation.c.kind == DATA_KEY
+                )
+            )
+        )
+        return None if found is None else str(found)
 
     def require_key(self, provider: str) -> None:
         """Refuse a provider that makes outbound calls where tenant rows are not authenticated."""

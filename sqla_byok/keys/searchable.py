@@ -2,22 +2,23 @@
 
 A model declares how a column is hashed. If it changes that, hashes that are stored already are of no use, and a search
 would miss rows without a word. So a tenant's first write to a table notes the table and its columns' specifications
-(:class:`HashSpec`) in the keystore. A model with another specification is refused from then on, until the rows were
-hashed anew; a column that becomes searchable when its table was written already is not searched until then.
+(:class:`HashSpec`) in the keystore. Where a model has another specification, or a column becomes searchable when its
+table was written already, the column is not searched until its rows were hashed anew.
 
 A model declares what *may* be searched, too. What *is*, each tenant may say for itself::
 
     on         hashes are written, and searched
-    pending    hashes are written, and not searched: rows may have none, or one of another specification
+    pending    hashes are written, and not searched: rows may have none
+    mixed      likewise, by releases of any specification, each writing its own hash or none
+    hashing    likewise, by one specification only: a job makes these hashes
     off        NULL is written in place of a hash, and nothing is searched
 
 No process may search by hashes while another one writes rows without them, and each looks at the keystore only now and
-then. So a column never goes straight from off to on, nor back. In between it is pending, for at least
-:data:`~sqla_byok.keys.generations.SETTLE` seconds: then every process knows.
+then. So a column never goes straight from off to on, nor back, nor from on to mixed. In between it is pending, for at
+least :data:`~sqla_byok.keys.keyrings.SETTLE` seconds: then every process knows.
 
-A pending column is on again when a job has hashed its rows. While the job runs, the column is stored as ``hashing``.
-That is pending, with one difference: a release that does not make these hashes may no longer write, or it would add
-rows behind the job's back.
+A column is on again when a job has hashed its rows. While the job runs a release that does not make these hashes may no
+longer write, or it would add rows behind the job's back.
 
 The whole of it is one text per tenant, which the manifest authenticates together with the generations: under the tenant
 key, at one epoch. So nobody who can write to the keystore can change it, or put an old one back.
@@ -27,9 +28,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
@@ -39,12 +41,14 @@ from sqla_byok.errors import (
     KeystoreConflictError,
     KeystoreTamperedError,
     NotSearchableError,
+    SettlingError,
 )
 
 __all__ = ["NOTHING", "OFF", "ON", "PENDING", "HashSpec", "Searchable", "SearchableColumns", "Written"]
 
 ON, PENDING, OFF = "on", "pending", "off"
-_HASHING = "hashing"
+_MIXED, _HASHING = "mixed", "hashing"
+_NOT_SEARCHED = (PENDING, _MIXED, _HASHING)
 
 _DIGEST_DIGITS = 32
 
@@ -79,11 +83,13 @@ class Written:
     :param table: the table.
     :param specs: how its hashes are made, by column id.
     :param columns: the ids of its encrypted columns.
+    :param unique: which of those that it hashes are unique.
     """
 
     table: str
     specs: Mapping[str, HashSpec]
     columns: frozenset[str] = frozenset()
+    unique: frozenset[str] = frozenset()
 
 
 NOTHING = Written("", {})
@@ -94,15 +100,23 @@ class _Column(NamedTuple):
 
     :param spec: the digest of its specification; empty as long as no row was written.
     :param sources: of an index, the ids of the columns that it follows.
+    :param mark: of a pending one that is to become mixed, what tells this time from any other.
     """
 
     spec: str
     state: str
     sources: tuple[str, ...] = ()
+    mark: str = ""
+
+    def changing(self, settled: Callable[[str], bool]) -> _Column:
+        """Pending, and mixed once that has settled."""
+        if self.state != PENDING or not self.mark:
+            return self._replace(state=PENDING, mark=secrets.token_hex(4))
+        return self._replace(state=_MIXED, mark="") if settled(self.mark) else self
 
     def not_searched(self) -> _Column:
-        """Pending; while a job makes its hashes it stays so, since the job may still end with all of them searched."""
-        return self if self.state == _HASHING else self._replace(state=PENDING)
+        """Pending; where it is mixed already it stays so, and where a job makes its hashes, which may still end."""
+        return self if self.state in _NOT_SEARCHED else self._replace(state=PENDING, mark="")
 
 
 class Searchable:
@@ -150,11 +164,11 @@ class Searchable:
             return cls({})
         stored = json.loads(text)
         columns = {
-            name: _Column(spec, state, tuple(sources))
-            for name, (spec, state, sources) in stored["columns"].items()
+            name: _Column(spec, state, tuple(sources), *mark)
+            for name, (spec, state, sources, *mark) in stored["columns"].items()
         }
         states = {*(column.state for column in columns.values())}
-        if not (states <= {ON, PENDING, _HASHING, OFF} and stored["others"] in (ON, OFF)):
+        if not (states <= {ON, *_NOT_SEARCHED, OFF} and stored["others"] in (ON, OFF)):
             raise ValueError("a state is unknown")
         return cls(columns, stored["others"], stored["tables"])
 
@@ -163,7 +177,8 @@ class Searchable:
         """The canonical text; empty where there is nothing to say."""
         if not self._columns and not self.tables and self._others == ON:
             return ""
-        stored = {"columns": self._columns, "others": self._others, "tables": sorted(self.tables)}
+        columns = {name: column if column.mark else column[:3] for name, column in self._columns.items()}
+        stored = {"columns": columns, "others": self._others, "tables": sorted(self.tables)}
         return json.dumps(stored, sort_keys=True, separators=(",", ":"))
 
     def state(self, column: str) -> str:
@@ -171,7 +186,12 @@ class Searchable:
         found = self._columns.get(column)
         if found is None:
             return self._others
-        return PENDING if found.state == _HASHING else found.state
+        return PENDING if found.state in _NOT_SEARCHED else found.state
+
+    def mark(self, column: str) -> str:
+        """Of a column whose search is being closed for another specification, what tells this time; else empty."""
+        found = self._columns.get(column)
+        return "" if found is None else found.mark
 
     def _is_off(self, column: str) -> bool:
         return self.state(column) == OFF
@@ -179,8 +199,18 @@ class Searchable:
     # -- asked before each statement --------------------------------------------------------------------------------
 
     def knows(self, written: Written) -> bool:
-        """Whether nothing of a write is new."""
-        return written.table in self.tables and written.specs.keys() <= self.specs.keys()
+        """Whether nothing of a write is new, or changes what can be searched."""
+        if written.table not in self.tables:
+            return False
+        return all(
+            name in self.specs and not self._is_changed(name, spec, written)
+            for name, spec in written.specs.items()
+        )
+
+    def _is_changed(self, name: str, spec: HashSpec, written: Written) -> bool:
+        """Whether a write hashes a column otherwise than before, so that it has to be closed for searching."""
+        column = self._columns[name]
+        return column.spec != spec.digest and column.state in (ON, PENDING) and name not in written.unique
 
     def knows_all(self, searched: Iterable[HashSpec]) -> bool:
         """Whether each of these columns was ever hashed. Where not, another process may have written the first row."""
@@ -215,20 +245,40 @@ class Searchable:
         :raises NotSearchableError: the tenant has not enabled the search of a column, or its rows are yet to be hashed.
         """
         specs = self.specs
-        for spec in (*hashed, *searched):
+        for spec in hashed:
             if specs.get(spec.column, spec.digest) != spec.digest:
-                self._refuse_changed(tenant, spec.column)
+                self._check_changed(tenant, spec.column)
         for spec in searched:
+            if specs.get(spec.column, spec.digest) != spec.digest and self.state(spec.column) == ON:
+                self._refuse_changed(tenant, spec.column)
             if not self._all_on and self.state(spec.column) != ON:
                 self._refuse_search(tenant, spec.column)
             if spec.column not in specs and spec.table in self.tables:
                 self._refuse_unhashed(tenant, spec.column)
 
-    def _refuse_changed(self, tenant: str, column: str) -> None:
+    def _check_changed(self, tenant: str, column: str) -> None:
+        """Let a write pass that hashes a column otherwise than before, once nobody searches it any more."""
+        state = self._columns[column].state
+        if state == PENDING:
+            raise SettlingError(
+                f"{column}: the model hashes it otherwise than before, so the search of tenant {tenant!r} by it is "
+                "being closed, which takes 21 seconds in which every process learns of it; write again then. Run "
+                "'byok check --prepare' before you deploy, and no write has to wait",
+                tenant=tenant,
+                column=column,
+            )
+        if state not in (_MIXED, OFF):
+            self._refuse_changed(tenant, column)
+
+    def _refuse_changed(self, tenant: str, column: str) -> NoReturn:
+        why = (
+            "they are made anew just now, by another release" if self._columns[column].state == _HASHING else
+            "a search would miss rows, and a unique index would keep nothing apart"
+        )  # fmt: skip
         raise HashSpecChangedError(
             f"{column}: the stored search hashes of tenant {tenant!r} were made in another way than the model declares "
-            "(another hash, type, normalizer, transform or salt_scope, or another version of one): re-hash the column, "
-            "or declare it as it was. Until then nothing is written to it nor searched, since rows would be missed",
+            "(another hash, type, normalizer, transform or salt_scope, or another version of one), and "
+            f"{why}: declare the column as it was, or re-hash it with 'byok rehash' (sqla_byok.jobs.rehash)",
             tenant=tenant,
             column=column,
         )
@@ -238,27 +288,37 @@ class Searchable:
             self._refuse_unhashed(tenant, column)
         raise NotSearchableError(
             f"{column}: tenant {tenant!r} cannot be searched by it: its search is not enabled; enable it with "
-            "byok.set_searchable(), then re-hash the column",
+            "byok.set_searchable(), then re-hash it with 'byok rehash' (sqla_byok.jobs.rehash)",
             tenant=tenant,
             column=column,
         )
 
     def _refuse_unhashed(self, tenant: str, column: str) -> NoReturn:
         raise NotSearchableError(
-            f"{column}: tenant {tenant!r} cannot be searched by it: rows that were there before have no hash yet; run "
-            "the re-hash of the column first",
+            f"{column}: tenant {tenant!r} cannot be searched by it yet: rows that were there before have no hash, or "
+            "one that was made in another way; re-hash it with 'byok rehash' (sqla_byok.jobs.rehash). 'byok jobs list' "
+            "shows how far that is",
             tenant=tenant,
             column=column,
         )
 
     # -- what it becomes -------------------------------------------------------------------------------------------
 
-    def noted(self, written: Written) -> Searchable:
-        """After a write. A column that is new to a table which was written before is pending: rows lack its hash."""
+    def noted(self, written: Written, settled: Callable[[str, str], bool] = lambda *_: False) -> Searchable:
+        """After a write. A column that is new to a table which was written before is pending: rows lack its hash.
+
+        :param settled: tells of a column that is hashed in another way than before, and of its mark, whether every
+            process knows that it is not searched any more. Then it is open to writers of any specification.
+        """
         if self.knows(written) or written is NOTHING:
             return self
         late = written.table in self.tables
         found = {
+            name: self._columns[name].changing(partial(settled, name))
+            for name, spec in written.specs.items()
+            if name in self.specs and self._is_changed(name, spec, written)
+        }
+        found |= {
             name: _Column(
                 spec.digest, PENDING if late and self.state(name) == ON else self.state(name), spec.sources
             )
@@ -273,7 +333,9 @@ class Searchable:
             # What is not listed was never written, so there is no row without a hash.
             return self._with({name: self._enabled(name) for name in self._columns}, ON)
         listed = {
-            name: column.not_searched() if column.spec and column.state != OFF else column._replace(state=OFF)
+            name: column.not_searched()
+            if column.spec and column.state != OFF
+            else column._replace(state=OFF, mark="")
             for name, column in self._columns.items()
         }
         return self._with({**listed, **{name: self._enabled(name) for name in enabled}}, OFF)
@@ -285,7 +347,7 @@ class Searchable:
         return frozenset(
             name
             for name, column in self._columns.items()
-            if name not in enabled and column.state in (PENDING, _HASHING)
+            if name not in enabled and column.state in _NOT_SEARCHED
         )
 
     def closed(self, columns: frozenset[str]) -> Searchable:
@@ -296,7 +358,7 @@ class Searchable:
                 "columns that were being disabled were enabled meanwhile, by another call; nothing more was changed: "
                 "call set_searchable() again"
             )
-        return self._with({name: column._replace(state=OFF) for name, column in found.items()})
+        return self._with({name: column._replace(state=OFF, mark="") for name, column in found.items()})
 
     def _enabled(self, name: str) -> _Column:
         column = self._columns.get(name, _Column("", self._others))
@@ -314,6 +376,10 @@ class Searchable:
         known = self._columns.get(column, _Column("", ON))
         return self._with({column: known.not_searched()})
 
+    def mixed(self, column: str) -> Searchable:
+        """With a column open to writers of any specification, which was pending for the settle time."""
+        return self._with({column: self._columns[column]._replace(state=_MIXED, mark="")})
+
     def rehashing(self, spec: HashSpec) -> Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
         now = self.not_searched(spec.column)
@@ -326,7 +392,9 @@ class Searchable:
             raise ConfigurationError(
                 f"{column}: its search was disabled meanwhile; enable it and re-hash anew", column=column
             )
-        return self if state == ON else self._with({column: self._columns[column]._replace(state=ON)})
+        return (
+            self if state == ON else self._with({column: self._columns[column]._replace(state=ON, mark="")})
+        )
 
     def _with(self, columns: Mapping[str, _Column], others: str | None = None) -> Searchable:
         return Searchable({**self._columns, **columns}, others or self._others, self.tables)

@@ -64,7 +64,7 @@ from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
 from sqla_byok.orm.constructs import children, is_own
 from sqla_byok.orm.hash_index import IndexComparator
-from sqla_byok.orm.namesakes import Naming, protected_in
+from sqla_byok.orm.namesakes import Naming, Stored, protected_in
 from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in, written_in
 from sqla_byok.orm.types import Encrypted, SearchHash
 
@@ -524,8 +524,9 @@ class _Walk:
         known = self._tables.get(id(source))
         if known is None:
             table, found = _origin(source), {}
-            # A Table with encrypted columns of its own is a model, and says which they are.
-            if isinstance(table, TableClause) and not (isinstance(table, Table) and protected_in(table)):
+            # A Table with encrypted columns of its own is a model, and says which they are; jobs move stored bytes.
+            known_of_itself = isinstance(table, Stored) or (isinstance(table, Table) and protected_in(table))
+            if isinstance(table, TableClause) and not known_of_itself:
                 found = self._naming.protected(table.name, table.schema)
                 self.by_name = self.by_name or bool(found)
             known = self._tables[id(source)] = (source, found)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from sqlalchemy import Column, Table, event
+from sqlalchemy.sql.selectable import TableClause
 
 from sqla_byok.orm import upstream
 from sqla_byok.orm.types import Encrypted, SearchHash
 
-__all__ = ["Naming", "protected_in"]
+__all__ = ["Naming", "Stored", "declared_tables", "protected_in"]
 
 _OURS = (Encrypted, SearchHash)
 _tables: dict[str, WeakSet[Table]] = {}
@@ -30,6 +31,22 @@ def _declared(type_: Encrypted[Any], column: Any) -> None:
 def _protect(_: Any, table: Any) -> None:
     if isinstance(table, Table):
         _tables.setdefault(table.name.lower(), WeakSet()).add(table)
+
+
+class Stored(TableClause):
+    """A table with encrypted columns as the database has it, for jobs: ciphertext and hashes are bytes in it.
+
+    Statements over it are neither judged nor filled nor held to a tenant.
+    """
+
+    inherit_cache = True
+
+
+def declared_tables() -> list[Table]:
+    """The tables with encrypted columns that this process has declared, by name."""
+    return sorted(
+        {table for tables in _tables.values() for table in tables}, key=lambda table: table.fullname
+    )
 
 
 def protected_in(table: Any) -> list[Any]:

@@ -33,7 +33,16 @@ from sqla_byok.normalize import identity
 from sqla_byok.orm import upstream
 from sqla_byok.orm.types import Encrypted, IndexedValue, IndexHash, SearchHash
 
-__all__ = ["INDEX", "SOURCE", "IndexOf", "add_index", "declares_encrypted", "hash_key", "indexes_of"]
+__all__ = [
+    "INDEX",
+    "SOURCE",
+    "IndexOf",
+    "add_index",
+    "declares_encrypted",
+    "hash_key",
+    "indexes_of",
+    "is_unique",
+]
 
 SOURCE = "byok_source"
 """The key in a hash column's ``info`` that names the column it follows; of several, the first."""
@@ -212,6 +221,14 @@ def _reflected(inspector: Any, table: Table, given: Any) -> None:
     elif given["name"].endswith(hash_key("")) and upstream.is_binary(given["type"]):
         # No column tells that it holds hashes.
         given["info"] = {**given.get("info", {}), _REFLECTED: True}
+
+
+def is_unique(column: Column[Any]) -> bool:
+    """Whether a unique constraint or index has the column, alone or with others."""
+    table = column.table
+    uniques: list[Any] = [each for each in table.constraints if isinstance(each, UniqueConstraint)]
+    uniques += [index for index in table.indexes if index.unique]
+    return any(column in list(each.columns) for each in uniques)
 
 
 def _index_existing(existing: Column[Any], table: Table, unique: bool | None) -> None:

@@ -36,6 +36,7 @@ from sqlalchemy.sql.visitors import iterate
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.current import attachment_of
+from sqla_byok.orm.namesakes import Stored
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.turns import Whose, shown, whose
@@ -50,6 +51,7 @@ __all__ = [
     "hold_conflicts",
     "refuse_compiled",
     "rows_of",
+    "tenant_key",
     "used",
 ]
 
@@ -121,6 +123,11 @@ def _key_of(table: Any) -> str | None:
         _table_declared(table, table.metadata)
         key = _columns.get(table)
     return key
+
+
+def tenant_key(table: Table) -> str | None:
+    """The key of the column that says whose a row of the table is; None where it has none of its own."""
+    return _key_of(table)
 
 
 def _python_type(column: Any) -> type[Any] | None:
@@ -307,7 +314,7 @@ def _known_as(table: Any) -> Table | None:
     A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word.
     """
     found = [one for one in used.get(table.name.lower(), ()) if _may_be(one.schema, table.schema)]
-    if not found or (isinstance(table, Table) and _is_model(table)):
+    if not found or isinstance(table, Stored) or (isinstance(table, Table) and _is_model(table)):
         return None
     return found[0]
 

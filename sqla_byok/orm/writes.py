@@ -22,7 +22,7 @@ from sqla_byok.errors import EncodeError, UnsupportedQueryError
 from sqla_byok.keys.searchable import Written
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import hash_column_of
-from sqla_byok.orm.schema import IndexOf, indexes_of
+from sqla_byok.orm.schema import IndexOf, indexes_of, is_unique
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
@@ -159,22 +159,26 @@ class _Plan:
         self.defaults = tuple(
             column.key for column in encrypted if column.key in followed and column.default is not None
         )
-        types = [column.type for column in table.c if isinstance(column.type, SearchHash)]
-        self.searchable = bool(types)
-        self.written = _written(table.fullname, [*types, *(column.type for column in encrypted)])
+        hashes = [column for column in table.c if isinstance(column.type, SearchHash)]
+        self.searchable = bool(hashes)
+        self.written = _written(table.fullname, hashes, [column.type for column in encrypted])
 
 
-def _written(table: str, types: Sequence[Any]) -> dict[str | None, Written]:
+def _written(table: str, hashes: Sequence[Any], encrypted: Sequence[Any]) -> dict[str | None, Written]:
     """What a write makes known of a table, by the columns' owners; None are those of the statement's tenant."""
-    hashed = [type_.source for type_ in types if isinstance(type_, SearchHash)]
-    encrypted = [type_ for type_ in types if isinstance(type_, Encrypted)]
+    owners = {column.type.owner for column in hashes} | {type_.owner for type_ in encrypted}
     return {
         owner: Written(
             table,
-            {source.spec.column: source.spec for source in hashed if source.owner == owner},
+            {column.type.spec.column: column.type.spec for column in hashes if column.type.owner == owner},
             frozenset(type_.column_id or "" for type_ in encrypted if type_.owner == owner),
+            frozenset(
+                column.type.spec.column
+                for column in hashes
+                if column.type.owner == owner and is_unique(column)
+            ),
         )
-        for owner in {type_.owner for type_ in (*hashed, *encrypted)}
+        for owner in owners
     }
 
 

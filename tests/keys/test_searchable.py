@@ -13,6 +13,7 @@ from sqla_byok import (
     KeystoreConflictError,
     KeystoreTamperedError,
     NotSearchableError,
+    SettlingError,
 )
 from sqla_byok.keys.searchable import NOTHING as NOTHING_WRITTEN
 from sqla_byok.keys.searchable import OFF, ON, PENDING, HashSpec, Searchable, SearchableColumns, Written
@@ -233,20 +234,51 @@ def test_a_new_specification_settles_in_between() -> None:
     stored.now.check("t1", [other], [])
 
 
-def test_the_first_specification_holds() -> None:
-    """A second one is not noted over it; only a re-hash changes it."""
-    now = NOTHING.noted(written(A))
-    other = HashSpec.of("t.a", "t", "another")
-    assert now.noted(written(other)) is now
+def test_another_specification_closes_the_search_first() -> None:
+    """Then every release writes by its own; from the job's begin on only the one whose hashes it makes."""
+    now, other = NOTHING.noted(written(A)), HashSpec.of("t.a", "t", "another")
     now.check("t1", [A, B], [A])
     with pytest.raises(HashSpecChangedError):
-        now.check("t1", [other], [])
-    with pytest.raises(HashSpecChangedError):
         now.check("t1", [], [other])
-    later = now.rehashing(other)
+    closing = Searchable.parse(now.noted(written(other)).text, "t1")
+    assert states(closing) == (PENDING, ON, ON)
+    with pytest.raises(SettlingError) as caught:
+        closing.check("t1", [other], [])
+    assert (caught.value.tenant, caught.value.column, caught.value.retryable) == ("t1", "t.a", True)
+    for spec in (A, other):
+        with pytest.raises(NotSearchableError):
+            closing.check("t1", [], [spec])
+    closing.check("t1", [A], [])
+    assert closing.noted(written(A)) is closing
+    assert not closing.noted(written(other)).knows(written(other))
+    mixed = Searchable.parse(closing.noted(written(other), lambda *_: True).text, "t1")
+    assert states(mixed) == (PENDING, ON, ON)
+    for spec in (A, other):
+        mixed.check("t1", [spec], [])
+        assert mixed.knows(written(spec))
+    later = mixed.rehashing(other)
     later.check("t1", [other], [])
     with pytest.raises(HashSpecChangedError):
         later.check("t1", [A], [])
     with pytest.raises(NotSearchableError):
         later.check("t1", [], [other])
     later.rehashed("t.a").check("t1", [other], [other])
+
+
+def test_each_time_of_closing_settles_by_itself() -> None:
+    """Who saw the one before does not take this one for settled."""
+    other, marks = HashSpec.of("t.a", "t", "another"), list[str]()
+    for _ in range(2):
+        closing = NOTHING.noted(written(A)).noted(written(other))
+        closing.noted(written(other), lambda _, mark: bool(marks.append(mark)))
+    assert len({*marks}) == len(marks) == 2
+
+
+def test_another_specification_of_a_unique_column_is_refused() -> None:
+    """Hashes of two kinds in one index keep nothing apart."""
+    now, other = NOTHING.noted(written(A)), HashSpec.of("t.a", "t", "another")
+    unique = written(other)
+    unique.unique = frozenset({"t.a"})
+    assert now.noted(unique) is now
+    with pytest.raises(HashSpecChangedError):
+        now.check("t1", [other], [])

@@ -1,0 +1,332 @@
+"""The jobs themselves: what each is over, what it needs before its first row, and what it ends with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from sqlalchemy import Engine
+from typing_extensions import Unpack
+
+from sqla_byok.errors import ConfigurationError
+from sqla_byok.jobs.columns import chosen, hashes_in, values_in
+from sqla_byok.jobs.rows import DARK, FAILED, Rework, Verify, Work
+from sqla_byok.jobs.runner import (
+    Pace,
+    Progress,
+    Report,
+    Runner,
+    made_report,
+    planned_shards,
+    progress_of,
+    report_of,
+    run_workers,
+)
+from sqla_byok.jobs.searching import Hashed, Searching
+from sqla_byok.keys.jobs import DONE, PREPARING, RUNNING, Job
+from sqla_byok.orm.namesakes import declared_tables
+from sqla_byok.orm.stored import StoredTable, sources_of
+from sqla_byok.orm.tenant_column import tenant_key
+from sqla_byok.runtime import Byok
+
+__all__ = ["How", "reencrypt", "rehash", "resume", "verify"]
+
+REENCRYPT, REHASH, VERIFY = "reencrypt", "rehash", "verify"
+
+
+class How(TypedDict, total=False):
+    """How a job is run; what all jobs take.
+
+    :ivar tenants: whose rows, in the order in which they are worked on, where a column says whose a row is; all unless
+        given.
+    :ivar workers: how many work at once; 1 unless given. They are threads, which is enough where the database is what
+        takes the time; with ``app`` they are processes.
+    :ivar executor: whose workers they are: any :class:`concurrent.futures.Executor`. One whose workers are other
+        processes needs ``app``.
+    :ivar app: where workers in other processes find the Byok, as ``"package.module:attribute"``; importing it has to
+        attach the engine and declare the models.
+    :ivar pace: what holds the job back.
+    :ivar on_progress: called with a :class:`Progress` now and then.
+    :ivar dry_run: whether nothing is stored, neither in the rows nor in the keystore.
+    """
+
+    tenants: Sequence[str]
+    workers: int
+    executor: Executor
+    app: str
+    pace: Pace
+    on_progress: Callable[[Progress], object]
+    dry_run: bool
+
+
+def reencrypt(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How]) -> Report:
+    """Bring every stored value under its tenant's active data key, and to the declared padding and mode.
+
+    ::
+
+        byok.rotate_data_key("org-42")
+        reencrypt(byok, engine, Base, tenants=["org-42"])
+
+    Plaintexts stay as they are, to the byte, and hashes are not touched. Begins with 21 seconds in which everybody
+    comes to know the active key. Called again after it was interrupted, it goes on where it was.
+
+    :param byok: opens the tenants: one KMS call each.
+    :param engine: of the database that the rows are in; None: the only one that was attached.
+    :param what: models, tables or encrypted attributes; all models unless given.
+    :param how: see :class:`How`.
+    :raises ConfigurationError: a table has no primary key; the engine is not attached; something is no model.
+    """
+    over = chosen(what)
+    entries = {
+        table.fullname: {"seals": values_in(table, keys), "hashes": []}
+        for table, keys in over.items()
+        if values_in(table, keys)
+    }
+    return _Run(byok, engine, REENCRYPT, _plan(entries, how), how).go()
+
+
+def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How]) -> Report:
+    """Hash the rows of searchable columns and hash indexes as the models declare, by the active search salt.
+
+    ::
+
+        rehash(byok, engine, Patient.mrn, Patient.phone_last4)
+
+    It is run when a column became searchable in a table with rows, when its normalizer, transform, hash or salt scope
+    has changed, after ``set_searchable`` has enabled it, and after ``rotate_salt``. Run it when all processes have
+    models that declare it so: from its begin on, those with others are refused to write to the table
+    (:class:`HashSpecChangedError`). Until it is done the columns cannot be searched, unless they could be before
+    and only the salt is another. What has its hash already is left alone.
+
+    Takes, what :func:`reencrypt` takes; begins with 21 seconds, or twice as many where the search has to be closed.
+
+    :raises ConfigurationError: a unique column's hashes are made in another way than before; and as above.
+    """
+    over = chosen(what)
+    entries = {
+        table.fullname: {"seals": [], "hashes": hashes_in(table, keys)}
+        for table, keys in over.items()
+        if hashes_in(table, keys)
+    }
+    if not entries:
+        raise ConfigurationError("nothing of it has hashes; declare columns searchable, or a hash_index")
+    return _Run(byok, engine, REHASH, _plan(entries, how), how).go()
+
+
+def verify(
+    byok: Byok, engine: Engine | None, /, *what: Any, repair: bool = False, **how: Unpack[How]
+) -> Report:
+    """Open every value and compute every hash anew, and tell of each row that is not as it should be.
+
+    Finds values that were altered, that are another tenant's or plaintext; hashes that are missing, planted or of an
+    older value. ``found`` has, by column, under which data key how many values are.
+
+    :param repair: mend hashes; values cannot be mended.
+    """
+    over = chosen(what)
+    entries = {
+        table.fullname: {"verify": repair, "seals": values_in(table, keys), "hashes": hashes_in(table, keys)}
+        for table, keys in over.items()
+    }
+    return _Run(byok, engine, VERIFY, _plan(entries, how), how).go()
+
+
+def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> Report:
+    """Go on with a job by its id, whoever began it, also one that was paused."""
+    found = byok._jobs.get(job)
+    return _Run(byok, engine, found.kind, found.plan, how).go(found)
+
+
+def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
+    tenants = how.get("tenants")
+    return {"tables": dict(entries), "tenants": None if tenants is None else list(tenants)}
+
+
+def _works(plan: Mapping[str, Any]) -> dict[str, Work]:
+    """What is done with the rows of each table of a plan."""
+    declared = {table.fullname: table for table in declared_tables()}
+    works: dict[str, Work] = {}
+    for name, entry in plan["tables"].items():
+        table = declared.get(name)
+        if table is None:
+            raise ConfigurationError(
+                f"the job is over the table {name!r}, which no model of this process declares"
+            )
+        sources = [source for key in entry["hashes"] for source in sources_of(table.c[key])]
+        stored = StoredTable(table, tenant_key(table), [*entry["seals"], *entry["hashes"], *sources])
+        if "verify" in entry:
+            works[name] = Verify(stored, entry["verify"])
+        else:
+            works[name] = Rework(stored, entry["seals"], entry["hashes"])
+    return works
+
+
+class _Run:
+    """One call of a job."""
+
+    def __init__(
+        self, byok: Byok, engine: Engine | None, kind: str, plan: Mapping[str, Any], how: How
+    ) -> None:
+        self._byok, self._kind, self._plan, self._how = byok, kind, plan, how
+        self._engine = _engine(byok, engine)
+        self._works, self._tenants = _works(plan), plan["tenants"]
+        hashed = [
+            each for work in self._works.values() for each in Hashed.in_table(work.table, work.table.hashes)
+        ]
+        self._searching = Searching(byok, hashed, self._tenants) if kind == REHASH else None
+        self._told: dict[str, int] = {}
+        self._of = 0
+
+    def go(self, job: Job | None = None) -> Report:
+        if self._how.get("dry_run"):
+            return self._tried()
+        jobs = self._byok._jobs
+        job = job or jobs.unfinished(self._kind, self._plan)
+        if job is None:
+            with self._engine.connect() as conn:
+                job = jobs.start(self._kind, self._plan, planned_shards(conn, self._tables(), self._tenants))
+        else:
+            jobs.begin_again(job.id)
+        self._prepare(job)
+        job = jobs.set_state(job, RUNNING)
+        self._work(job)
+        return self._ended(job)
+
+    def _tables(self) -> list[StoredTable]:
+        return [work.table for work in self._works.values()]
+
+    def _prepare(self, job: Job) -> None:
+        settled = self._searching is not None and self._searching.close()
+        if job.state == PREPARING and not settled and self._kind != VERIFY:
+            self._byok._generations.settle()
+        if self._searching is not None:
+            self._searching.remember_salts()
+
+    def _work(self, job: Job) -> None:
+        executor, workers, app = self._how.get("executor"), self._how.get("workers", 1), self._how.get("app")
+        if executor is None and app is not None and workers > 1:
+            from concurrent.futures import ProcessPoolExecutor
+            from multiprocessing import get_context
+
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                self._in_processes(job, pool, workers, app)
+        elif executor is not None and not isinstance(executor, ThreadPoolExecutor):
+            if app is None:
+                raise ConfigurationError("workers in other processes need app='package.module:attribute'")
+            self._in_processes(job, executor, workers, app)
+        else:
+            self._of = progress_of(self._byok._jobs, job.id).of
+            run_workers(lambda: self._runner().work(job.id), None, executor, workers, lambda: None)
+
+    def _in_processes(self, job: Job, executor: Executor, workers: int, app: str) -> None:
+        pace = self._how.get("pace", Pace())
+        place = self._byok.engines.index(self._engine)
+
+        def look() -> None:
+            tell = self._how.get("on_progress")
+            if tell is not None:
+                tell(progress_of(self._byok._jobs, job.id))
+
+        run_workers(
+            lambda: self._runner().work(job.id),
+            lambda pool: pool.submit(work_as_one, app, place, job.id, pace),
+            executor,
+            workers,
+            look,
+        )
+        self._runner().work(job.id)  # what a worker that died has left
+
+    def _runner(self) -> Runner:
+        pace = self._how.get("pace", Pace())
+        return Runner(self._byok, self._engine, self._works, self._tenants, pace, self._tell)
+
+    def _tell(self, counts: Mapping[str, int]) -> None:
+        tell = self._how.get("on_progress")
+        if tell is not None:
+            made = made_report("", self._kind, RUNNING, counts, ())
+            for outcome, number in made.counts.items():
+                self._told[outcome] = self._told.get(outcome, 0) + number
+            tell(Progress(sum(self._told.values()), self._of, dict(self._told)))
+
+    def _ended(self, job: Job) -> Report:
+        jobs = self._byok._jobs
+        shards = jobs.shards(job.id)
+        report = report_of(jobs, job)
+        if report.state != RUNNING:  # paused or cancelled
+            return report
+        if self._searching is not None:
+
+            def is_done(tenant: str, table: str) -> bool:
+                if tenant in report.dark:
+                    return False
+                mine = [
+                    s for s in shards if s.content["table"] == table and s.content["tenant"] in (None, tenant)
+                ]
+                finished = all(s.state != "open" and not s.counts.get(FAILED) for s in mine)
+                return finished and all(s.content["tenant"] is None or not s.counts.get(DARK) for s in mine)
+
+            self._searching.open(is_done, job.id)
+        if not any(shard.state == "dark" for shard in shards):
+            jobs.set_state(job, DONE)
+        return replace(report, state=jobs.get(job.id).state)
+
+    def _tried(self) -> Report:
+        counts: dict[str, int] = {}
+        failures = []
+        with self._engine.connect() as conn:
+            shards = list(planned_shards(conn, self._tables(), self._tenants))
+        for page in self._runner().try_out(shards):
+            failures += page.failures
+            for name, number in page.counts.items():
+                counts[name] = counts.get(name, 0) + number
+        return made_report("", self._kind, "dry run", counts, failures)
+
+
+def work_as_one(app: str, place: int, job: str, pace: Pace) -> None:
+    """Work on a job as one of its workers, in a process of its own.
+
+    :param app: where the Byok is found.
+    :param place: of the engine among those that are attached.
+    """
+    byok = found_app(app)
+    plan = byok._jobs.get(job).plan
+    Runner(byok, byok.engines[place], _works(plan), plan["tenants"], pace).work(job)
+
+
+def found_app(app: str) -> Byok:
+    """The Byok of ``"package.module:attribute"``; a function of that name is called.
+
+    :raises ConfigurationError: there is none.
+    """
+    module, _, attribute = app.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(f"{app}: {error}") from error
+    for name in (attribute or "byok").split("."):
+        found = getattr(found, name, None)
+    if callable(found):
+        found = found()
+    if not isinstance(found, Byok):
+        raise ConfigurationError(f"{app}: there is no Byok; give package.module:attribute")
+    return found
+
+
+def _engine(byok: Byok, engine: Engine | None) -> Engine:
+    if engine is not None:
+        byok._require_attached(engine)
+        return engine
+    if len(byok.engines) != 1:
+        raise ConfigurationError(
+            "which database? Give the engine: several were attached to this Byok, or none"
+        )
+    found = byok.engines[0]
+    if found.dialect.is_async:
+        raise ConfigurationError(
+            "a job takes a sync engine, and the one that was attached is an async engine's; make one over the same "
+            "database with a sync driver, and attach it too"
+        )
+    return found

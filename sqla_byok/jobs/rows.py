@@ -1,0 +1,299 @@
+"""What a job does with a page of rows: whose each is, what becomes of its cells, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from sqla_byok.crypto.values import explain_foreign
+from sqla_byok.errors import (
+    ByokError,
+    KeysExpiredError,
+    KeystoreError,
+    KmsError,
+    TenantMismatchError,
+    UnknownDataKeyError,
+    UnknownTenantError,
+)
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.keyrings import Keyrings
+from sqla_byok.keys.keystore import Keystore
+from sqla_byok.orm.stored import Change, Processors, StoredRow, StoredTable, UnderKeys, key_id
+
+__all__ = [
+    "ALREADY",
+    "CHANGED",
+    "DARK",
+    "FAILED",
+    "OTHERS",
+    "OUTCOMES",
+    "OVERTAKEN",
+    "Failure",
+    "Page",
+    "Rework",
+    "Tenants",
+    "Verify",
+    "Work",
+    "work_over",
+]
+
+CHANGED, ALREADY, OVERTAKEN = "changed", "already", "overtaken"
+FAILED, DARK, OTHERS = "failed", "dark", "others"
+OUTCOMES = (CHANGED, ALREADY, OVERTAKEN, FAILED, DARK, OTHERS)
+"""What becomes of a row; each has exactly one."""
+
+
+class Failure(NamedTuple):
+    """What could not be done with a row, or is not as it should be.
+
+    :param table: its table.
+    :param key: its primary key.
+    :param column: the column id; empty where it is the whole row.
+    :param reason: what is the matter; no value is in it.
+    """
+
+    table: str
+    key: tuple[Any, ...]
+    column: str
+    reason: str
+
+
+class _LeftError(Exception):
+    """The row is not worked on; the outcome says why."""
+
+
+class Tenants:
+    """Finds whose a stored value is, by its header, and opens that tenant.
+
+    :param keyrings: all open tenants.
+    :param keystore: says whose a data key is.
+    :param only: the tenants that the job works for; None: all.
+    :ivar dark: those whose KMS said no, or did not answer, and why; each is asked once by a worker.
+    """
+
+    def __init__(self, keyrings: Keyrings, keystore: Keystore, only: Collection[str] | None) -> None:
+        self._keyrings, self._keystore = keyrings, keystore
+        self._only = None if only is None else frozenset(only)
+        self._by_id: dict[bytes, str | None] = {}
+        self.dark: dict[str, str] = {}
+
+    def ring(self, tenant: str) -> Keyring:
+        """The tenant's keyring, which is current. Looks at both clocks."""
+        ring = None
+        if tenant not in self.dark:
+            try:
+                ring = self._keyrings.get(tenant, "job")
+            except (KmsError, UnknownTenantError) as error:
+                self.dark[tenant] = f"{type(error).__name__}: {error}"
+        if ring is None:
+            raise _LeftError(DARK)
+        if self._keyrings.clock.boot() >= ring.write_until:
+            ring.outdated()
+        return ring
+
+    def of(self, blob: bytes, owner: str | None) -> Keyring | None:
+        """The keyring that a value is under; None where no tenant's is known.
+
+        :param owner: whose the column is; None: the row's tenant's.
+        """
+        found = key_id(blob)
+        if found is None:
+            return None
+        if found not in self._by_id:
+            self._by_id[found] = self._keystore.tenant_of(found)
+        tenant = self._by_id[found]
+        if tenant is None:
+            return None
+        if owner is None and self._only is not None and tenant not in self._only:
+            raise _LeftError(OTHERS)
+        return self.ring(tenant)
+
+
+@dataclass(slots=True)
+class Page:
+    """What became of a page of rows.
+
+    :ivar changes: what is to be stored.
+    :ivar counts: rows by outcome, but for those that are yet to be changed, and what else was counted.
+    :ivar failures: by row.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Count rows, or what was found in them."""
+        self.counts[what] = self.counts.get(what, 0) + number
+
+
+class Work(Protocol):
+    """What is done with a row."""
+
+    table: StoredTable
+
+    def row(self, row: StoredRow, keys: UnderKeys | None, page: Page) -> Change | None:
+        """What is to become of a row; None: it stays.
+
+        :param keys: None where all its values are NULL.
+        :raises ByokError: it cannot be done.
+        """
+        ...
+
+
+class Rework:
+    """Seals values anew, or hashes them anew: whatever is not as it would be written now.
+
+    :param table: with the columns that it reads.
+    :param seals: the keys of the encrypted columns that are sealed anew.
+    :param hashes: the keys of the hash columns that are hashed anew.
+    """
+
+    def __init__(self, table: StoredTable, seals: Sequence[str] = (), hashes: Sequence[str] = ()) -> None:
+        self.table, self._seals = table, tuple(seals)
+        self._sources = {key: table.sources[key] for key in hashes}
+        self._opened = tuple(dict.fromkeys(source for each in self._sources.values() for source in each))
+
+    def row(self, row: StoredRow, keys: UnderKeys | None, page: Page) -> Change | None:
+        cells, new, held = row.cells, dict[str, bytes | None](), dict[str, None]()
+        for key in self._seals:
+            blob = cells[key]
+            if blob is not None and keys is not None and (sealed := keys.resealed(key, blob)) is not blob:
+                new[key] = sealed
+                held[key] = None
+        values: dict[str, Any] = dict.fromkeys(self._opened)
+        for key in self._opened:
+            blob = cells[key]
+            if blob is not None and keys is not None:
+                values[key] = keys.opened(key, blob)
+        for key, sources in self._sources.items():
+            wanted = None if keys is None else keys.hashed(key, values)
+            if wanted != cells[key]:
+                new[key] = wanted
+                held.update(dict.fromkeys(sources))
+        return Change(row, tuple(held), new) if new else None
+
+
+class Verify:
+    """Opens every value, and compares every hash with those that its value may have.
+
+    :param table: with the columns that it reads.
+    :param repair: whether hashes are mended.
+    """
+
+    def __init__(self, table: StoredTable, repair: bool = False) -> None:
+        self.table, self._repair = table, repair
+
+    def row(self, row: StoredRow, keys: UnderKeys | None, page: Page) -> Change | None:
+        cells, new, held = row.cells, dict[str, bytes | None](), dict[str, None]()
+        values: dict[str, Any] = dict.fromkeys(self.table.values)
+        for key, type_ in self.table.values.items():
+            blob = cells[key]
+            if blob is not None and keys is not None:
+                values[key] = keys.opened(key, blob)
+                page.count(f"{type_.column_id} under {keys.rings[type_.owner].tenant} {_hex(blob)}")
+        failures = len(page.failures)
+        for key, sources in self.table.sources.items():
+            stored, column = cells[key], self.table.hashes[key].column_id or ""
+            wanted = self._wanted(key, keys, values, stored)
+            if wanted == stored:
+                continue
+            if stored is None and keys is not None and not keys.is_searched(key):
+                page.count(f"{column} not hashed yet")
+                continue
+            reason = "it has no hash" if stored is None else "its hash is not that of its value"
+            page.failures.append(Failure(self.table.name, row.key, column, reason))
+            new[key] = wanted
+            held.update(dict.fromkeys(sources))
+        if new and not self._repair:
+            raise _LeftError(FAILED)
+        del page.failures[failures:]  # they are mended
+        return Change(row, tuple(held), new) if new else None
+
+    @staticmethod
+    def _wanted(
+        key: str, keys: UnderKeys | None, values: dict[str, Any], stored: bytes | None
+    ) -> bytes | None:
+        """The hash that is stored if it is one that the values may have, else the one that is written now."""
+        if keys is None:
+            return None
+        found = [keys.hashed(key, values, nth) for nth in range(keys.salts(key))]
+        return stored if stored in found else found[0]
+
+
+def _hex(blob: bytes) -> str:
+    return (key_id(blob) or b"").hex()
+
+
+def work_over(rows: Sequence[StoredRow], work: Work, tenants: Tenants, processors: Processors) -> Page:
+    """Do a job's work over a page of rows; what is to be stored is not stored yet."""
+    page, made = Page(), dict[tuple[int, ...], UnderKeys]()
+    for row in rows:
+        failures = len(page.failures)
+        try:
+            change = work.row(row, _keys_of(row, work.table, tenants, processors, made), page)
+        except _LeftError as left:
+            page.count(str(left))
+        except (KmsError, KeysExpiredError) as error:
+            if error.tenant is not None:
+                tenants.dark[error.tenant] = f"{type(error).__name__}: {error}"
+            page.count(DARK)
+        except KeystoreError:
+            raise
+        except ByokError as error:
+            del page.failures[failures:]
+            page.count(FAILED)
+            column, reason = getattr(error, "column", None) or "", f"{type(error).__name__}: {error}"
+            page.failures.append(Failure(work.table.name, row.key, column, reason))
+        else:
+            if change is None:
+                page.count(ALREADY)
+            else:
+                page.changes.append(change)
+    return page
+
+
+def _keys_of(
+    row: StoredRow,
+    table: StoredTable,
+    tenants: Tenants,
+    processors: Processors,
+    made: dict[tuple[int, ...], UnderKeys],
+) -> UnderKeys | None:
+    """The keys that a row's values are under; None where all are NULL."""
+    rings: dict[str | None, Keyring] = {}
+    for key, owner in table.owners.items():
+        blob = row.cells[key]
+        if blob is None:
+            continue
+        whose = row.tenant if owner is None else owner
+        ring = tenants.of(blob, owner)
+        if ring is None:  # of no key that is known here; the tenant's own refuses it, and says what it is
+            ring = rings.get(owner) or (None if whose is None else tenants.ring(whose))
+        if ring is None:
+            _refuse_unknown(table.values[key].column_id or "", blob)
+        if rings.setdefault(owner, ring) is not ring or (whose is not None and ring.tenant != whose):
+            column = table.values[key].column_id
+            raise TenantMismatchError(
+                f"{column}: it is a value of tenant {ring.tenant!r} in a row of {whose or rings[owner].tenant!r}",
+                tenant=whose or rings[owner].tenant,
+                column=column,
+                owner=ring.tenant,
+            )
+    if not rings:
+        return None
+    known = tuple(map(id, rings.values()))
+    keys = made.get(known)
+    if keys is None:
+        keys = made[known] = UnderKeys(processors, rings)
+    return keys
+
+
+def _refuse_unknown(column: str, blob: bytes) -> NoReturn:
+    explain_foreign(blob, column, None)
+    raise UnknownDataKeyError(
+        f"{column}: a stored value was sealed under a data key that is in no tenant's keystore row: the tenant was "
+        "removed, or the keystore is another one",
+        column=column,
+    )

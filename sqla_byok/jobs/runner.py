@@ -1,0 +1,382 @@
+"""The runner of jobs: shards of tables, worked on page by page, by as many workers as there are.
+
+A page is read, worked on in memory, and stored by compare-and-set on what was read: a row that somebody has changed
+meanwhile is its writer's. Then the keystore is told how far the shard is. Whoever is killed in between leaves a page
+that is found done already, since every kind of work leaves alone what is as it should be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from sqla_byok.jobs.keys import key_from_json, key_to_json
+from sqla_byok.jobs.rows import (
+    CHANGED,
+    DARK,
+    FAILED,
+    OUTCOMES,
+    OVERTAKEN,
+    Failure,
+    Page,
+    Tenants,
+    Work,
+    work_over,
+)
+from sqla_byok.keys import jobs as stored
+from sqla_byok.keys.jobs import Job, Jobs, LostShardError, Shard
+from sqla_byok.orm.stored import Change, Processors, StoredTable
+from sqla_byok.runtime import Byok
+
+__all__ = ["Pace", "Progress", "Report", "Runner", "planned_shards"]
+
+# A batch takes about so long (seconds): its transaction holds up no writer for longer.
+_BATCH_TAKES = 0.5
+_FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 200, 10, 5_000
+SHARD_ROWS = 20_000
+_TRIES = 5  # of a batch that meets a deadlock, or a locked database
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What holds a job back, for the sake of others.
+
+    :param rows_a_second: at most so many rows, for each worker.
+    :param pause_file: nothing is done while a file of this name is there.
+    :param below: a query that gives one number, and what that has to stay below, such as a replica's lag in seconds;
+        asked between two batches, in the database that the rows are in.
+    """
+
+    rows_a_second: float | None = None
+    pause_file: str | Path | None = None
+    below: tuple[str, float] | None = None
+
+    def wait(self, engine: Engine, rows: int, took: float) -> None:
+        """Wait for as long as it says, after a batch of so many rows that took so long."""
+        if self.rows_a_second:
+            time.sleep(max(0.0, rows / self.rows_a_second - took))
+        while (self.pause_file is not None and Path(self.pause_file).exists()) or self._is_above(engine):
+            time.sleep(0.2)
+
+    def _is_above(self, engine: Engine) -> bool:
+        if self.below is None:
+            return False
+        query, bound = self.below
+        with engine.connect() as conn:
+            number = conn.scalar(text(query))
+        return number is not None and float(number) >= bound
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is.
+
+    :ivar rows: how many rows were looked at; ``of``: how many there were when it began.
+    :ivar counts: rows by outcome.
+    """
+
+    rows: int
+    of: int
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of a job.
+
+    :ivar job: its id; empty after a dry run.
+    :ivar state: ``"done"``; ``"running"`` where tenants were dark, to whose rows it comes back when it is run again;
+        ``"paused"`` or ``"cancelled"``; ``"dry run"``.
+    :ivar counts: rows by outcome. ``changed`` were stored anew, ``already`` needed nothing, ``overtaken`` were changed
+        by a writer meanwhile, ``failed`` are those in ``failures``, ``dark`` are of tenants whose KMS said no or did
+        not answer, ``others`` of tenants that were not asked for. They add up to the rows that were looked at.
+    :ivar found: what else was counted, by its name.
+    :ivar failures: what could not be done, by row.
+    :ivar dark: the tenants that were dark.
+    """
+
+    job: str
+    kind: str
+    state: str
+    counts: Mapping[str, int]
+    found: Mapping[str, int] = field(default_factory=dict)
+    failures: Sequence[Failure] = ()
+    dark: Sequence[str] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows were looked at."""
+        return sum(self.counts.values())
+
+
+_DARK_TENANT = "dark: "
+
+
+class Runner:
+    """Works on the shards of one job, as one of perhaps several workers.
+
+    :param byok: opens tenants.
+    :param engine: of the database that the rows are in, attached to ``byok``.
+    :param works: what is done with the rows of each table, by its name.
+    :param tenants: those that the job works for; None: all.
+    :param pace: what holds it back.
+    :param tell: called with the counts after each batch.
+    """
+
+    def __init__(
+        self,
+        byok: Byok,
+        engine: Engine,
+        works: Mapping[str, Work],
+        tenants: Sequence[str] | None,
+        pace: Pace,
+        tell: Callable[[Mapping[str, int]], object] = lambda _: None,
+    ) -> None:
+        self._byok, self._engine, self._works, self._pace, self._tell = byok, engine, works, pace, tell
+        self._jobs: Jobs = byok._jobs
+        self._only = tenants
+
+    def work(self, job: str) -> None:
+        """Work until no shard is left, or the job is paused or cancelled."""
+        holder = stored.holder_name()
+        while self._jobs.get(job).state == stored.RUNNING:
+            shard = self._jobs.claim(job, holder)
+            if shard is not None:
+                with suppress(LostShardError):
+                    self._work_on(shard, holder)
+            elif any(each.state == stored.OPEN for each in self._jobs.shards(job)):
+                time.sleep(0.5)  # others work on them, and may die
+            else:
+                return
+
+    def try_out(self, shards: Iterable[Mapping[str, Any]]) -> Iterator[Page]:
+        """Do all the work but for storing what it makes."""
+        for content in shards:
+            for page, _, _ in self._pages(content, None):
+                page.count(CHANGED, len(page.changes))
+                yield page
+
+    def _work_on(self, shard: Shard, holder: str) -> None:
+        try:
+            for page, at, is_last in self._pages(shard.content, shard.at):
+                started = time.monotonic()
+                self._store(self._works[shard.content["table"]].table, page)
+                counts = _sum(shard.counts, page.counts)
+                state = shard.state
+                if is_last:
+                    state = stored.DARK if counts.get(DARK) else stored.DONE
+                shard = self._jobs.save(
+                    shard,
+                    holder=None if is_last else holder,
+                    failures=[
+                        failure._replace(key=key_to_json(failure.key))._asdict() for failure in page.failures
+                    ],
+                    at=at,
+                    counts=counts,
+                    state=state,
+                )
+                self._tell(page.counts)
+                if is_last:
+                    return
+                if self._jobs.get(shard.job).state != stored.RUNNING:
+                    break
+                rows = sum(page.counts.get(outcome, 0) for outcome in OUTCOMES)
+                self._pace.wait(self._engine, rows, time.monotonic() - started)
+        finally:
+            if shard.state == stored.OPEN:
+                with suppress(LostShardError):
+                    self._jobs.save(shard, holder=None)
+
+    def _pages(self, content: Mapping[str, Any], at: Any) -> Iterator[tuple[Page, Any, bool]]:
+        """What becomes of each page of a shard, with the key of its last row, and whether it is the last."""
+        work, tenants = self._works[content["table"]], self._tenants(content)
+        processors = Processors(work.table, self._engine.dialect, self._byok._keyrings)
+        behind = key_from_json(at if at is not None else content["behind"])
+        up_to, limit = key_from_json(content["up_to"]), _FIRST_ROWS
+        while True:
+            started = time.monotonic()
+            with self._engine.connect() as conn:
+                rows = work.table.page(conn, limit, behind=behind, up_to=up_to, tenant=content["tenant"])
+            page = work_over(rows, work, tenants, processors)
+            for tenant in tenants.dark:
+                page.counts[_DARK_TENANT + tenant] = 1
+            is_last = len(rows) < limit
+            behind = rows[-1].key if rows else behind
+            yield page, key_to_json(behind), is_last
+            if is_last:
+                return
+            took = max(time.monotonic() - started, 0.001)
+            limit = min(max(int(limit * min(_BATCH_TAKES / took, 4)), _FEWEST_ROWS), _MOST_ROWS)
+
+    def _tenants(self, content: Mapping[str, Any]) -> Tenants:
+        return Tenants(self._byok._keyrings, self._byok._keystore, self._only)
+
+    # -- storing ---------------------------------------------------------------------------------------------------
+
+    def _store(self, table: StoredTable, page: Page) -> None:
+        """Store the changes of a page, those of equal columns together."""
+
+        def columns(change: Change) -> tuple[Any, ...]:
+            return change.held, tuple(change.new)
+
+        for _, group in groupby(sorted(page.changes, key=columns), key=columns):
+            changes = list(group)
+            try:
+                changed = self._tried(table, changes)
+            except IntegrityError:
+                changed = self._one_by_one(table, changes, page)
+            page.count(CHANGED, changed)
+        stored_or_failed = page.counts.get(CHANGED, 0) + page.counts.get("refused", 0)
+        if len(page.changes) > stored_or_failed:
+            page.count(OVERTAKEN, len(page.changes) - stored_or_failed)
+        page.count(FAILED, page.counts.pop("refused", 0))
+
+    def _tried(self, table: StoredTable, changes: Sequence[Change]) -> int:
+        """Store changes, also where a writer's transaction and ours wait for each other."""
+        tries = 0
+        while True:
+            try:
+                with self._engine.begin() as conn:
+                    return table.change(conn, changes)
+            except IntegrityError:
+                raise
+            except DBAPIError:
+                tries += 1
+                if tries == _TRIES:
+                    raise
+                time.sleep(0.1 * tries)
+
+    def _one_by_one(self, table: StoredTable, changes: Sequence[Change], page: Page) -> int:
+        """Store those of which the database refuses some, and tell of each that it refuses."""
+        changed = 0
+        for change in changes:
+            try:
+                changed += self._tried(table, [change])
+            except IntegrityError:
+                page.count("refused")
+                names = ", ".join(sorted(str(table.columns[key].name) for key in change.new))
+                reason = (
+                    f"the database refuses it: another row has the same value in a unique column ({names})"
+                )
+                page.failures.append(Failure(table.name, change.row.key, "", reason))
+        return changed
+
+
+def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    total = dict(counts)
+    for name, number in more.items():
+        total[name] = 1 if name.startswith(_DARK_TENANT) else total.get(name, 0) + number
+    return total
+
+
+# -- planning and ending ---------------------------------------------------------------------------------------------
+
+
+def planned_shards(
+    conn: Connection, tables: Iterable[StoredTable], tenants: Sequence[str] | None, rows: int = SHARD_ROWS
+) -> Iterator[dict[str, Any]]:
+    """The shards of tables: those of tenant after tenant where a column says whose a row is.
+
+    :param tenants: in the order in which they are worked on; None: all.
+    :param rows: how many a shard has.
+    """
+    for table in tables:
+        of = [None] if table.tenant is None else (table.tenants(conn) if tenants is None else list(tenants))
+        for tenant in of:
+            behind = None
+            while True:
+                up_to = table.boundary(conn, rows, behind=behind, tenant=tenant)
+                number = rows if up_to is not None else table.count(conn, behind=behind, tenant=tenant)
+                yield {
+                    "table": table.name,
+                    "tenant": tenant,
+                    "behind": key_to_json(behind),
+                    "up_to": key_to_json(up_to),
+                    "rows": number,
+                }
+                if up_to is None:
+                    break
+                behind = up_to
+
+
+def run_workers(
+    work: Callable[[], None],
+    submit: Callable[[Executor], Future[Any]] | None,
+    executor: Executor | None,
+    workers: int,
+    look: Callable[[], object],
+) -> None:
+    """Have a job worked on, here or by an executor's workers, and look at how far it is meanwhile.
+
+    :param work: works on it in this thread, until nothing is left.
+    :param submit: gives an executor one worker's work; where it is None they get ``work`` itself.
+    :param executor: whose workers; threads unless given, where there are several.
+    :param look: called now and then.
+    """
+    if executor is None and workers == 1:
+        work()
+        return
+    own = ThreadPoolExecutor(workers, thread_name_prefix="byok-job") if executor is None else None
+    pool = executor or own
+    assert pool is not None  # noqa: S101 - one of them
+    try:
+        waiting = {pool.submit(work) if submit is None else submit(pool) for _ in range(workers)}
+        while waiting:
+            done, waiting = wait(waiting, timeout=1)
+            look()
+            for each in done:
+                each.result()
+    finally:
+        if own is not None:
+            own.shutdown(cancel_futures=True)
+
+
+def report_of(jobs: Jobs, job: Job) -> Report:
+    """What became of a job so far."""
+    counts: dict[str, int] = {}
+    for shard in jobs.shards(job.id):
+        counts = _sum(counts, shard.counts)
+    failures = [
+        Failure(each["table"], key_from_json(each["key"]) or (), each["column"], each["reason"])
+        for each in jobs.failures(job.id)
+    ]
+    return made_report(job.id, job.kind, jobs.get(job.id).state, counts, failures)
+
+
+def made_report(
+    job: str, kind: str, state: str, counts: Mapping[str, int], failures: Sequence[Failure]
+) -> Report:
+    """A report of counts as they are stored."""
+    dark = [name.removeprefix(_DARK_TENANT) for name in counts if name.startswith(_DARK_TENANT)]
+    return Report(
+        job,
+        kind,
+        state,
+        {outcome: counts.get(outcome, 0) for outcome in OUTCOMES},
+        {
+            name: n
+            for name, n in sorted(counts.items())
+            if name not in OUTCOMES and not name.startswith(_DARK_TENANT)
+        },
+        failures,
+        sorted(dark),
+    )
+
+
+def progress_of(jobs: Jobs, job: str) -> Progress:
+    """How far a job is, by what its workers have stored."""
+    counts: dict[str, int] = {}
+    of = 0
+    for shard in jobs.shards(job):
+        counts, of = _sum(counts, shard.counts), of + shard.content["rows"]
+    outcomes = {outcome: counts.get(outcome, 0) for outcome in OUTCOMES}
+    return Progress(sum(outcomes.values()), of, outcomes)

@@ -1,0 +1,166 @@
+"""What a re-hash has to do with the search of its columns: closed before it begins, open when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from sqla_byok.crypto.formats import ACTIVE, SEARCH_SALT
+from sqla_byok.errors import ConfigurationError, KmsError, UnknownTenantError
+from sqla_byok.keys.keyring import Keyring
+from sqla_byok.keys.searchable import NOTHING, OFF, ON, HashSpec, Searchable
+from sqla_byok.orm.schema import is_unique
+from sqla_byok.orm.stored import StoredTable
+from sqla_byok.runtime import Byok
+
+__all__ = ["Hashed", "Searching", "hashed_note"]
+
+
+class Hashed(NamedTuple):
+    """One hash column of a job.
+
+    :param table: the name of its table.
+    :param spec: how it is hashed.
+    :param owner: whose it is; None: the rows' tenants'.
+    :param unique: whether no two rows may have the same hash.
+    """
+
+    table: str
+    spec: HashSpec
+    owner: str | None
+    unique: bool
+
+    @classmethod
+    def in_table(cls, table: StoredTable, keys: Iterable[str]) -> list[Hashed]:
+        """Those with these keys."""
+        return [
+            cls(table.name, type_.spec, type_.owner, is_unique(table.columns[key]))
+            for key, type_ in table.hashes.items()
+            if key in keys
+        ]
+
+
+def hashed_note(column: str) -> str:
+    """Under which name it is kept by which salt all rows of a column are hashed."""
+    return f"hashed {column}"
+
+
+class Searching:
+    """The columns of a job, for all tenants that it works for.
+
+    :param byok: opens them.
+    :param columns: what is hashed.
+    :param tenants: the tenants; None: all that have written to the tables.
+    """
+
+    def __init__(self, byok: Byok, columns: Sequence[Hashed], tenants: Sequence[str] | None) -> None:
+        self._byok, self._columns, self._given = byok, columns, tenants
+        self._salts: dict[str, int] = {}
+
+    def close(self) -> bool:
+        """Close the search of what is not hashed as the models say, and let nobody write it in another way.
+
+        :returns: whether anything was changed, and has settled. The tenants whose KMS says no are left.
+        :raises ConfigurationError: a unique column is hashed in another way than its stored hashes.
+        """
+        if not self._change(lambda now, spec: now.not_searched(spec.column)):
+            return False
+        self._byok._generations.settle()
+        self._change(lambda now, spec: now.rehashing(spec))
+        self._byok._generations.settle()
+        return True
+
+    def remember_salts(self) -> None:
+        """Note by which salt each tenant hashes now: every row that is read from here on is hashed by it or a newer."""
+        for tenant in self._tenants():
+            ring = self._ring(tenant)
+            if ring is not None:
+                row = self._byok._keystore.row(tenant)
+                self._salts[tenant] = next(
+                    each.generation
+                    for each in row.generations
+                    if (each.kind, each.state) == (SEARCH_SALT, ACTIVE)
+                )
+
+    def open(self, is_done: Callable[[str, str], bool], job: str) -> list[str]:
+        """Open the search of what was hashed, and keep by which salt it was.
+
+        :param is_done: tells of a tenant and a table whether all its rows were.
+        :returns: the column ids that some tenant cannot be searched by yet.
+        """
+        left = set()
+        for tenant in self._tenants():
+            ring = self._ring(tenant)
+            for each in self._of(tenant):
+                if ring is None or tenant not in self._salts or not is_done(tenant, each.table):
+                    left.add(each.spec.column)
+                    continue
+                if ring.searchable.state(each.spec.column) == OFF:
+                    continue
+                if each.spec.column in ring.searchable.specs:
+                    ring = self._byok._keyrings.revise(ring, _opening(each.spec.column))
+                content = {"salt": self._salts[tenant], "job": job}
+                self._byok._jobs.note(tenant, hashed_note(each.spec.column), content)
+        return sorted(left)
+
+    def _change(self, change: Callable[[Searchable, HashSpec], Searchable]) -> bool:
+        """Change what is not open as the models say; whether there was any."""
+        found = False
+        for tenant in self._tenants():
+            ring = self._ring(tenant)
+            if ring is None:
+                continue
+            for each in self._of(tenant):
+                if self._is_open(ring.searchable, each):
+                    continue
+                found = True
+                ring = self._byok._keyrings.revise(ring, _once(change, each.spec))
+        return found
+
+    def _is_open(self, now: Searchable, each: Hashed) -> bool:
+        """Whether nothing has to be closed: it is hashed as the model says, never was, or is off."""
+        column, known = each.spec.column, now.specs.get(each.spec.column)
+        if now.state(column) == OFF or each.table not in now.tables:
+            return True
+        if known is not None and known != each.spec.digest and each.unique:
+            raise ConfigurationError(
+                f"{column}: it is unique and hashed in another way than its stored hashes were. While hashes of both "
+                "kinds stand in one index it keeps nothing apart, so it is not hashed anew in its place: declare a "
+                "second index, hash_index(…, unique=True) under another name, re-hash that, and drop this one",
+                column=column,
+            )
+        return now.state(column) == ON and known == each.spec.digest
+
+    def _of(self, tenant: str) -> list[Hashed]:
+        return [each for each in self._columns if each.owner == tenant or each.owner is None]
+
+    def _tenants(self) -> list[str]:
+        owners = {each.owner for each in self._columns if each.owner is not None}
+        if self._given is not None:
+            return [*dict.fromkeys([*self._given, *sorted(owners)])]
+        tables = {each.table for each in self._columns}
+        texts = self._byok._keystore.searchable_texts()
+        return [
+            tenant
+            for tenant in self._byok._keystore.tenants()
+            if tenant in owners
+            or not tables.isdisjoint(Searchable.parse(texts.get(tenant, ""), tenant).tables)
+        ]
+
+    def _ring(self, tenant: str) -> Keyring | None:
+        """The tenant's keyring, as the keystore has it now; None where its KMS says no."""
+        keyrings = self._byok._keyrings
+        try:
+            return keyrings.note(keyrings.get(tenant, "job"), NOTHING)
+        except (KmsError, UnknownTenantError):
+            return None
+
+
+def _once(
+    change: Callable[[Searchable, HashSpec], Searchable], spec: HashSpec
+) -> Callable[[Searchable], Searchable]:
+    return lambda now: change(now, spec)
+
+
+def _opening(column: str) -> Callable[[Searchable], Searchable]:
+    return lambda now: now if now.state(column) == OFF else now.rehashed(column)
