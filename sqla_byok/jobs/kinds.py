@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Table
 from typing_extensions import Unpack
 
 from sqla_byok.errors import ConfigurationError
 from sqla_byok.jobs.columns import chosen, hashes_in, values_in
 from sqla_byok.jobs.rows import DARK, FAILED, Rework, Verify, Work
 from sqla_byok.jobs.runner import (
+    SHARD_ROWS,
     Pace,
     Progress,
     Report,
@@ -85,7 +86,7 @@ def reencrypt(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[Ho
         for table, keys in over.items()
         if values_in(table, keys)
     }
-    return _Run(byok, engine, REENCRYPT, _plan(entries, how), how).go()
+    return _Run(byok, engine, REENCRYPT, _plan(entries, how), how, over).go()
 
 
 def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How]) -> Report:
@@ -113,7 +114,7 @@ def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How])
     }
     if not entries:
         raise ConfigurationError("nothing of it has hashes; declare columns searchable, or a hash_index")
-    return _Run(byok, engine, REHASH, _plan(entries, how), how).go()
+    return _Run(byok, engine, REHASH, _plan(entries, how), how, over).go()
 
 
 def verify(
@@ -131,13 +132,13 @@ def verify(
         table.fullname: {"verify": repair, "seals": values_in(table, keys), "hashes": hashes_in(table, keys)}
         for table, keys in over.items()
     }
-    return _Run(byok, engine, VERIFY, _plan(entries, how), how).go()
+    return _Run(byok, engine, VERIFY, _plan(entries, how), how, over).go()
 
 
 def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> Report:
     """Go on with a job by its id, whoever began it, also one that was paused."""
     found = byok._jobs.get(job)
-    return _Run(byok, engine, found.kind, found.plan, how).go(found)
+    return _Run(byok, engine, found.kind, found.plan, how, declared_tables()).go(found)
 
 
 def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
@@ -145,9 +146,9 @@ def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
     return {"tables": dict(entries), "tenants": None if tenants is None else list(tenants)}
 
 
-def _works(plan: Mapping[str, Any]) -> dict[str, Work]:
+def _works(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work]:
     """What is done with the rows of each table of a plan."""
-    declared = {table.fullname: table for table in declared_tables()}
+    declared = {table.fullname: table for table in tables}
     works: dict[str, Work] = {}
     for name, entry in plan["tables"].items():
         table = declared.get(name)
@@ -168,11 +169,17 @@ class _Run:
     """One call of a job."""
 
     def __init__(
-        self, byok: Byok, engine: Engine | None, kind: str, plan: Mapping[str, Any], how: How
+        self,
+        byok: Byok,
+        engine: Engine | None,
+        kind: str,
+        plan: Mapping[str, Any],
+        how: How,
+        tables: Iterable[Table],
     ) -> None:
         self._byok, self._kind, self._plan, self._how = byok, kind, plan, how
         self._engine = _engine(byok, engine)
-        self._works, self._tenants = _works(plan), plan["tenants"]
+        self._works, self._tenants = _works(plan, tables), plan["tenants"]
         hashed = [
             each for work in self._works.values() for each in Hashed.in_table(work.table, work.table.hashes)
         ]
@@ -187,7 +194,9 @@ class _Run:
         job = job or jobs.unfinished(self._kind, self._plan)
         if job is None:
             with self._engine.connect() as conn:
-                job = jobs.start(self._kind, self._plan, planned_shards(conn, self._tables(), self._tenants))
+                job = jobs.start(
+                    self._kind, self._plan, planned_shards(conn, self._tables(), self._tenants, SHARD_ROWS)
+                )
         else:
             jobs.begin_again(job.id)
         self._prepare(job)
@@ -277,7 +286,7 @@ class _Run:
         counts: dict[str, int] = {}
         failures = []
         with self._engine.connect() as conn:
-            shards = list(planned_shards(conn, self._tables(), self._tenants))
+            shards = list(planned_shards(conn, self._tables(), self._tenants, SHARD_ROWS))
         for page in self._runner().try_out(shards):
             failures += page.failures
             for name, number in page.counts.items():
@@ -293,7 +302,7 @@ def work_as_one(app: str, place: int, job: str, pace: Pace) -> None:
     """
     byok = found_app(app)
     plan = byok._jobs.get(job).plan
-    Runner(byok, byok.engines[place], _works(plan), plan["tenants"], pace).work(job)
+    Runner(byok, byok.engines[place], _works(plan, declared_tables()), plan["tenants"], pace).work(job)
 
 
 def found_app(app: str) -> Byok:

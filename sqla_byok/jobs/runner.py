@@ -37,7 +37,7 @@ from sqla_byok.keys.jobs import Job, Jobs, LostShardError, Shard
 from sqla_byok.orm.stored import Change, Processors, StoredTable
 from sqla_byok.runtime import Byok
 
-__all__ = ["Pace", "Progress", "Report", "Runner", "planned_shards"]
+__all__ = ["SHARD_ROWS", "Pace", "Progress", "Report", "Runner", "planned_shards"]
 
 # A batch takes about so long (seconds): its transaction holds up no writer for longer.
 _BATCH_TAKES = 0.5
@@ -282,7 +282,7 @@ def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
 
 
 def planned_shards(
-    conn: Connection, tables: Iterable[StoredTable], tenants: Sequence[str] | None, rows: int = SHARD_ROWS
+    conn: Connection, tables: Iterable[StoredTable], tenants: Sequence[str] | None, rows: int
 ) -> Iterator[dict[str, Any]]:
     """The shards of tables: those of tenant after tenant where a column says whose a row is.
 

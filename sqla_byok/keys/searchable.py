@@ -51,6 +51,7 @@ _MIXED, _HASHING = "mixed", "hashing"
 _NOT_SEARCHED = (PENDING, _MIXED, _HASHING)
 
 _DIGEST_DIGITS = 32
+_PAST_KEPT = 8
 
 
 class HashSpec(NamedTuple):
@@ -101,12 +102,30 @@ class _Column(NamedTuple):
     :param spec: the digest of its specification; empty as long as no row was written.
     :param sources: of an index, the ids of the columns that it follows.
     :param mark: of a pending one that is to become mixed, what tells this time from any other.
+    :param past: the specifications that re-hashes have replaced: releases that have them are to have ended.
     """
 
     spec: str
     state: str
     sources: tuple[str, ...] = ()
     mark: str = ""
+    past: tuple[str, ...] = ()
+
+    @classmethod
+    def read(
+        cls, spec: str, state: str, sources: Iterable[str], mark: str = "", past: Iterable[str] = ()
+    ) -> _Column:
+        """One of its parts as they are stored."""
+        return cls(spec, state, tuple(sources), mark, tuple(past))
+
+    def stored(self) -> tuple[Any, ...]:
+        """The parts that are stored, those at the end only where they say something."""
+        return self if self.past else self[: 4 if self.mark else 3]
+
+    def hashing(self, spec: HashSpec) -> _Column:
+        """Hashed by a specification from now on."""
+        replaced = [each for each in (*self.past, self.spec) if each not in ("", spec.digest)]
+        return _Column(spec.digest, _HASHING, spec.sources, "", tuple(dict.fromkeys(replaced))[-_PAST_KEPT:])
 
     def changing(self, settled: Callable[[str], bool]) -> _Column:
         """Pending, and mixed once that has settled."""
@@ -163,10 +182,7 @@ class Searchable:
         if not text:
             return cls({})
         stored = json.loads(text)
-        columns = {
-            name: _Column(spec, state, tuple(sources), *mark)
-            for name, (spec, state, sources, *mark) in stored["columns"].items()
-        }
+        columns = {name: _Column.read(*parts) for name, parts in stored["columns"].items()}
         states = {*(column.state for column in columns.values())}
         if not (states <= {ON, *_NOT_SEARCHED, OFF} and stored["others"] in (ON, OFF)):
             raise ValueError("a state is unknown")
@@ -177,7 +193,7 @@ class Searchable:
         """The canonical text; empty where there is nothing to say."""
         if not self._columns and not self.tables and self._others == ON:
             return ""
-        columns = {name: column if column.mark else column[:3] for name, column in self._columns.items()}
+        columns = {name: column.stored() for name, column in self._columns.items()}
         stored = {"columns": columns, "others": self._others, "tables": sorted(self.tables)}
         return json.dumps(stored, sort_keys=True, separators=(",", ":"))
 
@@ -208,9 +224,12 @@ class Searchable:
         )
 
     def _is_changed(self, name: str, spec: HashSpec, written: Written) -> bool:
-        """Whether a write hashes a column otherwise than before, so that it has to be closed for searching."""
-        column = self._columns[name]
-        return column.spec != spec.digest and column.state in (ON, PENDING) and name not in written.unique
+        """Whether a write hashes a column otherwise than before, so that it has to be closed for searching.
+
+        Not so by a release that was to have ended, which is refused, nor of a unique column.
+        """
+        column, ended = self._columns[name], (*self._columns[name].past, self._columns[name].spec)
+        return spec.digest not in ended and column.state in (ON, PENDING) and name not in written.unique
 
     def knows_all(self, searched: Iterable[HashSpec]) -> bool:
         """Whether each of these columns was ever hashed. Where not, another process may have written the first row."""
@@ -247,7 +266,7 @@ class Searchable:
         specs = self.specs
         for spec in hashed:
             if specs.get(spec.column, spec.digest) != spec.digest:
-                self._check_changed(tenant, spec.column)
+                self._check_changed(tenant, spec)
         for spec in searched:
             if specs.get(spec.column, spec.digest) != spec.digest and self.state(spec.column) == ON:
                 self._refuse_changed(tenant, spec.column)
@@ -256,10 +275,10 @@ class Searchable:
             if spec.column not in specs and spec.table in self.tables:
                 self._refuse_unhashed(tenant, spec.column)
 
-    def _check_changed(self, tenant: str, column: str) -> None:
+    def _check_changed(self, tenant: str, spec: HashSpec) -> None:
         """Let a write pass that hashes a column otherwise than before, once nobody searches it any more."""
-        state = self._columns[column].state
-        if state == PENDING:
+        column, known = spec.column, self._columns[spec.column]
+        if known.state == PENDING and spec.digest not in known.past:
             raise SettlingError(
                 f"{column}: the model hashes it otherwise than before, so the search of tenant {tenant!r} by it is "
                 "being closed, which takes 21 seconds in which every process learns of it; write again then. Run "
@@ -267,7 +286,7 @@ class Searchable:
                 tenant=tenant,
                 column=column,
             )
-        if state not in (_MIXED, OFF):
+        if known.state not in (_MIXED, OFF):
             self._refuse_changed(tenant, column)
 
     def _refuse_changed(self, tenant: str, column: str) -> NoReturn:
@@ -378,12 +397,12 @@ class Searchable:
 
     def mixed(self, column: str) -> Searchable:
         """With a column open to writers of any specification, which was pending for the settle time."""
-        return self._with({column: self._columns[column]._replace(state=_MIXED, mark="")})
+        return self._with({column: self._columns[column]._replace(state=_MIXED, mark="", past=())})
 
     def rehashing(self, spec: HashSpec) -> Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
         now = self.not_searched(spec.column)
-        return now._with({spec.column: _Column(spec.digest, _HASHING, spec.sources)})
+        return now._with({spec.column: now._columns[spec.column].hashing(spec)})
 
     def rehashed(self, column: str) -> Searchable:
         """With a pending column that can be searched from now on."""

@@ -319,7 +319,8 @@ class UnderKeys:
         :raises DecryptError: it does not open.
         """
         type_ = self._types[key]
-        return self._processors.open[key](self.rings[type_.owner], self._inner(type_, blob))
+        inner = self._inner(type_, blob) if type_.mode == "direct" else blob
+        return self._processors.open[key](self.rings[type_.owner], inner)
 
     def resealed(self, key: str, blob: bytes) -> bytes:
         """The cell as it would be stored now; the same object where it is already.
@@ -331,7 +332,7 @@ class UnderKeys:
         sealed = self._processors.reseal[key](ring, inner)
         if type_.mode != "direct":
             return sealed
-        if sealed is inner and inner is not blob:
+        if sealed is inner and is_direct(blob):
             return blob
         return direct.encrypt(self._processors.keyrings, ring, [direct.Cell(type_.column_id or "", sealed)])[
             0
@@ -361,7 +362,7 @@ class UnderKeys:
 
     def _inner(self, type_: Encrypted[Any], blob: bytes) -> bytes:
         """The value that a direct one has inside, by one call to the tenant's KMS; others as they are."""
-        if type_.mode != "direct" or not is_direct(blob):
+        if not is_direct(blob):
             return blob
         cell = direct.Cell(type_.column_id or "", blob)
         return direct.decrypt(self._processors.keyrings, self.rings[type_.owner], [cell])[0]

@@ -1,0 +1,601 @@
+"""Jobs over every kind of table, beside writers, dark tenants, damaged rows and other workers."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from keys_tools import TurnableClock, hand_in
+from sqlalchemy import (
+    Date,
+    Engine,
+    ForeignKey,
+    Integer,
+    String,
+    Uuid,
+    column,
+    create_engine,
+    select,
+    table,
+    text,
+    update,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sqla_byok import (
+    Byok,
+    ConfigurationError,
+    Encrypted,
+    HashSpecChangedError,
+    KeystoreTamperedError,
+    NotSearchableError,
+    SettlingError,
+    hash_index,
+)
+from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
+from sqla_byok.jobs import Pace, Report, reencrypt, rehash, resume, verify
+from sqla_byok.jobs.rows import OUTCOMES
+from sqla_byok.normalize import casefold, last
+from sqla_byok.orm.stored import Bytes, StoredTable
+from sqla_byok.testing import FakeKms
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Person(Base):
+    """No column says whose a row is."""
+
+    __tablename__ = "jb_person"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(9))
+    mrn: Mapped[str | None] = mapped_column(Encrypted(String(20), searchable=True))
+    born: Mapped[date | None] = mapped_column(Encrypted(Date, pad_to=32))
+    mrn_last2 = hash_index("mrn", transform=last(2))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "person"}  # noqa: RUF012
+
+
+class Patient(Person):
+    """Joined inheritance: its columns are in a table of their own."""
+
+    __tablename__ = "jb_patient"
+    id: Mapped[int] = mapped_column(ForeignKey("jb_person.id"), primary_key=True)
+    ward: Mapped[str | None] = mapped_column(Encrypted(String(20), searchable=True, hash="hmac-sha256"))
+    vip: Mapped[str | None] = mapped_column(Encrypted(String(20), owner="vendor", searchable=True))
+    __mapper_args__ = {"polymorphic_identity": "patient"}  # noqa: RUF012
+
+
+class Visit(Base):
+    """A composite key, and a tenant column."""
+
+    __tablename__ = "jb_visit"
+    __byok_tenant__ = "org"
+    org: Mapped[str] = mapped_column(String(20), primary_key=True)
+    day: Mapped[date] = mapped_column(Date, primary_key=True)
+    number: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
+    note: Mapped[str | None] = mapped_column(Encrypted(String(90), searchable=True))
+    scan: Mapped[str | None] = mapped_column(Encrypted(String(20), mode="direct"))
+
+
+VISITS, PERSONS = 40, 60
+ALL = ("t1", "t2", "vendor")
+Jobs = Callable[..., Report]
+
+
+@pytest.fixture
+def clock() -> TurnableClock:
+    return TurnableClock()
+
+
+@pytest.fixture
+def kms() -> dict[str, FakeKms]:
+    return {tenant: FakeKms(f"jobs-{tenant}-{uuid.uuid4().hex[:6]}") for tenant in ALL}
+
+
+@pytest.fixture
+def byok(tmp_path: Path, clock: TurnableClock, kms: dict[str, FakeKms], engine: Engine) -> Iterator[Byok]:
+    byok = Byok(f"sqlite:///{tmp_path / 'keystore.db'}", clock=clock)
+    byok.create_keystore()
+    byok.attach(engine)
+    for tenant, key in kms.items():
+        byok.onboard(tenant, key)
+    Base.metadata.create_all(engine)
+    yield byok
+    byok.close()
+    for key in kms.values():
+        key.reset()
+
+
+def fill(byok: Byok, engine: Engine) -> None:
+    """Rows of both tenants, by turns, with NULLs in between."""
+    for tenant in ("t1", "t2"):
+        first = 1 if tenant == "t1" else 2
+        with byok.session(tenant, engine) as session:
+            for n in range(first, PERSONS + 1, 2):
+                cls = Patient if n % 3 else Person
+                row = cls(id=n, mrn=None if n % 7 == 0 else f"M-{n % 20:02}", born=date(1950 + n, 1, 1))
+                if cls is Patient:
+                    row.ward, row.vip = f"w{n % 4}", f"v{n}"
+                session.add(row)
+            for n in range(VISITS // 2):
+                day, number = date(2020, 1, 1 + n % 9), uuid.UUID(int=n * 2 + first)
+                session.add(Visit(org=tenant, day=day, number=number, note=f"note {n % 5}", scan=f"s{n}"))
+            session.commit()
+
+
+def values(byok: Byok, engine: Engine) -> dict[Any, Any]:
+    """Everything, as an application reads it."""
+    found: dict[Any, Any] = {}
+    for tenant in ("t1", "t2"):
+        with byok.session(tenant, engine) as session:
+            ids = range(1 if tenant == "t1" else 2, PERSONS + 1, 2)
+            for row in session.scalars(select(Person).where(Person.id.in_(list(ids)))):
+                found[row.id] = (row.mrn, row.born, getattr(row, "ward", None), getattr(row, "vip", None))
+            for visit in session.scalars(select(Visit).where(Visit.org == tenant)):
+                found[visit.number] = (visit.note, visit.scan)
+    return found
+
+
+def searches(byok: Byok, engine: Engine, tenant: str) -> list[Any]:
+    with byok.session(tenant, engine) as session:
+        return [
+            sorted(session.scalars(select(Person.id).where(Person.mrn == "M-03"))),
+            sorted(session.scalars(select(Person.id).where(Person.mrn_last2 == "03"))),
+            sorted(session.scalars(select(Patient.id).where(Patient.ward == "w1"))),
+            sorted(session.scalars(select(Patient.id).where(Patient.vip == "v5"))),
+            sorted(map(str, session.scalars(select(Visit.number).where(Visit.note == "note 3")))),
+        ]
+
+
+def rows_in(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return sum(
+            connection.exec_driver_sql(f"SELECT count(*) FROM {name}").scalar_one()
+            for name in ("jb_person", "jb_patient", "jb_visit")
+        )
+
+
+def adds_up(report: Report, engine: Engine) -> bool:
+    return set(report.counts) == set(OUTCOMES) and report.rows == rows_in(engine)
+
+
+# -- what they do ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rotation_of_the_data_key_to_its_end(byok: Byok, engine: Engine) -> None:
+    """Every value of every kind of table is under the new key, and the old one can go. Plaintexts stay as they are."""
+    fill(byok, engine)
+    before = values(byok, engine)
+    for tenant in ALL:
+        byok.rotate_data_key(tenant)
+    report = reencrypt(byok, engine, Base)
+    assert (report.state, report.counts["changed"]) == ("done", rows_in(engine))
+    assert adds_up(report, engine)
+    again = reencrypt(byok, engine, Base)
+    assert (again.counts["already"], again.counts["changed"]) == (rows_in(engine), 0)
+    for tenant in ALL:
+        byok._generations.retire(tenant, DATA_KEY, 1)
+        byok._generations.destroy(tenant, DATA_KEY, 1)
+    byok.forget_keys()
+    assert values(byok, engine) == before
+    assert verify(byok, engine, Base).counts["already"] == rows_in(engine)
+
+
+def test_a_rotation_of_the_salt_to_its_end(byok: Byok, engine: Engine) -> None:
+    """Every hash is by the new salt; while it is made anew the columns are searched by both, without a gap."""
+    fill(byok, engine)
+    before = {tenant: searches(byok, engine, tenant) for tenant in ("t1", "t2")}
+    for tenant in ALL:
+        byok.rotate_salt(tenant)
+    seen = []
+    report = rehash(
+        byok,
+        engine,
+        Base,
+        on_progress=lambda _: seen.append([searches(byok, engine, t) for t in ("t1", "t2")]),
+    )
+    assert all(each == [before["t1"], before["t2"]] for each in seen)
+    assert seen
+    assert (report.state, report.counts["failed"]) == ("done", 0)
+    assert adds_up(report, engine)
+    for tenant in ALL:
+        byok._generations.retire(tenant, SEARCH_SALT, 1)
+    byok.forget_keys()
+    assert {tenant: searches(byok, engine, tenant) for tenant in ("t1", "t2")} == before
+    assert rehash(byok, engine, Base).counts["changed"] == 0
+
+
+def test_padding_and_mode_that_have_changed(byok: Byok, engine: Engine) -> None:
+    """reencrypt brings them to what is declared; a direct value stays under the customer's own key."""
+
+    class Later(DeclarativeBase):
+        pass
+
+    class Padded(Later):
+        __tablename__ = "jb_person"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        mrn: Mapped[str | None] = mapped_column(Encrypted(String(20), pad_to=64))
+        born: Mapped[date | None] = mapped_column(Encrypted(Date))
+
+    class Direct(Later):
+        __tablename__ = "jb_visit"
+        __byok_tenant__ = "org"
+        org: Mapped[str] = mapped_column(String(20), primary_key=True)
+        day: Mapped[date] = mapped_column(Date, primary_key=True)
+        number: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
+        note: Mapped[str | None] = mapped_column(Encrypted(String(90), mode="direct"))
+
+    fill(byok, engine)
+    before = values(byok, engine)
+    assert reencrypt(byok, engine, Padded, Direct).counts["failed"] == 0
+    with engine.connect() as connection:
+        lengths = {len(row[0]) for row in connection.exec_driver_sql("SELECT mrn FROM jb_person") if row[0]}
+        born = {len(row[0]) for row in connection.exec_driver_sql("SELECT born FROM jb_person") if row[0]}
+        kinds = {bytes(row[0])[1] for row in connection.exec_driver_sql("SELECT note FROM jb_visit")}
+    assert (lengths, born, kinds) == ({46 + 64}, {46 + 10}, {0x10})
+    with byok.session("t1", engine) as session:
+        assert {row.note for row in session.scalars(select(Direct).where(Direct.org == "t1"))} == {
+            f"note {n}" for n in range(5)
+        }
+        assert all(
+            row.mrn == before[row.id][0] for row in session.scalars(select(Padded).where(Padded.id % 2 == 1))
+        )
+    assert reencrypt(byok, engine, Padded, Direct).counts["changed"] == 0
+
+
+def test_only_some_tenants_in_their_order(byok: Byok, engine: Engine) -> None:
+    """The others' rows are counted and left alone."""
+    fill(byok, engine)
+    for tenant in ("t1", "t2"):
+        byok.rotate_data_key(tenant)
+    report = reencrypt(byok, engine, Visit, tenants=["t2"])
+    assert (report.counts["changed"], report.rows) == (VISITS // 2, VISITS // 2)
+    report = reencrypt(byok, engine, Person, tenants=["t2"])
+    assert (report.counts["changed"], report.counts["others"]) == (PERSONS // 2, PERSONS // 2)
+
+
+def test_a_dry_run_stores_nothing(byok: Byok, engine: Engine) -> None:
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+    cells, plain = select(table("jb_visit", column("scan"))), create_engine(engine.url)
+    with plain.connect() as connection:
+        before = connection.execute(cells).all()
+    report = reencrypt(byok, engine, Base, dry_run=True)
+    assert report.state == "dry run"
+    assert report.counts["changed"] > VISITS // 2
+    assert adds_up(report, engine)
+    assert byok._jobs.all() == []
+    with plain.connect() as connection:
+        assert connection.execute(cells).all() == before
+    plain.dispose()
+
+
+# -- a column that becomes searchable, or is hashed otherwise ----------------------------------------------------------
+
+
+def _release(**options: Any) -> Any:
+    class Release(DeclarativeBase):
+        pass
+
+    class Member(Release):
+        __tablename__ = "jb_member"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        mail: Mapped[str | None] = mapped_column(Encrypted(String(40), **options))
+
+    return Member
+
+
+def test_a_column_that_becomes_searchable(byok: Byok, engine: Engine) -> None:
+    plain, searchable = _release(), _release(searchable=True)
+    searchable.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([plain(id=n, mail=f"m{n % 3}") for n in range(1, 10)])
+        session.commit()
+    find = select(searchable.id).where(searchable.mail == "m1")
+    with byok.session("t1", engine) as session, pytest.raises(NotSearchableError, match="byok rehash"):
+        session.scalars(find)
+    report = rehash(byok, engine, searchable.mail)
+    assert (report.state, report.counts["changed"]) == ("done", 9)
+    with byok.session("t1", engine) as session:
+        assert sorted(session.scalars(find)) == [1, 4, 7]
+    with byok.session("t1", engine) as session:
+        session.add(plain(id=99, mail="m1"))
+        with pytest.raises(HashSpecChangedError):
+            session.flush()
+
+
+def test_another_normalizer_with_both_releases_writing(
+    byok: Byok, engine: Engine, clock: TurnableClock
+) -> None:
+    """INSERTs go on, but for the seconds in which the search is closed; the job makes one kind of all."""
+    old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
+    old.metadata.create_all(engine)
+
+    def add(model: Any, id_: int, mail: str) -> None:
+        with byok.session("t1", engine) as session:
+            session.add(model(id=id_, mail=mail))
+            session.commit()
+
+    add(old, 1, "Ada")
+    with pytest.raises(SettlingError):
+        add(new, 2, "ADA")
+    clock.turn(21)
+    add(new, 2, "ADA")
+    add(old, 3, "aDa")
+    for model in (old, new):
+        with byok.session("t1", engine) as session, pytest.raises(NotSearchableError):
+            session.scalars(select(model.id).where(model.mail == "ada"))
+    assert rehash(byok, engine, new.mail).counts["changed"] == 2
+    with byok.session("t1", engine) as session:
+        assert sorted(session.scalars(select(new.id).where(new.mail == "aDa"))) == [1, 2, 3]
+    with pytest.raises(HashSpecChangedError):
+        add(old, 4, "x")
+
+
+def test_set_searchable_turned_off_and_on(byok: Byok, engine: Engine) -> None:
+    fill(byok, engine)
+    before = searches(byok, engine, "t1")
+    byok.set_searchable("t1", set())
+    assert rehash(byok, engine, Base).state == "done"
+    with engine.connect() as connection:
+        hashes = connection.exec_driver_sql("SELECT note_hash FROM jb_visit WHERE org = 't1'").all()
+    assert {row[0] for row in hashes} == {None}, "what is off has no hashes left"
+    byok.set_searchable("t1", None)
+    with pytest.raises(NotSearchableError):
+        searches(byok, engine, "t1")
+    rehash(byok, engine, Base)
+    assert searches(byok, engine, "t1") == before
+
+
+def test_a_unique_column_is_not_hashed_otherwise_in_its_place(byok: Byok, engine: Engine) -> None:
+    def release(**options: Any) -> Any:
+        class Release(DeclarativeBase):
+            pass
+
+        class Account(Release):
+            __tablename__ = "jb_account"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            mail: Mapped[str] = mapped_column(Encrypted(String(40), searchable=True, **options), unique=True)
+
+        return Account
+
+    old, new = release(), release(normalize=casefold)
+    old.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add(old(id=1, mail="Ada"))
+        session.commit()
+    with pytest.raises(ConfigurationError, match="unique"):
+        rehash(byok, engine, new.mail)
+    with byok.session("t1", engine) as session:
+        assert session.scalars(select(old.id).where(old.mail == "Ada")).all() == [1]
+
+
+def test_a_value_that_two_rows_got_while_salts_were_rotated(byok: Byok, engine: Engine) -> None:
+    """The index could not see it; the job tells of it by row, and leaves both."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Badge(Own):
+        __tablename__ = "jb_badge"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[str] = mapped_column(Encrypted(String(9), searchable=True), unique=True)
+
+    Own.metadata.create_all(engine)
+    for n in (1, 2, 3):
+        with byok.session("t1", engine) as session:
+            session.add(Badge(id=n, code="A" if n < 3 else "B"))
+            session.commit()
+        if n == 1:
+            byok.rotate_salt("t1")
+    report = rehash(byok, engine, Badge)
+    assert (report.counts["failed"], report.counts["already"]) == (1, 2)
+    ((where, key, _, reason),) = report.failures
+    assert (where, key) == ("jb_badge", (1,))
+    assert "same value" in reason
+
+
+# -- beside others ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_was_changed_meanwhile_is_its_writers(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+    change, done = StoredTable.change, []
+
+    def late(self: StoredTable, conn: Any, changes: Any) -> int:
+        if not done:
+            done.append(True)
+            with byok.session("t1", engine) as session:
+                session.execute(update(Person).where(Person.id == 3).values(mrn="new"))
+                session.execute(text("DELETE FROM jb_person WHERE id = 21"))  # no Patient: 21 % 3 == 0
+                session.commit()
+        return change(self, conn, changes)
+
+    monkeypatch.setattr(StoredTable, "change", late)
+    if engine.dialect.name == "sqlite":
+        pytest.skip(
+            "SQLite has one writer at a time: the page's transaction has begun when the rows are changed"
+        )
+    report = reencrypt(byok, engine, Person.__table__)
+    assert done
+    assert report.counts["overtaken"] == 2
+    with byok.session("t1", engine) as session:
+        assert session.get_one(Person, 3).mrn == "new"
+
+
+def test_several_workers_share_the_shards(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is changed by one of them, also where two runners were started by mistake."""
+    monkeypatch.setattr("sqla_byok.jobs.kinds.SHARD_ROWS", 7)
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 3)
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+    byok.rotate_data_key("t2")
+    reports: list[Report] = []
+    first = byok._jobs
+    runners = [
+        threading.Thread(target=lambda: reports.append(reencrypt(byok, engine, Visit, Patient, workers=2)))
+        for _ in range(2)
+    ]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join(60)
+    assert len(reports) == 2
+    rows = VISITS + sum(1 for n in range(1, PERSONS + 1) if n % 3) + PERSONS
+    # A runner that comes when the other is done has a job of its own, with nothing to do.
+    assert sum(report.counts["changed"] for report in {r.job: r for r in reports}.values()) == rows
+    assert all(report.counts["failed"] == 0 for report in reports)
+    assert first.all()[0].state == "done"
+
+
+def test_a_dark_tenant_is_left_and_come_back_to(
+    byok: Byok, engine: Engine, kms: dict[str, FakeKms], clock: TurnableClock
+) -> None:
+    fill(byok, engine)
+    for tenant in ("t1", "t2"):
+        byok.rotate_salt(tenant)
+    before = {tenant: searches(byok, engine, tenant) for tenant in ("t1", "t2")}
+    byok.forget_keys()
+    kms["t2"].deny()
+    report = rehash(byok, engine, Base)
+    assert (report.state, list(report.dark)) == ("running", ["t2"])
+    assert adds_up(report, engine)
+    assert report.counts["dark"] > 0
+    assert byok._jobs.noted("t1", "hashed jb_visit.note") is not None
+    assert byok._jobs.noted("t2", "hashed jb_visit.note") is None
+    kms["t2"].allow()
+    byok.forget_keys()
+    clock.turn(60)
+    again = rehash(byok, engine, Base)
+    assert (again.job, again.state, list(again.dark), again.counts["dark"]) == (report.job, "done", [], 0)
+    assert adds_up(again, engine)
+    for tenant in ("t1", "t2"):
+        byok._generations.retire(tenant, SEARCH_SALT, 1)
+        byok.forget_keys()
+        assert searches(byok, engine, tenant) == before[tenant]
+
+
+def test_rows_that_cannot_be_opened_are_told_and_left(byok: Byok, engine: Engine) -> None:
+    """Altered values, of no key, plaintext: by primary key and reason, never rewritten; the search stays shut."""
+    plain, searchable = _release(), _release(searchable=True)
+    searchable.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([plain(id=n, mail=f"m{n}") for n in range(1, 6)])
+        session.commit()
+    member = table("jb_member", column("id", Integer), column("mail", Bytes()))
+    own = create_engine(engine.url)
+    with own.begin() as connection:
+        first = connection.scalars(select(member.c.mail).where(member.c.id == 1)).one()
+        damaged = {1: first[:-1] + bytes([first[-1] ^ 1]), 2: b"plain", 3: b"\xb1\x01" + bytes(60)}
+        for id_, blob in damaged.items():
+            connection.execute(update(member).where(member.c.id == id_).values(mail=blob))
+    report = rehash(byok, engine, searchable.mail)
+    assert (report.counts["failed"], report.counts["changed"], report.rows) == (3, 2, 5)
+    assert [(failure.table, failure.key) for failure in report.failures] == [
+        ("jb_member", (n,)) for n in (1, 2, 3)
+    ]
+    reasons = [failure.reason.partition(":")[0] for failure in report.failures]
+    assert reasons == ["TamperedError", "NotEncryptedError", "UnknownDataKeyError"]
+    with own.connect() as connection:
+        for id_, blob in damaged.items():
+            assert connection.scalars(select(member.c.mail).where(member.c.id == id_)).one() == blob
+    with byok.session("t1", engine) as session, pytest.raises(NotSearchableError):
+        session.scalars(select(searchable.id).where(searchable.mail == "m4"))
+    own.dispose()
+
+
+def test_paused_and_gone_on_with(byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 5)
+    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", 5)
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+
+    def pause(_: Any) -> None:
+        byok._jobs.set_state(byok._jobs.all()[0], "paused")
+
+    report = reencrypt(byok, engine, Person.__table__, on_progress=pause)
+    assert (report.state, report.rows) == ("paused", 5)
+    report = resume(byok, engine, report.job)
+    assert (report.state, report.rows) == ("done", PERSONS)
+
+
+def test_what_holds_a_job_back(
+    byok: Byok, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is there, and a number that is too high: it waits, and goes on."""
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 20)
+    fill(byok, engine)
+    file, waits = tmp_path / "pause", []
+    file.touch()
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            file.unlink()
+
+    monkeypatch.setattr("sqla_byok.jobs.runner.time.sleep", sleep)
+    pace = Pace(pause_file=file, below=("SELECT 0", 1))
+    assert reencrypt(byok, engine, Person.__table__, pace=pace).state == "done"
+    assert len(waits) >= 3
+
+
+# -- a hostile keystore ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "UPDATE byok_job_shard SET state = 'done'",
+        "UPDATE byok_job_shard SET progress = '{\"at\":null,\"counts\":{}}', state = 'open', content = '{}'",
+        "UPDATE byok_job SET state = 'done'",
+        "UPDATE byok_job_shard SET tag = NULL",
+    ],
+)
+def test_nobody_ends_a_job_by_hand(
+    tmp_path: Path, keystore_key: str, forged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 5)
+    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", 5)
+    engine = create_engine(f"sqlite:///{tmp_path / 'data.db'}")
+    keystore = f"sqlite:///{tmp_path / 'keystore.db'}"
+    byok = Byok(keystore, keystore_key=keystore_key, clock=TurnableClock())
+    byok.create_keystore()
+    byok.attach(engine)
+    for tenant in ALL:
+        byok.onboard(tenant, FakeKms(f"forged-{tenant}-{uuid.uuid4().hex[:6]}"))
+    Base.metadata.create_all(engine)
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+    report = reencrypt(
+        byok,
+        engine,
+        Person.__table__,
+        on_progress=lambda _: byok._jobs.set_state(byok._jobs.all()[0], "paused"),
+    )
+    hand = hand_in(keystore)
+    with hand.begin() as connection:
+        connection.exec_driver_sql(forged)
+    with pytest.raises(KeystoreTamperedError):
+        resume(byok, engine, report.job)
+    hand.dispose()
+    byok.close()
+    engine.dispose()
+
+
+def test_tables_without_a_primary_key_are_refused(byok: Byok, engine: Engine) -> None:
+    from sqlalchemy import Column, MetaData, Table
+
+    bare = Table("jb_bare", MetaData(), Column("mail", Encrypted(String(9))))
+    with pytest.raises(ConfigurationError, match="primary key"):
+        reencrypt(byok, engine, bare)
