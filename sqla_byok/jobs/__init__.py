@@ -1,7 +1,23 @@
 """Jobs: long work over rows that are there already, online, in pages, resumable."""
 
 from sqla_byok.jobs.kinds import How, reencrypt, rehash, resume, verify
+from sqla_byok.jobs.rotation import Rotation, destroy, restore, retire, rotate
 from sqla_byok.jobs.rows import Failure
 from sqla_byok.jobs.runner import Pace, Progress, Report
 
-__all__ = ["Failure", "How", "Pace", "Progress", "Report", "reencrypt", "rehash", "resume", "verify"]
+__all__ = [
+    "Failure",
+    "How",
+    "Pace",
+    "Progress",
+    "Report",
+    "Rotation",
+    "destroy",
+    "reencrypt",
+    "rehash",
+    "restore",
+    "resume",
+    "retire",
+    "rotate",
+    "verify",
+]

@@ -12,7 +12,6 @@ from sqlalchemy import Engine, Table
 from typing_extensions import Unpack
 
 from sqla_byok.errors import ConfigurationError
-from sqla_byok.jobs.columns import chosen, hashes_in, values_in
 from sqla_byok.jobs.rows import DARK, FAILED, Rework, Verify, Work
 from sqla_byok.jobs.runner import (
     SHARD_ROWS,
@@ -28,12 +27,13 @@ from sqla_byok.jobs.runner import (
 )
 from sqla_byok.jobs.searching import Hashed, Searching
 from sqla_byok.keys.jobs import DONE, PREPARING, RUNNING, Job
+from sqla_byok.orm.chosen import chosen, hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
 from sqla_byok.orm.stored import StoredTable, sources_of
 from sqla_byok.orm.tenant_column import tenant_key
 from sqla_byok.runtime import Byok
 
-__all__ = ["How", "reencrypt", "rehash", "resume", "verify"]
+__all__ = ["How", "engine_of", "reencrypt", "rehash", "resume", "verify"]
 
 REENCRYPT, REHASH, VERIFY = "reencrypt", "rehash", "verify"
 
@@ -178,7 +178,7 @@ class _Run:
         tables: Iterable[Table],
     ) -> None:
         self._byok, self._kind, self._plan, self._how = byok, kind, plan, how
-        self._engine = _engine(byok, engine)
+        self._engine = engine_of(byok, engine)
         self._works, self._tenants = _works(plan, tables), plan["tenants"]
         hashed = [
             each for work in self._works.values() for each in Hashed.in_table(work.table, work.table.hashes)
@@ -324,7 +324,11 @@ def found_app(app: str) -> Byok:
     return found
 
 
-def _engine(byok: Byok, engine: Engine | None) -> Engine:
+def engine_of(byok: Byok, engine: Engine | None) -> Engine:
+    """The engine that was given, or the only one that was attached.
+
+    :raises ConfigurationError: there are several, or it is an async engine's.
+    """
     if engine is not None:
         byok._require_attached(engine)
         return engine

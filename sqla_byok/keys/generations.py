@@ -100,15 +100,19 @@ class Generations(Secret):
         """Wait until no process works without knowing what was stored before this call."""
         self._clock.sleep(SETTLE)
 
-    def retire(self, tenant: str, kind: str, generation: int) -> None:
+    def retire(
+        self, tenant: str, kind: str, generation: int, check: Callable[[], object] = lambda: None
+    ) -> None:
         """Take a readable generation out of use, once no row is left under it.
 
         Settles first, so that no process still writes with it. The record is kept until :meth:`destroy`; rows that
         were missed cannot be read or found from now on.
 
+        :param check: called when it has settled; raises where a row needs it still.
         :raises ConfigurationError: if it is active or pending, or not there. A retired one stays as it is.
         """
         self.settle()
+        check()
         self._change(tenant, lambda row: self._retired(row, kind, generation))
 
     def restore(self, tenant: str, kind: str, generation: int) -> None:

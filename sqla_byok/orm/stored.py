@@ -144,7 +144,7 @@ class StoredTable:
         return self._read(conn, self._within(conn, behind, up_to, tenant), limit)
 
     def _read(self, conn: Connection, where: Iterable[ColumnElement[bool]], limit: int) -> list[StoredRow]:
-        cells = [self._cell(key) for key in self.columns]
+        cells = [self.cell(key) for key in self.columns]
         plain = [*self.key, *(() if self.tenant is None else (self.tenant,))]
         statement = select(*plain, *cells).where(*where).order_by(*self.key).limit(limit)
         rows = conn.execute(statement).all()
@@ -229,8 +229,8 @@ class StoredTable:
 
     def _each(self, held: Sequence[str], new: Sequence[str]) -> Any:
         where = [mine == bindparam(f"k{place}", type_=mine.type) for place, mine in enumerate(self.key)]
-        where += [self._cell(key).is_not_distinct_from(bindparam(f"o{n}")) for n, key in enumerate(held)]
-        values: dict[Any, Any] = {self._cell(key): bindparam(f"n{n}") for n, key in enumerate(new)}
+        where += [self.cell(key).is_not_distinct_from(bindparam(f"o{n}")) for n, key in enumerate(held)]
+        values: dict[Any, Any] = {self.cell(key): bindparam(f"n{n}") for n, key in enumerate(new)}
         return update(self.stored).where(*where).values(values)
 
     def _row(self, change: Change, held: Sequence[str], new: Sequence[str]) -> dict[str, Any]:
@@ -251,15 +251,21 @@ class StoredTable:
             .render_derived(name="given")
         )
         where = [mine == given.c[f"k{place}"] for place, mine in enumerate(self.key)]
-        where += [self._cell(key).is_not_distinct_from(given.c[f"o{n}"]) for n, key in enumerate(held)]
-        values: dict[Any, Any] = {self._cell(key): given.c[f"n{n}"] for n, key in enumerate(new)}
+        where += [self.cell(key).is_not_distinct_from(given.c[f"o{n}"]) for n, key in enumerate(held)]
+        values: dict[Any, Any] = {self.cell(key): given.c[f"n{n}"] for n, key in enumerate(new)}
         return update(self.stored).where(*where).values(values)
 
     def _arrays(self, changes: Sequence[Change], held: Sequence[str], new: Sequence[str]) -> dict[str, Any]:
         rows = [self._row(change, held, new) for change in changes]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def _cell(self, key: str) -> ColumnElement[Any]:
+    @staticmethod
+    def bound(blob: bytes) -> BindParameter[Any]:
+        """Bytes to compare stored ones with."""
+        return bindparam(None, blob, type_=Bytes())
+
+    def cell(self, key: str) -> ColumnElement[Any]:
+        """One of its encrypted or hash columns, as bytes."""
         found: ColumnElement[Any] = self.stored.c[self.columns[key].name]
         return found
 

@@ -38,7 +38,7 @@ from sqla_byok import (
     hash_index,
 )
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
-from sqla_byok.jobs import Pace, Report, reencrypt, rehash, resume, verify
+from sqla_byok.jobs import Pace, Report, destroy, reencrypt, rehash, restore, resume, retire, rotate, verify
 from sqla_byok.jobs.rows import OUTCOMES
 from sqla_byok.normalize import casefold, last
 from sqla_byok.orm.stored import Bytes, StoredTable
@@ -180,8 +180,8 @@ def test_a_rotation_of_the_data_key_to_its_end(byok: Byok, engine: Engine) -> No
     again = reencrypt(byok, engine, Base)
     assert (again.counts["already"], again.counts["changed"]) == (rows_in(engine), 0)
     for tenant in ALL:
-        byok._generations.retire(tenant, DATA_KEY, 1)
-        byok._generations.destroy(tenant, DATA_KEY, 1)
+        retire(byok, engine, tenant, DATA_KEY, 1, Base)
+        destroy(byok, tenant, DATA_KEY, 1, backups_kept=0)
     byok.forget_keys()
     assert values(byok, engine) == before
     assert verify(byok, engine, Base).counts["already"] == rows_in(engine)
@@ -205,10 +205,57 @@ def test_a_rotation_of_the_salt_to_its_end(byok: Byok, engine: Engine) -> None:
     assert (report.state, report.counts["failed"]) == ("done", 0)
     assert adds_up(report, engine)
     for tenant in ALL:
-        byok._generations.retire(tenant, SEARCH_SALT, 1)
+        retire(byok, engine, tenant, SEARCH_SALT, 1, Base)
     byok.forget_keys()
     assert {tenant: searches(byok, engine, tenant) for tenant in ("t1", "t2")} == before
     assert rehash(byok, engine, Base).counts["changed"] == 0
+
+
+def test_the_whole_rotation_is_one_call(byok: Byok, engine: Engine) -> None:
+    """And what it retired can be made readable again until it is destroyed, which waits for the backups."""
+    fill(byok, engine)
+    before, found = values(byok, engine), searches(byok, engine, "t1")
+    rotation = rotate(byok, engine, "t1", Base)
+    assert rotation.retired == ((DATA_KEY, 1), (SEARCH_SALT, 1))
+    again = rotate(byok, engine, "t1", Base)
+    assert again.retired == ((DATA_KEY, 2), (SEARCH_SALT, 2))
+    byok.forget_keys()
+    assert (values(byok, engine), searches(byok, engine, "t1")) == (before, found)
+    restore(byok, "t1", DATA_KEY, 1)
+    states = {(each.kind, each.generation): each.state for each in byok._keystore.row("t1").generations}
+    assert states[DATA_KEY, 1] == "readable"
+    retire(byok, engine, "t1", DATA_KEY, 1, Base)
+    with pytest.raises(ConfigurationError, match="backups"):
+        destroy(byok, "t1", DATA_KEY, 1, backups_kept=30)
+    destroy(byok, "t1", DATA_KEY, 1, backups_kept=0)
+    with pytest.raises(ConfigurationError, match="destroyed"):
+        restore(byok, "t1", DATA_KEY, 1)
+
+
+def test_what_rows_need_is_not_retired(byok: Byok, engine: Engine) -> None:
+    """Nor what nobody can say of: a table that was written and is not given."""
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+    byok.rotate_salt("t1")
+    with pytest.raises(ConfigurationError, match=r"in jb_person\.born.*byok reencrypt"):
+        retire(byok, engine, "t1", DATA_KEY, 1, Base)
+    with pytest.raises(ConfigurationError, match=r"jb_person\.mrn.*byok rehash"):
+        retire(byok, engine, "t1", SEARCH_SALT, 1, Base)
+    reencrypt(byok, engine, Base)
+    rehash(byok, engine, Person)
+    with pytest.raises(ConfigurationError, match="jb_visit"):
+        retire(byok, engine, "t1", DATA_KEY, 1, Person, Patient)
+    with pytest.raises(ConfigurationError, match=r"jb_visit\.note"):
+        retire(byok, engine, "t1", SEARCH_SALT, 1, Base)
+    for kind, generation in ((DATA_KEY, 2), (DATA_KEY, 9), (SEARCH_SALT, 2)):
+        with pytest.raises(ConfigurationError):
+            retire(byok, engine, "t1", kind, generation, Base)
+    with pytest.raises(ConfigurationError):
+        retire(byok, engine, "t1", "tenant-key", 1, Base)
+    byok.rotate_salt("t1")
+    rehash(byok, engine, Base)
+    for generation in (1, 2):
+        retire(byok, engine, "t1", SEARCH_SALT, generation, Base)
 
 
 def test_padding_and_mode_that_have_changed(byok: Byok, engine: Engine) -> None:
