@@ -47,6 +47,7 @@ from sqla_byok.keys.keystore import keystore_metadata
 from sqla_byok.keys.onboarding import Proof
 from sqla_byok.kms import AwsKms, AwsSecretsManagerSalts, AzureKeyVault, LocalKms
 from sqla_byok.kms.secrets import SecretStore
+from sqla_byok.orm.checks import Finding
 from sqla_byok.orm.guard import search_hash
 from sqla_byok.orm.hash_index import hash_index
 from sqla_byok.orm.sealed import Sealed
@@ -68,6 +69,7 @@ __all__ = [
     "Digest",
     "EncodeError",
     "Encrypted",
+    "Finding",
     "HashSpecChangedError",
     "KeyDeletedError",
     "KeyDisabledError",

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
@@ -24,9 +25,11 @@ from sqla_byok.errors import (
     ByokError,
     ConfigurationError,
     KeystoreTamperedError,
+    KmsError,
     KmsRefusedError,
     NotAttachedError,
     NoTenantError,
+    UnknownTenantError,
     UnsupportedQueryError,
 )
 from sqla_byok.keys.calls import KmsCalls, stored_config
@@ -41,11 +44,13 @@ from sqla_byok.keys.keystore import OUTAGE_GRACE_MS, REVOKE_WITHIN_MS, Keystore
 from sqla_byok.keys.onboarding import Onboarding, Proof
 from sqla_byok.keys.rows import Wrapping
 from sqla_byok.keys.salts import ExternalSalts
-from sqla_byok.keys.searchable import NOTHING, SearchableColumns
+from sqla_byok.keys.searchable import NOTHING, HashSpec, Searchable, SearchableColumns
 from sqla_byok.kms import Kms, Operator, Salts, providers
 from sqla_byok.kms.profiles import Profile
 from sqla_byok.kms.secrets import Secrets, SecretStore
 from sqla_byok.metrics import observe
+from sqla_byok.orm.checks import CHANGED, Finding, findings, specs_of
+from sqla_byok.orm.chosen import chosen
 from sqla_byok.orm.current import Attachment, refuse_foreign
 from sqla_byok.orm.digests import hashes, is_known
 from sqla_byok.orm.direct import areveal, reveal
@@ -558,12 +563,55 @@ class Byok(Secret):
         """:meth:`rewrap` from asyncio."""
         await asyncio.to_thread(self.rewrap, tenant, kms)
 
-    def set_searchable(self, tenant: str, columns: Iterable[Any] | None) -> None:
+    def check(self, *what: Any, prepare: bool = False) -> list[Finding]:
+        """Compare what models declare searchable with what the keystore notes, for all tenants. Calls no KMS.
+
+        ::
+
+            for finding in byok.check(Base):
+                print(finding.tenant, finding.column, finding.kind, finding.run)
+
+        Run it before a deployment, with the new release's models: what it lists would else be found out by a first
+        write or search. With ``prepare`` the search of columns that are hashed otherwise than before is closed now, for
+        which the tenants are opened; the call returns after 21 seconds, when releases of both kinds can write. Then
+        deploy, and when nothing of the earlier release runs any more, re-hash (:func:`sqla_byok.jobs.rehash`).
+
+        :param what: models, tables or attributes; all models of this process unless given.
+        :param prepare: whether to close the search of what has changed.
+        :returns: what they disagree about; after ``prepare`` what is left.
+        :raises KeystoreTamperedError: a newer release wrote the keystore, or somebody altered it.
+        """
+        over = chosen(what)
+        found = list(findings(self._keystore.searchable_texts(), over))
+        changed = {(each.tenant, each.column) for each in found if each.kind == CHANGED}
+        if not prepare or not changed:
+            return found
+        specs = {spec.column: spec for table in over for spec in specs_of(table)}
+        closing = [(tenant, specs[column]) for tenant, column in sorted(changed)]
+        self._revise_each(closing, lambda now, spec: now.closing_for(spec))
+        self._generations.settle()
+        self._revise_each(closing, lambda now, spec: now.mixed(spec.column))
+        return list(findings(self._keystore.searchable_texts(), over))
+
+    async def acheck(self, *what: Any, prepare: bool = False) -> list[Finding]:
+        """:meth:`check` from asyncio."""
+        return await asyncio.to_thread(self.check, *what, prepare=prepare)
+
+    def _revise_each(
+        self, columns: Iterable[tuple[str, HashSpec]], change: Callable[..., Searchable]
+    ) -> None:
+        """Change what of tenants can be searched; those whose KMS says no stay as they are."""
+        for tenant, spec in columns:
+            with suppress(KmsError, UnknownTenantError):
+                self._keyrings.revise(self._keyrings.get(tenant), partial(change, spec=spec))
+
+    def set_searchable(self, tenant: str, columns: Iterable[Any] | None, *, but: Iterable[Any] = ()) -> None:
         """Say by which columns a tenant can be searched, among those that the models declare searchable.
 
         ::
 
             byok.set_searchable("org-42", {Patient.mrn, Patient.phone_last4, "patient.email"})
+            byok.set_searchable("org-42", None, but={Patient.phone_last4})
 
         A tenant for which this was never called can be searched by all of them. A disabled column is not searched any
         more (:class:`NotSearchableError`); 21 seconds later, when every process knows of it, NULL is written in place
@@ -574,7 +622,9 @@ class Byok(Secret):
         were re-hashed.
 
         :param tenant: whose.
-        :param columns: attributes, columns of tables, :class:`hash_index` attributes or column ids; None for all.
+        :param columns: attributes, columns of tables, :class:`hash_index` attributes or column ids; None for all. Those
+            that a later release makes searchable are off where columns are named here, and on with None.
+        :param but: with None, those that are off.
         :raises ConfigurationError: for something that is not declared searchable.
         :raises UnknownTenantError: if the tenant was never onboarded.
         :raises KmsError: if the customer's KMS refuses or does not answer; nothing is changed then.
@@ -583,12 +633,17 @@ class Byok(Secret):
         """
         if isinstance(columns, str) or not isinstance(columns, Iterable | None):
             raise ConfigurationError("set_searchable takes a set of columns; put a single one into one too")
-        self._searchable.set(tenant, None if columns is None else {searched_id(each) for each in columns})
+        if isinstance(but, str) or (columns is not None and list(but)):
+            raise ConfigurationError("set_searchable takes but= as a set of columns, and with None only")
+        enabled = None if columns is None else {searched_id(each) for each in columns}
+        self._searchable.set(tenant, enabled, {searched_id(each) for each in but})
         self._keyrings.look_again(tenant)
 
-    async def aset_searchable(self, tenant: str, columns: Iterable[Any] | None) -> None:
+    async def aset_searchable(
+        self, tenant: str, columns: Iterable[Any] | None, *, but: Iterable[Any] = ()
+    ) -> None:
         """:meth:`set_searchable` from asyncio."""
-        await asyncio.to_thread(self.set_searchable, tenant, columns)
+        await asyncio.to_thread(self.set_searchable, tenant, columns, but=but)
 
     def reveal(self, obj: Any, attribute: str) -> Any:
         """Decrypt an attribute that was read as :class:`Sealed`, by one call to the tenant's KMS.

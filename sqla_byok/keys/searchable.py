@@ -127,6 +127,10 @@ class _Column(NamedTuple):
         replaced = [each for each in (*self.past, self.spec) if each not in ("", spec.digest)]
         return _Column(spec.digest, _HASHING, spec.sources, "", tuple(dict.fromkeys(replaced))[-_PAST_KEPT:])
 
+    def off(self) -> _Column:
+        """Neither hashed nor searched."""
+        return self._replace(state=OFF, mark="")
+
     def changing(self, settled: Callable[[str], bool]) -> _Column:
         """Pending, and mixed once that has settled."""
         if self.state != PENDING or not self.mark:
@@ -208,6 +212,11 @@ class Searchable:
         """Of a column whose search is being closed for another specification, what tells this time; else empty."""
         found = self._columns.get(column)
         return "" if found is None else found.mark
+
+    def is_mixed(self, column: str) -> bool:
+        """Whether releases of any specification write it, and nobody searches it."""
+        found = self._columns.get(column)
+        return found is not None and found.state == _MIXED
 
     def _is_off(self, column: str) -> bool:
         return self.state(column) == OFF
@@ -346,28 +355,29 @@ class Searchable:
         }
         return Searchable({**self._columns, **found}, self._others, self.tables | {written.table})
 
-    def closed_but(self, enabled: frozenset[str] | None) -> Searchable:
-        """With these columns enabled, and of the others those pending that have hashes; None: all are enabled."""
+    def closed_but(self, enabled: frozenset[str] | None, but: frozenset[str] = frozenset()) -> Searchable:
+        """With these columns enabled, and of the others those pending that have hashes.
+
+        :param enabled: None: all but those in ``but``, and also those that no model declares yet.
+        """
         if enabled is None:
             # What is not listed was never written, so there is no row without a hash.
-            return self._with({name: self._enabled(name) for name in self._columns}, ON)
-        listed = {
-            name: column.not_searched()
-            if column.spec and column.state != OFF
-            else column._replace(state=OFF, mark="")
-            for name, column in self._columns.items()
-        }
+            listed = {name: self._enabled(name) for name in self._columns if name not in but}
+            return self._with({**listed, **{name: self._disabled(name) for name in but}}, ON)
+        listed = {name: self._disabled(name) for name in self._columns}
         return self._with({**listed, **{name: self._enabled(name) for name in enabled}}, OFF)
 
-    def closing(self, enabled: frozenset[str] | None) -> frozenset[str]:
+    def closing(self, enabled: frozenset[str] | None, but: frozenset[str] = frozenset()) -> frozenset[str]:
         """What :meth:`closed_but` left pending, which is to be off."""
-        if enabled is None:
-            return frozenset()
         return frozenset(
             name
             for name, column in self._columns.items()
-            if name not in enabled and column.state in _NOT_SEARCHED
+            if column.state in _NOT_SEARCHED and (name in but if enabled is None else name not in enabled)
         )
+
+    def _disabled(self, name: str) -> _Column:
+        column = self._columns.get(name, _Column("", OFF))
+        return column.not_searched() if column.spec and column.state != OFF else column.off()
 
     def closed(self, columns: frozenset[str]) -> Searchable:
         """With these columns, which were pending for the settle time, off."""
@@ -377,7 +387,7 @@ class Searchable:
                 "columns that were being disabled were enabled meanwhile, by another call; nothing more was changed: "
                 "call set_searchable() again"
             )
-        return self._with({name: column._replace(state=OFF, mark="") for name, column in found.items()})
+        return self._with({name: column.off() for name, column in found.items()})
 
     def _enabled(self, name: str) -> _Column:
         column = self._columns.get(name, _Column("", self._others))
@@ -395,9 +405,21 @@ class Searchable:
         known = self._columns.get(column, _Column("", ON))
         return self._with({column: known.not_searched()})
 
+    def closing_for(self, spec: HashSpec) -> Searchable:
+        """With a column pending whose stored hashes were made otherwise."""
+        known = self._columns[spec.column]
+        if known.spec == spec.digest or known.state not in (ON, PENDING):
+            return self
+        return self._with({spec.column: known.changing(lambda _: False)})
+
     def mixed(self, column: str) -> Searchable:
         """With a column open to writers of any specification, which was pending for the settle time."""
-        return self._with({column: self._columns[column]._replace(state=_MIXED, mark="", past=())})
+        known = self._columns[column]
+        return (
+            self._with({column: known._replace(state=_MIXED, mark="", past=())})
+            if known.state == PENDING
+            else self
+        )
 
     def rehashing(self, spec: HashSpec) -> Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
@@ -440,15 +462,18 @@ class SearchableColumns:
     ) -> None:
         self._change, self._settle = change, settle
 
-    def set(self, tenant: str, columns: Iterable[str] | None) -> None:
-        """Enable these columns and disable all others; None enables all. What was disabled becomes pending.
+    def set(self, tenant: str, columns: Iterable[str] | None, but: Iterable[str] = ()) -> None:
+        """Enable these columns and disable all others; None enables all, but for those in ``but``.
 
         Takes the settle time where a column is disabled that has hashes.
 
         :raises KeystoreConflictError: one that was being disabled was enabled meanwhile.
         """
         enabled = None if columns is None else frozenset(columns)
-        closing = self._change(tenant, lambda now: now.closed_but(enabled)).closing(enabled)
+        disabled = frozenset(but)
+        closing = self._change(tenant, lambda now: now.closed_but(enabled, disabled)).closing(
+            enabled, disabled
+        )
         if closing:
             self._settle()
             self._change(tenant, lambda now: now.closed(closing))

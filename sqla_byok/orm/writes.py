@@ -27,7 +27,7 @@ from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
-__all__ = ["embedded", "fill", "refuse_compiled", "written"]
+__all__ = ["embedded", "fill", "made_known", "refuse_compiled", "written"]
 
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
@@ -91,6 +91,11 @@ def written(clause: Any) -> list[Mapping[str | None, Written]]:
     # MySQL's UPDATE of several tables sets columns of any of them.
     others = {key.table for key, _ in upstream.values(clause) if getattr(key, "table", None) is not None}
     return [_plan_of(each).written for each in {_first(table), *others}]
+
+
+def made_known(table: Any) -> Mapping[str | None, Written]:
+    """What a write to a table makes known, by the owners of its columns."""
+    return _plan_of(table).written
 
 
 def _first(table: Any) -> Any:

@@ -860,3 +860,82 @@ def test_tenants_share_what_is_the_same(fleet: Fleet) -> None:
         one.write(1 if tenant == "t1" else 2, tenant=tenant, mrn=tenant)
     keyrings: Keyrings = one.byok._keyrings
     assert keyrings.get("t1").searchable is keyrings.get("t2").searchable
+
+
+# -- before a first write finds out ----------------------------------------------------------------------------------
+
+
+def test_check_lists_what_has_to_run(fleet: Fleet) -> None:
+    """For all tenants, by what the keystore notes, without any KMS call; and nothing where nothing has changed."""
+    old = fleet.start()
+    old.write(1, mrn="A-1", phone="12345")
+    old.write(2, tenant="t2", mrn="A-2")
+    assert old.byok.check(old.patient) == []
+    new = fleet.start(model(mrn={"normalize": casefold}, tail=last(3)))
+    new.byok.forget_keys()
+    calls = len(CountingKms.unwraps)
+    found = [(each.tenant, each.column, each.kind) for each in new.byok.check(new.patient)]
+    assert len(CountingKms.unwraps) == calls
+    assert found == [
+        (tenant, column, kind)
+        for tenant in ("t1", "t2")
+        for column, kind in (("hs_patient.mrn", "unique"), ("hs_patient.tail_of", "changed"))
+    ]
+    assert [each.kind for each in new.byok.check(new.patient.phone)] == ["changed", "changed"]
+    dropped = fleet.start(unindexed())
+    assert {(each.column, each.kind) for each in dropped.byok.check(dropped.patient)} == {
+        ("hs_patient.tail_of", "dropped")
+    }
+
+
+def test_prepared_no_write_has_to_wait(fleet: Fleet) -> None:
+    """Not of either release; and the search is closed before the first of them."""
+    old = fleet.start()
+    old.write(1, phone="12345")
+    new = fleet.start(model(tail=last(3)))
+    left = new.byok.check(new.patient, prepare=True)
+    assert [(each.tenant, each.kind) for each in left] == [("t1", "unhashed")]
+    assert all("byok rehash" in each.run for each in left)
+    new.write(2, phone="12345")
+    old.write(3, phone="12345")
+    for process in (old, new):
+        with pytest.raises(NotSearchableError):
+            process.find(process.patient.tail_of == "345")
+
+
+def test_a_release_that_was_replaced_comes_back_by_prepare_only(fleet: Fleet) -> None:
+    """Left over it is refused; who goes back to it on purpose says so first."""
+    old, new = fleet.start(), fleet.start(model(tail=last(3)))
+    old.write(1, phone="12345")
+    columns, spec = new.byok._searchable, new.patient.__table__.c.tail_of_hash.type.spec
+    columns.rehashing("t1", spec)
+    columns.rehashed("t1", spec.column)
+    fleet.clock.turn(SETTLE)
+    with pytest.raises(HashSpecChangedError):
+        old.write(2, phone="1")
+    assert new.find(new.patient.tail_of == "345") == []
+    assert [each.kind for each in old.byok.check(old.patient)] == ["changed"]
+    old.byok.check(old.patient, prepare=True)
+    fleet.clock.turn(POLL_EVERY)
+    old.write(2, phone="1")
+
+
+def test_all_but_these_are_searchable(fleet: Fleet) -> None:
+    """Those of a later release too, where set_searchable with names leaves them off."""
+    model().metadata.create_all(fleet.data)
+    before = fleet.start(model(phone=UNSEARCHED))
+    before.byok.set_searchable("t1", None, but={before.patient.tail_of})
+    before.byok.set_searchable("t2", {before.patient.mrn})
+    later = fleet.start()
+    for tenant in ("t1", "t2"):
+        later.write(1 if tenant == "t1" else 2, tenant=tenant, mrn=tenant, phone="12")
+    assert later.find(later.patient.phone == "12") == [1]
+    for tenant, criterion in (("t1", later.patient.tail_of == "12"), ("t2", later.patient.phone == "12")):
+        with pytest.raises(NotSearchableError):
+            later.find(criterion, tenant=tenant)
+    assert later.hashes("tail_of") == [None, None]
+    for wrong in ("hs_patient.mrn", {later.patient.note}):
+        with pytest.raises(ConfigurationError):
+            later.byok.set_searchable("t1", None, but=wrong)
+    with pytest.raises(ConfigurationError, match="but="):
+        later.byok.set_searchable("t1", set(), but={later.patient.mrn})
