@@ -8,7 +8,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from sqlalchemy import Engine, Table
+from sqlalchemy import Engine, Table, create_engine
 from typing_extensions import Unpack
 
 from sqla_byok.errors import ConfigurationError
@@ -232,7 +232,10 @@ class _Run:
 
     def _in_processes(self, job: Job, executor: Executor, workers: int, app: str) -> None:
         pace = self._how.get("pace", Pace())
-        place = self._byok.engines.index(self._engine)
+        place, url = (
+            self._byok.engines.index(self._engine),
+            self._engine.url.render_as_string(hide_password=False),
+        )
 
         def look() -> None:
             tell = self._how.get("on_progress")
@@ -241,7 +244,7 @@ class _Run:
 
         run_workers(
             lambda: self._runner().work(job.id),
-            lambda pool: pool.submit(work_as_one, app, place, job.id, pace),
+            lambda pool: pool.submit(work_as_one, app, place, url, job.id, pace),
             executor,
             workers,
             look,
@@ -294,13 +297,17 @@ class _Run:
         return made_report("", self._kind, "dry run", counts, failures)
 
 
-def work_as_one(app: str, place: int, job: str, pace: Pace) -> None:
+def work_as_one(app: str, place: int, url: str, job: str, pace: Pace) -> None:
     """Work on a job as one of its workers, in a process of its own.
 
     :param app: where the Byok is found.
-    :param place: of the engine among those that are attached.
+    :param place: of the engine among those that are attached; where importing the application attaches less, one is
+        made of its URL.
     """
     byok = found_app(app)
+    if place >= len(byok.engines):
+        byok.attach(create_engine(url))
+        place = -1
     plan = byok._jobs.get(job).plan
     Runner(byok, byok.engines[place], _works(plan, declared_tables()), plan["tenants"], pace).work(job)
 

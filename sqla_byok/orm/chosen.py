@@ -24,7 +24,7 @@ def chosen(what: Sequence[Any]) -> Chosen:
     """The columns that are meant.
 
     :param what: declarative bases, MetaData, mapped classes, tables, encrypted attributes or columns, hash_index
-        attributes; with nothing in it all models of this process are meant.
+        attributes; names of tables and column ids; with nothing in it all models of this process are meant.
     :raises ConfigurationError: something has no encrypted columns.
     """
     found: Chosen = {}
@@ -32,6 +32,10 @@ def chosen(what: Sequence[Any]) -> Chosen:
         for table in declared_tables():
             _add(found, table, protected_in(table))
     for each in what:
+        if isinstance(each, str):
+            for table, columns in _named(each):
+                _add(found, table, columns)
+            continue
         tables = _tables(each)
         for table in tables:
             _add(found, table, protected_in(table))
@@ -72,6 +76,19 @@ def _tables(what: Any) -> list[Table]:
     elif isinstance(what, MetaData):
         tables = what.sorted_tables
     return [table for table in tables if isinstance(table, Table) and protected_in(table)]
+
+
+def _named(name: str) -> list[tuple[Table, list[Any]]]:
+    """What a table's name or a column id stands for."""
+    found: list[tuple[Table, list[Any]]] = []
+    for table in declared_tables():
+        ours = protected_in(table)
+        if table.fullname == name:
+            found.append((table, ours))
+        found += [_single(column) for column in ours if column.type.column_id == name]
+    if not found:
+        raise ConfigurationError(f"no model declares a table or an encrypted column {name!r}")
+    return found
 
 
 def _single(what: Any) -> tuple[Table, list[Any]]:
