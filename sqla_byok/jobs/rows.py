@@ -6,6 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+from sqlalchemy import Dialect
+
+from sqla_byok.crypto.formats import HEADER_SIZE
 from sqla_byok.crypto.values import explain_foreign
 from sqla_byok.errors import (
     ByokError,
@@ -19,7 +22,7 @@ from sqla_byok.errors import (
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import Keystore
-from sqla_byok.orm.stored import Change, Processors, StoredRow, StoredTable, UnderKeys, key_id
+from sqla_byok.orm.stored import Change, Prepared, Processors, StoredRow, StoredTable, UnderKeys, key_id
 
 __all__ = [
     "ALREADY",
@@ -42,6 +45,9 @@ CHANGED, ALREADY, OVERTAKEN = "changed", "already", "overtaken"
 FAILED, DARK, OTHERS = "failed", "dark", "others"
 OUTCOMES = (CHANGED, ALREADY, OVERTAKEN, FAILED, DARK, OTHERS)
 """What becomes of a row; each has exactly one."""
+
+
+_AT_ONCE = 256  # values between two looks at the clocks
 
 
 class Failure(NamedTuple):
@@ -116,14 +122,22 @@ class Tenants:
 class Page:
     """What became of a page of rows.
 
-    :ivar changes: what is to be stored.
+    :ivar changes: what is to be stored; ``prepared``: the statements that do it.
     :ivar counts: rows by outcome, but for those that are yet to be changed, and what else was counted.
     :ivar failures: by row.
     """
 
     changes: list[Change] = field(default_factory=list)
+    prepared: list[Prepared] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+
+    def prepare(self, table: StoredTable, dialect: Dialect) -> None:
+        """Make statements of the changes, one of those of equal columns."""
+        groups: dict[tuple[Any, ...], list[Change]] = {}
+        for change in self.changes:
+            groups.setdefault((change.held, *change.new), []).append(change)
+        self.prepared = [table.prepared(dialect, changes) for changes in groups.values()]
 
     def count(self, what: str, number: int = 1) -> None:
         """Count rows, or what was found in them."""
@@ -230,11 +244,24 @@ def _hex(blob: bytes) -> str:
 
 def work_over(rows: Sequence[StoredRow], work: Work, tenants: Tenants, processors: Processors) -> Page:
     """Do a job's work over a page of rows; what is to be stored is not stored yet."""
-    page, made = Page(), dict[tuple[int, ...], UnderKeys]()
-    for row in rows:
+    page, values = Page(), tuple(work.table.values)
+    known: dict[Any, UnderKeys | None] = {}
+    every = max(1, _AT_ONCE // max(1, len(values)))
+    for number, row in enumerate(rows):
+        if number % every == 0:
+            known.clear()  # the clocks are looked at when a keyring is found
         failures = len(page.failures)
         try:
-            change = work.row(row, _keys_of(row, work.table, tenants, processors, made), page)
+            cells = row.cells
+            whose = (
+                row.tenant,
+                *[None if (cell := cells[key]) is None else cell[:HEADER_SIZE] for key in values],
+            )
+            if whose in known:
+                keys = known[whose]
+            else:
+                keys = known[whose] = _keys_of(row, work.table, tenants, processors)
+            change = work.row(row, keys, page)
         except _LeftError as left:
             page.count(str(left))
         except (KmsError, KeysExpiredError) as error:
@@ -261,7 +288,6 @@ def _keys_of(
     table: StoredTable,
     tenants: Tenants,
     processors: Processors,
-    made: dict[tuple[int, ...], UnderKeys],
 ) -> UnderKeys | None:
     """The keys that a row's values are under; None where all are NULL."""
     rings: dict[str | None, Keyring] = {}
@@ -283,13 +309,7 @@ def _keys_of(
                 column=column,
                 owner=ring.tenant,
             )
-    if not rings:
-        return None
-    known = tuple(map(id, rings.values()))
-    keys = made.get(known)
-    if keys is None:
-        keys = made[known] = UnderKeys(processors, rings)
-    return keys
+    return UnderKeys(processors, rings) if rings else None
 
 
 def _refuse_unknown(column: str, blob: bytes) -> NoReturn:

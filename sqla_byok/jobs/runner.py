@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from sqla_byok.jobs.rows import (
 )
 from sqla_byok.keys import jobs as stored
 from sqla_byok.keys.jobs import Job, Jobs, LostShardError, Shard
-from sqla_byok.orm.stored import Change, Processors, StoredTable
+from sqla_byok.orm.stored import Change, Prepared, Processors, StoredTable
 from sqla_byok.runtime import Byok
 
 __all__ = ["SHARD_ROWS", "Pace", "Progress", "Report", "Runner", "planned_shards"]
@@ -120,6 +119,8 @@ class Report:
 
 _DARK_TENANT = "dark: "
 
+_Paged = tuple[Page, Any, bool]
+
 
 class Runner:
     """Works on the shards of one job, as one of perhaps several workers.
@@ -167,7 +168,7 @@ class Runner:
 
     def _work_on(self, shard: Shard, holder: str) -> None:
         try:
-            for page, at, is_last in self._pages(shard.content, shard.at):
+            for page, at, is_last in self._ahead(self._pages(shard.content, shard.at)):
                 started = time.monotonic()
                 self._store(self._works[shard.content["table"]].table, page)
                 counts = _sum(shard.counts, page.counts)
@@ -196,7 +197,18 @@ class Runner:
                 with suppress(LostShardError):
                     self._jobs.save(shard, holder=None)
 
-    def _pages(self, content: Mapping[str, Any], at: Any) -> Iterator[tuple[Page, Any, bool]]:
+    def _ahead(self, pages: Iterator[_Paged]) -> Iterator[_Paged]:
+        """Work on the next page while the database stores the one before. SQLite does one thing at a time anyway."""
+        if self._engine.dialect.name == "sqlite":
+            yield from pages
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="byok-job") as thread:
+            coming = thread.submit(next, pages, None)
+            while (page := coming.result()) is not None:
+                coming = thread.submit(next, pages, None)
+                yield page
+
+    def _pages(self, content: Mapping[str, Any], at: Any) -> Iterator[_Paged]:
         """What becomes of each page of a shard, with the key of its last row, and whether it is the last."""
         work, tenants = self._works[content["table"]], self._tenants(content)
         processors = Processors(work.table, self._engine.dialect, self._byok._keyrings)
@@ -207,6 +219,7 @@ class Runner:
             with self._engine.connect() as conn:
                 rows = work.table.page(conn, limit, behind=behind, up_to=up_to, tenant=content["tenant"])
             page = work_over(rows, work, tenants, processors)
+            page.prepare(work.table, self._engine.dialect)
             for tenant in tenants.dark:
                 page.counts[_DARK_TENANT + tenant] = 1
             is_last = len(rows) < limit
@@ -223,30 +236,23 @@ class Runner:
     # -- storing ---------------------------------------------------------------------------------------------------
 
     def _store(self, table: StoredTable, page: Page) -> None:
-        """Store the changes of a page, those of equal columns together."""
-
-        def columns(change: Change) -> tuple[Any, ...]:
-            return change.held, tuple(change.new)
-
-        for _, group in groupby(sorted(page.changes, key=columns), key=columns):
-            changes = list(group)
+        """Store the changes of a page."""
+        refused = 0
+        for prepared in page.prepared:
             try:
-                changed = self._tried(table, changes)
+                page.count(CHANGED, self._tried(prepared))
             except IntegrityError:
-                changed = self._one_by_one(table, changes, page)
-            page.count(CHANGED, changed)
-        stored_or_failed = page.counts.get(CHANGED, 0) + page.counts.get("refused", 0)
-        if len(page.changes) > stored_or_failed:
-            page.count(OVERTAKEN, len(page.changes) - stored_or_failed)
-        page.count(FAILED, page.counts.pop("refused", 0))
+                refused += self._one_by_one(table, prepared.changes, page)
+        page.count(FAILED, refused)
+        page.count(OVERTAKEN, len(page.changes) - page.counts.get(CHANGED, 0) - refused)
 
-    def _tried(self, table: StoredTable, changes: Sequence[Change]) -> int:
-        """Store changes, also where a writer's transaction and ours wait for each other."""
+    def _tried(self, prepared: Prepared) -> int:
+        """Store changes, also where a writer's transaction and ours wait for each other; how many were stored."""
         tries = 0
         while True:
             try:
                 with self._engine.begin() as conn:
-                    return table.change(conn, changes)
+                    return conn.execute(prepared.statement, prepared.parameters).rowcount
             except IntegrityError:
                 raise
             except DBAPIError:
@@ -256,19 +262,19 @@ class Runner:
                 time.sleep(0.1 * tries)
 
     def _one_by_one(self, table: StoredTable, changes: Sequence[Change], page: Page) -> int:
-        """Store those of which the database refuses some, and tell of each that it refuses."""
-        changed = 0
+        """Store those of which the database refuses some; tell of each that it refuses, and how many they are."""
+        refused = 0
         for change in changes:
             try:
-                changed += self._tried(table, [change])
+                page.count(CHANGED, self._tried(table.prepared(self._engine.dialect, [change])))
             except IntegrityError:
-                page.count("refused")
+                refused += 1
                 names = ", ".join(sorted(str(table.columns[key].name) for key in change.new))
                 reason = (
                     f"the database refuses it: another row has the same value in a unique column ({names})"
                 )
                 page.failures.append(Failure(table.name, change.row.key, "", reason))
-        return changed
+        return refused
 
 
 def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:

@@ -456,9 +456,9 @@ def test_a_row_that_was_changed_meanwhile_is_its_writers(
 ) -> None:
     fill(byok, engine)
     byok.rotate_data_key("t1")
-    change, done = StoredTable.change, []
+    prepared, done = StoredTable.prepared, []
 
-    def late(self: StoredTable, conn: Any, changes: Any) -> int:
+    def late(self: StoredTable, dialect: Any, changes: Any) -> Any:
         if not done:
             done.append(True)
             with byok.session("t1", engine) as session:
