@@ -465,13 +465,9 @@ def test_a_row_that_was_changed_meanwhile_is_its_writers(
                 session.execute(update(Person).where(Person.id == 3).values(mrn="new"))
                 session.execute(text("DELETE FROM jb_person WHERE id = 21"))  # no Patient: 21 % 3 == 0
                 session.commit()
-        return change(self, conn, changes)
+        return prepared(self, dialect, changes)
 
-    monkeypatch.setattr(StoredTable, "change", late)
-    if engine.dialect.name == "sqlite":
-        pytest.skip(
-            "SQLite has one writer at a time: the page's transaction has begun when the rows are changed"
-        )
+    monkeypatch.setattr(StoredTable, "prepared", late)
     report = reencrypt(byok, engine, Person.__table__)
     assert done
     assert report.counts["overtaken"] == 2
