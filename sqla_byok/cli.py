@@ -258,6 +258,10 @@ def verify(
     context: typer.Context,
     what: What = None,
     repair: Annotated[bool, typer.Option("--repair", help="Mend hashes.")] = False,
+    open_search: Annotated[
+        bool,
+        typer.Option("--open-search", help="Open the search of columns that you have hashed by yourself."),
+    ] = False,
     tenant: Tenants = None,
     workers: Workers = 1,
     rate: Rate = None,
@@ -273,7 +277,7 @@ def verify(
         "tenants": tenant, "workers": workers, "rate": rate, "pause_file": pause_file, "below": below,
         "dry_run": dry_run,
     }  # fmt: skip
-    _run(context.obj, jobs.verify, what, how, repair=repair)
+    _run(context.obj, jobs.verify, what, how, repair=repair, open_search=open_search)
 
 
 @_jobs.command("list")

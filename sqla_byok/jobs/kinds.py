@@ -118,7 +118,13 @@ def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How])
 
 
 def verify(
-    byok: Byok, engine: Engine | None, /, *what: Any, repair: bool = False, **how: Unpack[How]
+    byok: Byok,
+    engine: Engine | None,
+    /,
+    *what: Any,
+    repair: bool = False,
+    open_search: bool = False,
+    **how: Unpack[How],
 ) -> Report:
     """Open every value and compute every hash anew, and tell of each row that is not as it should be.
 
@@ -126,10 +132,13 @@ def verify(
     older value. ``found`` has, by column, under which data key how many values are.
 
     :param repair: mend hashes; values cannot be mended.
+    :param open_search: open the search of the columns, if all is as it should be: for whoever has hashed the rows by a
+        program of his own. From its begin on models that hash them otherwise are refused, as by :func:`rehash`.
     """
     over = chosen(what)
+    mode = {"repair": repair, "open": open_search}
     entries = {
-        table.fullname: {"verify": repair, "seals": values_in(table, keys), "hashes": hashes_in(table, keys)}
+        table.fullname: {"verify": mode, "seals": values_in(table, keys), "hashes": hashes_in(table, keys)}
         for table, keys in over.items()
     }
     return _Run(byok, engine, VERIFY, _plan(entries, how), how, over).go()
@@ -159,7 +168,7 @@ def _works(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work]:
         sources = [source for key in entry["hashes"] for source in sources_of(table.c[key])]
         stored = StoredTable(table, tenant_key(table), [*entry["seals"], *entry["hashes"], *sources])
         if "verify" in entry:
-            works[name] = Verify(stored, entry["verify"])
+            works[name] = Verify(stored, entry["verify"]["repair"], entry["verify"]["open"])
         else:
             works[name] = Rework(stored, entry["seals"], entry["hashes"])
     return works
@@ -183,7 +192,8 @@ class _Run:
         hashed = [
             each for work in self._works.values() for each in Hashed.in_table(work.table, work.table.hashes)
         ]
-        self._searching = Searching(byok, hashed, self._tenants) if kind == REHASH else None
+        opens = any(entry.get("verify", {}).get("open") for entry in plan["tables"].values())
+        self._searching = Searching(byok, hashed, self._tenants) if kind == REHASH or opens else None
         self._told: dict[str, int] = {}
         self._of = 0
 

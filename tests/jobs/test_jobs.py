@@ -26,6 +26,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm.attributes import flag_modified
 
 from sqla_byok import (
     Byok,
@@ -355,6 +356,67 @@ def test_a_column_that_becomes_searchable(byok: Byok, engine: Engine) -> None:
         session.add(plain(id=99, mail="m1"))
         with pytest.raises(HashSpecChangedError):
             session.flush()
+
+
+def test_who_has_hashed_the_rows_by_himself(byok: Byok, engine: Engine) -> None:
+    """verify opens the search; where a row is missing it does not, and tells of it."""
+    plain, searchable = _release(), _release(searchable=True)
+    searchable.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([plain(id=n, mail=f"m{n}") for n in range(1, 5)])
+        session.add(plain(id=9, mail=None))
+        session.commit()
+
+    def write_again(*numbers: int) -> None:
+        with byok.session("t1", engine) as session:
+            for n in numbers:
+                flag_modified(session.get_one(searchable, n), "mail")
+            session.commit()
+
+    write_again(1, 2, 3)
+    report = verify(byok, engine, searchable.mail, open_search=True)
+    assert [(each.key, each.reason) for each in report.failures] == [((4,), "it has no hash")]
+    find = select(searchable.id).where(searchable.mail == "m4")
+    with byok.session("t1", engine) as session, pytest.raises(NotSearchableError):
+        session.scalars(find)
+    write_again(4)
+    report = verify(byok, engine, searchable.mail, open_search=True)
+    assert (report.counts["already"], report.counts["failed"]) == (5, 0)
+    with byok.session("t1", engine) as session:
+        assert session.scalars(find).all() == [4]
+
+
+def test_planted_and_stale_hashes(byok: Byok, engine: Engine) -> None:
+    """verify finds a hash that is another value's, one beside NULL, and one that is gone; and mends them when told."""
+    fill(byok, engine)
+    visit, own = (
+        table("jb_visit", column("number", Uuid), column("note_hash", Bytes())),
+        create_engine(engine.url),
+    )
+    member = table(
+        "jb_person", column("id", Integer), *(column(n, Bytes()) for n in ("mrn_hash", "mrn_last2_hash"))
+    )
+    with own.begin() as connection:
+        connection.execute(
+            update(visit).where(visit.c.number == uuid.UUID(int=1)).values(note_hash=b"x" * 32)
+        )
+        connection.execute(update(member).where(member.c.id == 7).values(mrn_hash=b"y" * 32))
+        connection.execute(update(member).where(member.c.id == 3).values(mrn_last2_hash=None))
+    own.dispose()
+    report = verify(byok, engine, Base)
+    found = sorted((each.table, each.column, each.reason) for each in report.failures)
+    assert found == [
+        ("jb_person", "jb_person.mrn", "its hash is not that of its value"),
+        ("jb_person", "jb_person.mrn_last2", "it has no hash"),
+        ("jb_visit", "jb_visit.note", "its hash is not that of its value"),
+    ]
+    assert report.counts["failed"] == 3
+    generations = {name.rpartition(" ")[0] for name in report.found}
+    assert "jb_visit.note under t1" in generations
+    mended = verify(byok, engine, Base, repair=True)
+    assert (mended.counts["changed"], mended.counts["failed"], list(mended.failures)) == (3, 0, [])
+    assert verify(byok, engine, Base).counts["failed"] == 0
+    assert adds_up(mended, engine)
 
 
 def test_another_normalizer_with_both_releases_writing(
