@@ -280,6 +280,35 @@ def verify(
     _run(context.obj, jobs.verify, what, how, repair=repair, open_search=open_search)
 
 
+@app.command()
+def leakage(
+    context: typer.Context,
+    what: What = None,
+    tenant: Tenants = None,
+    fail_over: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="End with 1 where more than this share of rows can be guessed."),
+    ] = None,
+) -> None:
+    """Tell what search hashes show: how the values of each column are distributed.
+
+    Example: byok --app shop.db:byok leakage patient.city --fail-over 0.1
+    """
+    of: _Context = context.obj
+    found = jobs.leakage(of.byok, of.engine, *(what or ()), tenants=tenant)
+    shown = [
+        (
+            each.tenant, each.column, each.rows, each.distinct, " ".join(f"{share:.1%}" for share in each.largest),
+            f"{each.entropy:.1f} bits", f"{each.guessed:.1%}",
+        )
+        for each in found
+    ]  # fmt: skip
+    names = ("tenant", "column", "rows", "distinct", "largest", "entropy", "guessed")
+    _print(of, [each._asdict() for each in found], lambda: _grid(names, shown))
+    if fail_over is not None and any(each.guessed > fail_over for each in found):
+        raise typer.Exit(FOUND)
+
+
 @_jobs.command("list")
 def list_jobs(context: typer.Context) -> None:
     """All jobs, the newest first, and how far each is.

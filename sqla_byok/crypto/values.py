@@ -67,6 +67,11 @@ class _Count:
 
 DECRYPT_FAILURES = _Count()
 
+_ALTERED = (
+    "{column}: a stored value does not authenticate; it was altered, or written for another column. Where this one, its "
+    "table or its schema was renamed, declare it with column_id= and the old name"
+)
+
 Seal = Callable[[bytes, bytes, bytes], bytes]
 Opener = tuple[Callable[[bytes, bytes, bytes], bytes], bytes]
 
@@ -257,7 +262,7 @@ def open_with(
             return foreign(ring, blob)
         DECRYPT_FAILURES.add()
         raise TamperedError(
-            f"{column}: a stored value does not authenticate; it was altered, or it was written for another column",
+            _ALTERED.format(column=column),
             column=column,
             tenant=ring.tenant,
         )
@@ -329,7 +334,7 @@ def reseal_with(
         if plaintext is None:
             DECRYPT_FAILURES.add()
             raise TamperedError(
-                f"{column}: a stored value does not authenticate; it was altered, or it was written for another column",
+                _ALTERED.format(column=column),
                 column=column,
                 tenant=ring.tenant,
             )

@@ -1,6 +1,7 @@
 """Jobs: long work over rows that are there already, online, in pages, resumable."""
 
 from sqla_byok.jobs.kinds import How, reencrypt, rehash, resume, verify
+from sqla_byok.jobs.leaks import Leakage, leakage
 from sqla_byok.jobs.rotation import Rotation, destroy, restore, retire, rotate
 from sqla_byok.jobs.rows import Failure
 from sqla_byok.jobs.runner import Pace, Progress, Report
@@ -8,11 +9,13 @@ from sqla_byok.jobs.runner import Pace, Progress, Report
 __all__ = [
     "Failure",
     "How",
+    "Leakage",
     "Pace",
     "Progress",
     "Report",
     "Rotation",
     "destroy",
+    "leakage",
     "reencrypt",
     "rehash",
     "restore",
