@@ -68,8 +68,8 @@ class _Count:
 DECRYPT_FAILURES = _Count()
 
 _ALTERED = (
-    "{column}: a stored value does not authenticate; it was altered, or written for another column. Where this one, its "
-    "table or its schema was renamed, declare it with column_id= and the old name"
+    "{column}: a stored value does not authenticate; it was altered, or written for another column. Where this one, "
+    "its table or its schema was renamed, declare it with column_id= and the old name"
 )
 
 Seal = Callable[[bytes, bytes, bytes], bytes]
