@@ -262,17 +262,18 @@ class Keyrings(Secret):
             pool = self._pool("poll", _POLLING_AT_ONCE)
         return await asyncio.wrap_future(pool.submit(self.look, ring))
 
-    def note(self, ring: Keyring, written: Written) -> Keyring:
+    def note(self, ring: Keyring, written: Written, *, late: bool = False) -> Keyring:
         """Note a table that is about to be written first, and how its columns are hashed. Needs no KMS call.
 
         Where another process was faster, with the same specification or another, what it noted holds.
 
         :param written: what to note; with nothing in it, this is a look at what the keystore has.
+        :param late: whether there are rows in the table, though it was never noted.
         :returns: the tenant's keyring, which knows them.
         :raises KeystoreError: if the keystore cannot be read or written; without a note, nothing may be written.
         """
         settled = partial(self._has_settled, ring.tenant)
-        ring = self.revise(ring, lambda now: now.noted(written, settled))
+        ring = self.revise(ring, lambda now: now.noted(written, settled, late=late))
         for column in written.specs:
             mark, seen = ring.searchable.mark(column), self._closing.get((ring.tenant, column))
             if mark and (seen is None or seen[0] != mark):
@@ -319,11 +320,11 @@ class Keyrings(Secret):
         self._looked(newer, now)
         return newer
 
-    async def anote(self, ring: Keyring, written: Written) -> Keyring:
+    async def anote(self, ring: Keyring, written: Written, *, late: bool = False) -> Keyring:
         """The same from asyncio."""
         with self._lock:
             pool = self._pool("open", CALLS_AT_ONCE)
-        return await asyncio.wrap_future(pool.submit(self.note, ring, written))
+        return await asyncio.wrap_future(pool.submit(self.note, ring, written, late=late))
 
     def look_again(self, tenant: str) -> None:
         """Have the tenant's next statement look whether anything changed in the keystore."""

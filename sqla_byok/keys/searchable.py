@@ -44,7 +44,17 @@ from sqla_byok.errors import (
     SettlingError,
 )
 
-__all__ = ["NOTHING", "OFF", "ON", "PENDING", "HashSpec", "Searchable", "SearchableColumns", "Written"]
+__all__ = [
+    "NOTHING",
+    "OFF",
+    "ON",
+    "PENDING",
+    "HashSpec",
+    "Searchable",
+    "SearchableColumns",
+    "Written",
+    "refuse_unseen",
+]
 
 ON, PENDING, OFF = "on", "pending", "off"
 _MIXED, _HASHING = "mixed", "hashing"
@@ -332,15 +342,18 @@ class Searchable:
 
     # -- what it becomes -------------------------------------------------------------------------------------------
 
-    def noted(self, written: Written, settled: Callable[[str, str], bool] = lambda *_: False) -> Searchable:
+    def noted(
+        self, written: Written, settled: Callable[[str, str], bool] = lambda *_: False, *, late: bool = False
+    ) -> Searchable:
         """After a write. A column that is new to a table which was written before is pending: rows lack its hash.
 
         :param settled: tells of a column that is hashed in another way than before, and of its mark, whether every
             process knows that it is not searched any more. Then it is open to writers of any specification.
+        :param late: whether there are rows in the table, though it was never noted.
         """
         if self.knows(written) or written is NOTHING:
             return self
-        late = written.table in self.tables
+        late = late or written.table in self.tables
         found = {
             name: self._columns[name].changing(partial(settled, name))
             for name, spec in written.specs.items()
@@ -439,6 +452,18 @@ class Searchable:
 
     def _with(self, columns: Mapping[str, _Column], others: str | None = None) -> Searchable:
         return Searchable({**self._columns, **columns}, others or self._others, self.tables)
+
+
+def refuse_unseen(tenant: str, column: str) -> NoReturn:
+    """Refuse the first write to a unique column whose rows from before have no hash that its index could see."""
+    raise NotSearchableError(
+        f"{column}: rows of tenant {tenant!r} were in the table before the keystore knew of it, and its unique index "
+        "does not see their values: a value could get in twice. Re-hash it with 'byok rehash' (sqla_byok.jobs.rehash) "
+        "first; where the table, its schema or the column was renamed, declare the columns with column_id= and the old "
+        "names",
+        tenant=tenant,
+        column=column,
+    )
 
 
 # Most tenants of a process have the same text; a tenant's share of the memory is a reference.

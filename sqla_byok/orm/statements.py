@@ -24,10 +24,11 @@ from sqlalchemy.sql.selectable import SelectBase
 from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.searchable import NOTHING, Written
+from sqla_byok.keys.searchable import NOTHING, Written, refuse_unseen
 from sqla_byok.orm import direct, kept, tenant_column, upstream
 from sqla_byok.orm.binary import ask_for_binary, learn_of_binary
 from sqla_byok.orm.current import RUNNING, Attachment, Turn, attachment_of
+from sqla_byok.orm.earlier import EarlierRows
 from sqla_byok.orm.fetches import Columns, Fetch, Reader
 from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
@@ -36,7 +37,7 @@ from sqla_byok.orm.sessions import meet, of_unit
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
-from sqla_byok.orm.writes import fill, refuse_compiled
+from sqla_byok.orm.writes import fill, known_as, refuse_compiled
 
 __all__ = ["attach"]
 
@@ -75,6 +76,7 @@ class Statements:
 
     def __init__(self, attachment: Attachment, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> None:
         self._attachment, self._keyrings, self._blocks, self._guard = attachment, keyrings, blocks, guard
+        self._earlier = EarlierRows()
 
     # -- as it was given -------------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Statements:
             if ring is None:
                 ring = self._ring(conn, taker)
             if need.hashes and ring.searchable is not need.allowed_by:
-                ring = self._ready(ring, need)
+                ring = self._ready(conn, ring, need, owner)
             if need.salts and need.salts != len(ring.live_salts):
                 fits = False
             rings[owner] = ring
@@ -190,29 +192,35 @@ class Statements:
             )
         return ring
 
-    def _ready(self, ring: StatementRing, need: Need) -> StatementRing:
+    def _ready(self, conn: Any, ring: StatementRing, need: Need, owner: str | None) -> StatementRing:
         """The keyring, once the keystore allows what the statement does with hashes."""
         self._check_current(ring, need)
         if isinstance(ring, Keyring):
             for written in need.written:
-                ring = self._noted(ring, written)
+                ring = self._noted(conn, ring, written, owner)
         if ring is SEALED and (need.salts or need.grouped):
             SEALED.search()
         if need.grouped:
             _refuse_groups(ring, need)
-        known = [self._check_hashes(each, need) for each in singles(ring)]
+        known = [self._check_hashes(conn, each, need, owner) for each in singles(ring)]
         if isinstance(ring, Keyring) and all(known) and not need.grouped:
             need.allowed_by = ring.searchable
         return ring
 
-    def _noted(self, ring: Keyring, written: Written) -> Keyring:
-        """The tenant's keyring, once the keystore knows of a table that is about to be written."""
+    def _noted(self, conn: Any, ring: Keyring, written: Written, owner: str | None) -> Keyring:
+        """The tenant's keyring, once the keystore knows of a table that is about to be written.
+
+        :raises NotSearchableError: rows from before are there, which a unique index of it does not see.
+        """
         if not ring.searchable.knows(written):
-            ring = self._look(ring, written)
+            late = self._earlier.are_in(conn, ring, written.table, owner)
+            ring = self._look(ring, written, late)
+            if late and written.unique:
+                refuse_unseen(ring.tenant, min(written.unique))
         ring.searchable.check_write(ring.tenant, written)
         return ring
 
-    def _check_hashes(self, ring: Keyring, need: Need) -> bool:
+    def _check_hashes(self, conn: Any, ring: Keyring, need: Need, owner: str | None) -> bool:
         """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched.
 
         :returns: whether all that is compared was hashed before. Where not, somebody may do so at any time.
@@ -221,13 +229,24 @@ class Statements:
         known = ring.searchable.knows_all(compared)
         if not known:
             ring = self._look(ring, NOTHING)  # a look whether somebody has written it since
+            for table in {spec.table for spec in compared if spec.column not in ring.searchable.specs}:
+                ring = self._known(conn, ring, table, owner)
         ring.searchable.check(ring.tenant, need.hashed, compared)
         return known
 
-    def _look(self, ring: Keyring, written: Written) -> Keyring:
+    def _known(self, conn: Any, ring: Keyring, table: str, owner: str | None) -> Keyring:
+        """The tenant's keyring, once it is known whether rows from before are in a table that is searched first."""
+        if ring.searchable.tables and table not in ring.searchable.tables:
+            self._earlier.refuse_plaintext(conn, table)
+        if self._earlier.are_in(conn, ring, table, owner):
+            for written in known_as(table, owner):
+                ring = self._look(ring, written, late=True)
+        return ring
+
+    def _look(self, ring: Keyring, written: Written, late: bool = False) -> Keyring:
         keyrings = self._keyrings
         return upstream.run_or_await(
-            lambda: keyrings.note(ring, written), lambda: keyrings.anote(ring, written)
+            lambda: keyrings.note(ring, written, late=late), lambda: keyrings.anote(ring, written, late=late)
         )
 
     def _look_again(self, ring: StatementRing) -> None:

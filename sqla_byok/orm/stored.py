@@ -204,7 +204,12 @@ class StoredTable:
             yield self._compared(conn, behind, beyond=True)
         if up_to is not None:
             yield self._compared(conn, up_to, beyond=False)
-        if tenant is not None and self.tenant is not None:
+        if tenant is not None:
+            yield from self.of_tenant(tenant)
+
+    def of_tenant(self, tenant: str) -> Iterator[ColumnElement[bool]]:
+        """What finds a tenant's rows, where a column says whose they are."""
+        if self.tenant is not None:
             python = getattr(self.tenant.type, "python_type", str)
             yield self.tenant == (tenant if python is str else python(tenant))
 

@@ -22,12 +22,13 @@ from sqla_byok.errors import EncodeError, UnsupportedQueryError
 from sqla_byok.keys.searchable import Written
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import hash_column_of
+from sqla_byok.orm.namesakes import declared_tables
 from sqla_byok.orm.schema import IndexOf, indexes_of, is_unique
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
-__all__ = ["embedded", "fill", "made_known", "refuse_compiled", "written"]
+__all__ = ["embedded", "fill", "known_as", "made_known", "refuse_compiled", "written"]
 
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
@@ -96,6 +97,15 @@ def written(clause: Any) -> list[Mapping[str | None, Written]]:
 def made_known(table: Any) -> Mapping[str | None, Written]:
     """What a write to a table makes known, by the owners of its columns."""
     return _plan_of(table).written
+
+
+def known_as(name: str, owner: str | None) -> list[Written]:
+    """What a write to the declared tables of a name makes known, of one owner's columns."""
+    return [
+        made_known(table)[owner]
+        for table in declared_tables()
+        if table.fullname == name and owner in made_known(table)
+    ]
 
 
 def _first(table: Any) -> Any:
