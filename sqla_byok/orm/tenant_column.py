@@ -31,11 +31,12 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.selectable import TableClause
-from sqlalchemy.sql.visitors import iterate
+from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.current import attachment_of
+from sqla_byok.orm.namesakes import Naming
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.turns import Whose, shown, whose
@@ -43,6 +44,7 @@ from sqla_byok.orm.types import Encrypted
 
 __all__ = [
     "TENANT_COLUMN",
+    "Database",
     "TenantRows",
     "check",
     "check_compiled",
@@ -57,8 +59,9 @@ TENANT_COLUMN = "byok_tenant"
 """The key in a table's ``info`` that names its tenant's column, where no mapped class does by ``__byok_tenant__``."""
 
 used: dict[str, WeakSet[Table]] = {}
-"""The tables that have such a column, by name; empty for most applications, which then pay nothing."""
+"""The tables whose rows belong to tenants, by name; empty for most applications, which then pay nothing."""
 
+_HEIR = "byok_tenant_inherited"  # in the info of the table of a subclass, which copies of it carry along
 _columns: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of a Table
 # Of the table of a subclass in joined inheritance: its mapper, which leads to the table with the column.
 _heirs: WeakKeyDictionary[Any, ref[Mapper[Any]]] = WeakKeyDictionary()
@@ -85,9 +88,21 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
         _declare(table, column, f"{cls.__name__}.__byok_tenant__", name)
     if any(_key_of(table) is not None for table in mapper.tables):
         if mapper.inherit_condition is not None and _key_of(mapper.local_table) is None:
-            _heirs[mapper.local_table] = ref(mapper)
+            _inherits(mapper)
         for when in ("before_insert", "before_update", "before_delete"):
             event.listen(cls, when, _check_object)
+
+
+def _inherits(mapper: Mapper[Any]) -> None:
+    table: Any = mapper.local_table
+    if isinstance(table, Table):
+        _heirs[table] = ref(mapper)
+        _use(table)
+        table.info[_HEIR] = True
+
+
+def _use(table: Table) -> None:
+    used.setdefault(str.lower(table.name), WeakSet()).add(table)
 
 
 def _declare(table: Any, column: Any, where: str, name: str) -> None:
@@ -99,7 +114,7 @@ def _declare(table: Any, column: Any, where: str, name: str) -> None:
         )
     if _python_type(column) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
-    used.setdefault(table.name.lower(), WeakSet()).add(table)
+    _use(table)
     _columns[table] = column.key
     table.info[TENANT_COLUMN] = column.key  # copies of the table carry it along
 
@@ -154,13 +169,40 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
 # -- statements ------------------------------------------------------------------------------------------------------
 
 
+class Database(NamedTuple):
+    """Where a statement is executed.
+
+    :param translated: its ``schema_translate_map``, if it has one.
+    :param compiled: the statement itself, where it is only known as it was compiled.
+    """
+
+    dialect: Any
+    translated: Mapping[str | None, str | None] | None = None
+    compiled: Any = None
+
+    @property
+    def naming(self) -> Naming:
+        """Which names are one in it."""
+        if self.compiled is not None:
+            return Naming.of_compiled(self.compiled)
+        return Naming.of(self.dialect, self.translated)
+
+
 class _Target(NamedTuple):
     """What a statement writes to, where its rows belong to tenants."""
 
-    table: Any  # or an alias of it
-    column: Any  # the tenant's, in it; in joined inheritance in the declared table
+    table: Any  # or an alias of it, or another object of its name
+    known: Table  # the table that was declared under the name
+    column: (
+        Any  # the tenant's, in the table; in joined inheritance in the declared one; None where nobody knows
+    )
     declared: Table  # the table that was declared with it
     joins: tuple[Any, ...] = ()  # what leads to the declared table from that of a subclass
+
+    @property
+    def inherits(self) -> bool:
+        """Whether its rows are whose the rows of another table are."""
+        return bool(self.joins) or self.column is None
 
     @property
     def type(self) -> Any:
@@ -168,7 +210,7 @@ class _Target(NamedTuple):
         return self.declared.c[_columns[self.declared]].type
 
 
-def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) -> Any:
+def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, database: Database) -> Any:
     """Check what an INSERT, UPDATE or DELETE sets a tenant's column to, and hold it to the tenant's rows.
 
     :param clause: the statement.
@@ -178,21 +220,21 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
     :raises NoTenantError: if there is no tenant.
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
-    given, written = None, list(_written(clause))
+    given, written = None, list(_written(clause, database))
     for target in written:
         names = _allowed(target.declared, tenant)
         if names is None:
             continue
         if not clause.is_delete:
             given = given or list(_given(clause, rows))
-            if not target.joins:
+            if not target.inherits:
                 _check_given(clause, target, _own(clause, target, given), names)
         if not clause.is_insert:
             clause = upstream.with_criterion(clause, _held(target, names))
     return clause
 
 
-def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
+def hold_conflicts(clause: Any, tenant: Whose | None, database: Database) -> Any:
     """Hold what an upsert does on conflict to the tenant's rows.
 
     :param clause: an INSERT that was checked, and is complete otherwise.
@@ -200,14 +242,14 @@ def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
     conflicts = upstream.conflicts(clause)
     if not conflicts:
         return clause
-    for target in _written(clause):
+    for target in _written(clause, database):
         names = _allowed(target.declared, tenant)
         if names is not None:
-            held = _held(target, names)
-            if target.joins:  # what an INSERT has within sees nothing of the row that is there
+            if target.inherits:  # what an INSERT has within sees nothing of the row that is there
                 if any(upstream.conflict_values(each) for each in conflicts):
                     _refuse_upsert(target)
                 continue
+            held = _held(target, names)
             conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
             return upstream.with_conflicts(clause, conflicts)
     return clause
@@ -225,7 +267,7 @@ def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
     statement = upstream.inside(getattr(compiled, "statement", None))
     if not getattr(statement, "is_dml", False):
         return
-    for target in _written(statement):
+    for target in _written(statement, Database(compiled.dialect, compiled=compiled)):
         if _allowed(target.declared, tenant) is not None:
             raise UnsupportedQueryError(
                 f"{target.declared.fullname}: its rows belong to tenants, and a statement compiled beforehand cannot "
@@ -235,13 +277,18 @@ def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
 
 def _held(target: _Target, names: tuple[str, ...]) -> Any:
     """True of the tenants' own rows."""
+    if target.column is None:
+        raise UnsupportedQueryError(
+            f"{target.known.fullname}: it is a copy of a subclass's table, and whose its rows are cannot be found from "
+            "it; use the table of the class itself"
+        )
     own = or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
     if not target.joins:
         return own
     return select(literal_column("1")).where(*target.joins, own).correlate(target.table).exists()
 
 
-def _written(clause: Any) -> Iterator[_Target]:
+def _written(clause: Any, database: Database) -> Iterator[_Target]:
     """What a statement writes to; MySQL's UPDATE of several tables sets columns of any of them."""
     table, one_of_several = upstream.target(clause)
     tables = list(_tables(table))
@@ -250,7 +297,7 @@ def _written(clause: Any) -> Iterator[_Target]:
             if other is not None and other not in tables:
                 tables.append(other)
     for one in tables:
-        target = _target(one)
+        target = _target(one, database)
         if target is not None:
             yield target
 
@@ -263,7 +310,7 @@ def _tables(table: Any) -> Iterator[Any]:
         yield table
 
 
-def _target(table: Any) -> _Target | None:
+def _target(table: Any, database: Database) -> _Target | None:
     inner = table
     while isinstance(inner, Alias):
         inner = inner.element
@@ -271,49 +318,67 @@ def _target(table: Any) -> _Target | None:
         return None
     key = _key_of(inner)
     if key is not None:
-        return _Target(table, table.c[key], upstream.plain_table(inner))  # type: ignore[arg-type]  # a Table
-    mapper = found() if (found := _heirs.get(inner)) is not None else None
-    if mapper is not None:
-        return _inherited(table, mapper)
-    declared = _known_as(inner)
-    if declared is None:
+        declared = upstream.plain_table(inner)  # type: ignore[arg-type]  # a Table
+        return _Target(table, declared, table.c[key], declared)
+    known = _known_as(inner, database)
+    if known is None:
         return None
-    name = declared.c[_columns[declared]].name
-    column = next((column for column in table.c if column.name == name), None)
-    if column is None:
-        column = ColumnClause(name)
-        column.table = table
-    return _Target(table, column, declared)
+    if known not in _columns:
+        return _inherited(table, known, database)
+    column = _column(table, known.c[_columns[known]].name, database)
+    return _Target(table, known, column, known)
 
 
-def _inherited(table: Any, mapper: Mapper[Any]) -> _Target | None:
-    """The table of a subclass in joined inheritance, or an alias of it: a row is whose the row is that it joins."""
+def _column(table: Any, name: str, database: Database) -> Any:
+    """A table's column by the name that it has in the database; table() need not have been given it."""
+    called = database.naming.column
+    found = next((column for column in table.c if called(column.name) == called(name)), None)
+    if found is None:
+        found = ColumnClause(name)
+        found.table = table
+    return found
+
+
+def _inherited(table: Any, known: Table, database: Database) -> _Target:
+    """The table of a subclass in joined inheritance, or what stands for it: a row is whose the row is that it joins."""
+
+    def its_own(element: Any, **_: Any) -> Any:
+        of = getattr(element, "table", None)
+        if isinstance(of, Table) and upstream.plain_table(of) is known:
+            return _column(table, element.name, database)
+        return None
+
     joins: list[Any] = []
-    above: Mapper[Any] | None = mapper
+    found = _heirs.get(known)
+    above = None if found is None else found()
     while above is not None:
         key = _key_of(above.local_table)
         if key is not None:
             declared: Any = above.local_table
-            return _Target(table, declared.c[key], declared, tuple(joins))
+            return _Target(table, known, declared.c[key], declared, tuple(joins))
         if above.inherit_condition is not None:
-            joins.append(upstream.in_alias(above.inherit_condition, table))
+            joins.append(replacement_traverse(above.inherit_condition, {}, its_own))
         above = above.inherits
-    return None
+    return _Target(table, known, None, known)
 
 
-def _known_as(table: Any) -> Table | None:
+def _known_as(table: Any, database: Database) -> Table | None:
     """The declared table of which another object has the name: table(), or a Table that was reflected.
 
-    A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word.
+    A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word; but not one
+    among those of the model itself, nor a copy of a subclass's table.
     """
-    found = [one for one in used.get(table.name.lower(), ()) if _may_be(one.schema, table.schema)]
-    if not found or (isinstance(table, Table) and _is_model(table)):
-        return None
-    return found[0]
-
-
-def _may_be(schema: str | None, other: str | None) -> bool:
-    return schema is None or other is None or schema == other
+    if table in _heirs:
+        return upstream.plain_table(table)
+    named = used.get(str.lower(table.name))
+    inherits = isinstance(table, Table) and _HEIR in table.info
+    if not named:
+        return table if inherits else None
+    naming = database.naming
+    found = [one for one in tuple(named) if naming.same_table(one, table.name, table.schema)]
+    if isinstance(table, Table) and not inherits and _is_model(table):
+        found = [one for one in found if one.metadata is table.metadata]
+    return found[0] if found else table if inherits else None
 
 
 def _is_model(table: Table) -> bool:
@@ -423,8 +488,11 @@ def rows_of(compiled: Any) -> TenantRows | None:
     if not used or not hasattr(compiled, "isinsert"):
         return None
     top = upstream.inside(compiled.statement)
+    database = Database(compiled.dialect, compiled=compiled)
     within = {
-        target.declared.fullname: None for dml in upstream.dml_within(compiled) for target in _written(dml)
+        target.declared.fullname: None
+        for dml in upstream.dml_within(compiled)
+        for target in _written(dml, database)
     }
     replaces: list[str] = []
     if getattr(top, "is_dml", False) and not top.is_delete:
@@ -432,7 +500,7 @@ def rows_of(compiled: Any) -> TenantRows | None:
         told = any(map(_REPLACE.search, upstream.prefixes(top, dialect))) or _REPLACE.match(compiled.string)
         replaces = [
             target.declared.fullname
-            for target in _written(top)
+            for target in _written(top, database)
             if told or (dialect == "sqlite" and _replaces(target))
         ]
     defaults = _default(compiled) is not None
@@ -464,7 +532,7 @@ _REPLACE = re.compile(r"\breplace\b", re.IGNORECASE)
 
 def _replaces(target: _Target) -> bool:
     """Whether SQLite deletes a row, perhaps another tenant's, that has the key of one that is written."""
-    table, key = target.declared, _columns[target.declared]
+    table, key = target.known, _columns.get(target.known)
     options = [
         (constraint.dialect_options["sqlite"].get("on_conflict"), constraint.columns.keys())
         for constraint in table.constraints

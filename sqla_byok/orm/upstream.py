@@ -35,7 +35,6 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
 from sqlalchemy.sql.selectable import (
-    AliasedReturnsRows,
     FromClause,
     Lateral,
     ScalarValues,
@@ -43,7 +42,7 @@ from sqlalchemy.sql.selectable import (
     TableClause,
     Values,
 )
-from sqlalchemy.sql.util import ClauseAdapter, _deep_deannotate
+from sqlalchemy.sql.util import _deep_deannotate
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -82,7 +81,6 @@ __all__ = [
     "has_rows",
     "held_to",
     "hints",
-    "in_alias",
     "in_greenlet",
     "inside",
     "instead",
@@ -457,11 +455,6 @@ def _expression(value: Any, type_: Any) -> Any:
     if hasattr(value, "__clause_element__"):
         value = value.__clause_element__()
     return value if isinstance(value, ClauseElement) else BindParameter(None, value, type_=type_, unique=True)
-
-
-def in_alias(criterion: Any, table: Any) -> Any:
-    """A criterion with the columns of an alias in the place of those of its table; of a table it is as it was."""
-    return ClauseAdapter(table).traverse(criterion) if isinstance(table, AliasedReturnsRows) else criterion
 
 
 def with_criterion(dml: Any, criterion: Any) -> Any:

@@ -593,15 +593,6 @@ def test_the_metadata_of_a_result_is_made_anew() -> None:
     engine.dispose()
 
 
-def test_a_criterion_is_put_into_an_alias() -> None:
-    """`ClauseAdapter`: the columns of the aliased table alone are others."""
-    one, two = (Table(name, MetaData(), Column("id", Integer)) for name in ("one", "two"))
-    criterion = one.c.id == two.c.id
-    assert upstream.in_alias(criterion, one) is criterion
-    assert str(upstream.in_alias(criterion, one.alias("a"))) == "a.id = two.id"
-    assert str(criterion) == "one.id = two.id"
-
-
 def test_a_statement_can_be_compiled_anew_as_sqlalchemy_does_it() -> None:
     """`_compile_w_cache` and what an execution is told of it: rotated salts have a statement compiled once more."""
     engine = create_engine("sqlite://")
