@@ -432,13 +432,16 @@ _ABSENT = object()
 def _check_given(
     clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
 ) -> None:
-    column, default = target.column, getattr(target.column, "default", None)
+    column = target.column
+    default = getattr(column, "default" if clause.is_insert else "onupdate", None)
     if column.key in upstream.select_names(clause):
         _unknown(column, "INSERT FROM SELECT sets it to")
     for row in given:
         value = row.get(column.key, _ABSENT)
         if value is not _ABSENT:
             _check_value(column, _plain(column, value), names)
+        elif default is not None and (default.is_clause_element or default.is_sequence):
+            _unknown(column, "its default or onupdate sets it to")  # of another object of the table's name
         elif clause.is_insert and default is None:
             _check_value(column, None, names)
     for conflict in upstream.conflicts(clause):
@@ -503,7 +506,7 @@ def rows_of(compiled: Any) -> TenantRows | None:
             for target in _written(top, database)
             if told or (dialect == "sqlite" and _replaces(target))
         ]
-    defaults = _default(compiled) is not None
+    defaults = bool(_defaults(compiled, database))
     return TenantRows(tuple(within), tuple(replaces), defaults) if within or replaces or defaults else None
 
 
@@ -548,16 +551,18 @@ def _replaces(target: _Target) -> bool:
     return any(_REPLACE.search(str(option)) and key not in keys for option, keys in options)
 
 
-def _default(compiled: Any) -> Any:
-    """The tenant's column of the table that is written to, where a default or onupdate in Python gives it."""
-    if not (compiled.isinsert or compiled.isupdate):
-        return None
-    statement = upstream.inside(compiled.statement)
-    table, _ = upstream.target(statement)
-    key = _key_of(table)
-    column = None if key is None else table.c[key]
-    given = column is not None and (column.default if compiled.isinsert else column.onupdate)
-    return column if given else None
+def _defaults(compiled: Any, database: Database) -> list[tuple[_Target, str]]:
+    """What is written to where a default or onupdate in Python gives the tenant, with the parameter's name."""
+    given = upstream.prefetched(compiled)
+    if not given:
+        return []
+    return [
+        (target, name)
+        for target in _written(upstream.inside(compiled.statement), database)
+        if not target.inherits
+        for column, name in given
+        if target.column.shares_lineage(column)
+    ]
 
 
 def check_defaults(context: Any, tenant: Whose | None) -> None:
@@ -567,12 +572,12 @@ def check_defaults(context: Any, tenant: Whose | None) -> None:
     :raises NoTenantError: there is no tenant.
     :raises TenantMismatchError: it gave the name of another one.
     """
-    column = _default(context.compiled)
-    names = None if column is None else _allowed(column.table, tenant)
-    if column is not None and names is not None:
-        for row in context.compiled_parameters:
-            if column.key in row:
-                _check_value(column, row[column.key], names)
+    database = Database(context.dialect, context.execution_options.get("schema_translate_map"))
+    for target, parameter in _defaults(context.compiled, database):
+        names = _allowed(target.declared, tenant)
+        if names is not None:
+            for row in context.compiled_parameters:
+                _check_value(target.column, row.get(parameter), names)
 
 
 # -- one value -------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ __all__ = [
     "pending_columns",
     "pieces_of",
     "plain_table",
+    "prefetched",
     "prefixes",
     "properties_of",
     "proxied",
@@ -500,6 +501,17 @@ def prefixes(dml: Any, dialect: str) -> list[str]:
 
 def _values_name(conflict: Any) -> str:
     return "update_values_to_set" if hasattr(conflict, "update_values_to_set") else "update"
+
+
+def prefetched(compiled: Any) -> list[tuple[Any, str]]:
+    """The columns that a default or onupdate in Python gives a value, each with the name of its parameter.
+
+    Of an INSERT of several rows in one VALUES a column comes once for each row that was not given it.
+    """
+    return [
+        (getattr(column, "original", column), compiled._within_exec_param_key_getter(column))
+        for column in (*compiled.insert_prefetch, *compiled.update_prefetch)
+    ]
 
 
 def result_types(compiled: Any) -> Iterator[Any]:

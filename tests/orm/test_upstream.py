@@ -845,3 +845,15 @@ def test_a_subquery_correlates_with_what_is_around_it() -> None:
     enclosing.leave()
     enclosing.leave()
     assert len(upstream.parts(inner, enclosing).froms) == 2
+
+
+def test_what_a_default_gives_has_a_parameter_of_its_own() -> None:
+    """`insert_prefetch`, `update_prefetch` and their parameters' names: tenant_column.py checks what is in them."""
+    made = Table(
+        "made", MetaData(), Column("id", Integer), Column("org", String, default=str, onupdate=str, key="o")
+    )
+    rows: Any = insert(made).values([{"id": 1}, {"id": 2, "o": "x"}, {"id": 3}]).compile()
+    assert upstream.prefetched(rows) == [(made.c.o, "o"), (made.c.o, "o_m2")]
+    assert set(rows.params) >= {"o", "o_m2"}
+    assert upstream.prefetched(update(made).values(id=1).compile()) == [(made.c.o, "o")]
+    assert upstream.prefetched(select(made).compile()) == []

@@ -1,0 +1,166 @@
+"""Whose a row is: by which value, however it comes into a statement and however the database compares it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sqla_byok import Byok, TenantMismatchError, UnsupportedQueryError
+
+NAMES: list[str] = []
+"""What the default and the onupdate give, one after the other; then t1."""
+
+
+def name() -> str:
+    return NAMES.pop(0) if NAMES else "t1"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Ticket(Base):
+    __tablename__ = "r_ticket"
+    __byok_tenant__ = "org"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    org: Mapped[str] = mapped_column("org_id", String(20), default=name, onupdate=name)
+    note: Mapped[str | None] = mapped_column(String(20))
+
+
+class Desk(Base):
+    """Of no tenant."""
+
+    __tablename__ = "r_desk"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    note: Mapped[str | None] = mapped_column(String(20))
+
+
+T: Any = Ticket.__table__
+D: Any = Desk.__table__
+
+
+@pytest.fixture
+def tickets(byok: Byok, engine: Engine) -> Iterator[Engine]:
+    """The engine, with a ticket of t1."""
+    Base.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([Ticket(id=1, org="t1"), Desk(id=1)])
+        session.commit()
+    yield engine
+    NAMES.clear()
+
+
+def rows(engine: Engine) -> list[Any]:
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(select(T.c.id, T.c.org_id).order_by(T.c.id))]
+
+
+# -- what a function gives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [Ticket, T], ids=["ORM", "Core"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [{"id": 2}, {"id": 3}],
+        [{"id": 2}, {"id": 3}, {"id": 4, "org_id": "t1"}, {"id": 5}],
+        [{"id": 2, "org_id": "t1"}, {"id": 3}],
+        [{"id": 2, "org_id": "t1"}, {"id": 3, "org_id": "t1"}, {"id": 4}],
+    ],
+    ids=["first", "fourth", "second", "third"],
+)
+def test_a_default_is_checked_in_each_row_of_values(
+    byok: Byok, tickets: Engine, target: Any, given: list[dict[str, Any]]
+) -> None:
+    """In one VALUES of several rows a later row's default has a parameter of its own."""
+    if target is Ticket:
+        given = [{("org" if key == "org_id" else key): value for key, value in row.items()} for row in given]
+    missing = sum(len(row) == 1 for row in given)
+    for last in range(missing):
+        NAMES[:] = ["t1"] * last + ["t2"]
+        with byok.session("t1", tickets) as session, pytest.raises(TenantMismatchError, match="'t2'"):
+            session.execute(insert(target).values(given))
+    NAMES.clear()
+    with byok.session("t1", tickets) as session:
+        session.execute(insert(target).values(given))
+        session.commit()
+    assert rows(tickets) == [(number, "t1") for number in range(1, len(given) + 2)]
+
+
+def test_a_default_is_checked_in_each_set_of_parameters(byok: Byok, tickets: Engine) -> None:
+    """The same where rows are given as parameters, to Core or in a flush, and of INSERT FROM SELECT."""
+    for given in ([{"id": 2}, {"id": 3}], [{"id": 2}]):
+        NAMES[:] = ["t1"] * (len(given) - 1) + ["t2"]
+        with byok.session("t1", tickets) as session, pytest.raises(TenantMismatchError):
+            session.connection().execute(insert(T), given)
+        NAMES[:] = ["t1"] * (len(given) - 1) + ["t2"]
+        with byok.session("t1", tickets) as session:
+            session.add_all([Ticket(**row) for row in given])
+            with pytest.raises(TenantMismatchError):
+                session.flush()
+    NAMES[:] = ["t2"]
+    with byok.session("t1", tickets) as session, pytest.raises(TenantMismatchError):
+        session.execute(insert(T).from_select(["id"], select(D.c.id + 10)))
+    assert rows(tickets) == [(1, "t1")]
+
+
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+def test_an_onupdate_of_another_table_is_checked(byok: Byok, tickets: Engine) -> None:
+    """MySQL's UPDATE of several tables has the onupdate of each, under a parameter of its table's name."""
+    both = update(D).where(D.c.id == T.c.id).values({D.c.note: "x", T.c.note: "x"})
+    NAMES[:] = ["t2"]
+    with byok.session("t1", tickets) as session, pytest.raises(TenantMismatchError, match="'t2'"):
+        session.execute(both)
+    with byok.session("t1", tickets) as session:
+        session.execute(both)
+        session.commit()
+    assert rows(tickets) == [(1, "t1")]
+
+
+def _named(**options: Any) -> Table:
+    key = Column("id", Integer, primary_key=True)
+    return Table(
+        "r_ticket", MetaData(), key, Column("org_id", String(20), **options), Column("note", String(20))
+    )
+
+
+def test_what_another_table_of_the_name_gives_is_checked(byok: Byok, tickets: Engine) -> None:
+    """Its default and onupdate are its own, and were not looked at where it was declared."""
+    other = _named(default=name, onupdate=name)
+    unknown = _named(default=func.lower("T2"), onupdate=func.lower("T2"))
+    for write in (
+        insert(other).values(id=2),
+        insert(other).values([{"id": 2, "org_id": "t1"}, {"id": 3}]),
+        update(other).values(note="x"),
+        update(other).values(note=bindparam("n", "x")),
+    ):
+        NAMES[:] = ["t2"]
+        with byok.session("t1", tickets) as session, pytest.raises(TenantMismatchError, match="'t2'"):
+            session.execute(write)
+    for write in (insert(unknown).values(id=2), update(unknown).values(note="x")):
+        with byok.session("t1", tickets) as session, pytest.raises(UnsupportedQueryError, match="by name"):
+            session.execute(write)
+    NAMES.clear()
+    with byok.session("t1", tickets) as session:
+        session.execute(insert(other).values(id=2))
+        session.execute(update(unknown).values(note="x", org_id="t1"))
+        session.commit()
+    assert rows(tickets) == [(1, "t1"), (2, "t1")]
+    with Session(tickets) as session:
+        session.execute(update(D).values(note="x"))
