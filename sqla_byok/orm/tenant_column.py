@@ -15,12 +15,15 @@ from uuid import UUID
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import (
+    CHAR,
+    NCHAR,
     Alias,
     Column,
     Join,
     PrimaryKeyConstraint,
     Table,
     UniqueConstraint,
+    Uuid,
     event,
     inspect,
     literal,
@@ -112,7 +115,7 @@ def _declare(table: Any, column: Any, where: str, name: str) -> None:
         raise DeclarationError(
             f"{where}: what the database sets {name!r} to cannot be checked; set it in Python"
         )
-    if _python_type(column) not in _NAMES or isinstance(column.type, Encrypted):
+    if _python_type(column.type) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
     _use(table)
     _columns[table] = column.key
@@ -138,9 +141,9 @@ def _key_of(table: Any) -> str | None:
     return key
 
 
-def _python_type(column: Any) -> type[Any] | None:
+def _python_type(type_: Any) -> type[Any] | None:
     try:
-        found: type[Any] = column.type.python_type
+        found: type[Any] = type_.python_type
     except NotImplementedError:
         return None
     return found
@@ -158,12 +161,12 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         key = _key_of(table)
         if key is None:
             continue
-        names = _allowed(table, tenant)
-        history = inspect(target).attrs[mapper.get_property_by_column(table.c[key]).key].load_history()
+        names, own = _allowed(table, tenant), _Target.of(table, key, connection.dialect)
+        history = inspect(target).attrs[mapper.get_property_by_column(own.column).key].load_history()
         # What it was is checked too: an object is not taken over by renaming its owner.
         for value in (*history.added, *history.unchanged, *history.deleted):
             if names is not None and (value is not None or inspect(target).persistent):
-                _check_value(table.c[key], value, names)
+                _check_value(own, value, names)
 
 
 # -- statements ------------------------------------------------------------------------------------------------------
@@ -197,7 +200,17 @@ class _Target(NamedTuple):
         Any  # the tenant's, in the table; in joined inheritance in the declared one; None where nobody knows
     )
     declared: Table  # the table that was declared with it
+    dialect: Any
     joins: tuple[Any, ...] = ()  # what leads to the declared table from that of a subclass
+
+    @classmethod
+    def of(cls, table: Any, key: str, dialect: Any) -> _Target:
+        """A table that was declared, or an alias of one."""
+        declared: Any = table
+        while isinstance(declared, Alias):
+            declared = declared.element
+        declared = upstream.plain_table(declared)
+        return cls(table, declared, table.c[key], declared, dialect)
 
     @property
     def inherits(self) -> bool:
@@ -318,15 +331,14 @@ def _target(table: Any, database: Database) -> _Target | None:
         return None
     key = _key_of(inner)
     if key is not None:
-        declared = upstream.plain_table(inner)  # type: ignore[arg-type]  # a Table
-        return _Target(table, declared, table.c[key], declared)
+        return _Target.of(table, key, database.dialect)
     known = _known_as(inner, database)
     if known is None:
         return None
     if known not in _columns:
         return _inherited(table, known, database)
     column = _column(table, known.c[_columns[known]].name, database)
-    return _Target(table, known, column, known)
+    return _Target(table, known, column, known, database.dialect)
 
 
 def _column(table: Any, name: str, database: Database) -> Any:
@@ -355,11 +367,11 @@ def _inherited(table: Any, known: Table, database: Database) -> _Target:
         key = _key_of(above.local_table)
         if key is not None:
             declared: Any = above.local_table
-            return _Target(table, known, declared.c[key], declared, tuple(joins))
+            return _Target(table, known, declared.c[key], declared, database.dialect, tuple(joins))
         if above.inherit_condition is not None:
             joins.append(replacement_traverse(above.inherit_condition, {}, its_own))
         above = above.inherits
-    return _Target(table, known, None, known)
+    return _Target(table, known, None, known, database.dialect)
 
 
 def _known_as(table: Any, database: Database) -> Table | None:
@@ -439,16 +451,16 @@ def _check_given(
     for row in given:
         value = row.get(column.key, _ABSENT)
         if value is not _ABSENT:
-            _check_value(column, _plain(column, value), names)
+            _check_value(target, _plain(column, value), names)
         elif default is not None and (default.is_clause_element or default.is_sequence):
             _unknown(column, "its default or onupdate sets it to")  # of another object of the table's name
         elif clause.is_insert and default is None:
-            _check_value(column, None, names)
+            _check_value(target, None, names)
     for conflict in upstream.conflicts(clause):
         for key, value in upstream.conflict_values(conflict):
             same = isinstance(value, ColumnClause) and value.key == column.key  # as it is, or excluded
             if getattr(key, "key", key) == column.key and not same:
-                _check_value(column, _plain(column, value), names)
+                _check_value(target, _plain(column, value), names)
 
 
 def _plain(column: Any, value: Any) -> Any:
@@ -577,7 +589,7 @@ def check_defaults(context: Any, tenant: Whose | None) -> None:
         names = _allowed(target.declared, tenant)
         if names is not None:
             for row in context.compiled_parameters:
-                _check_value(target.column, row.get(parameter), names)
+                _check_value(target, row.get(parameter), names)
 
 
 # -- one value -------------------------------------------------------------------------------------------------------
@@ -595,8 +607,10 @@ def _allowed(table: Any, tenant: Whose | None) -> tuple[str, ...] | None:
     return tenant.names if isinstance(tenant, Across) else (str(tenant),)
 
 
-def _check_value(column: Any, value: Any, names: tuple[str, ...]) -> None:
+def _check_value(target: _Target, value: Any, names: tuple[str, ...]) -> None:
+    column = target.column
     if value is not None and str(value) in names:
+        _typed(target, str(value))
         return
     tenant = names[0] if len(names) == 1 else shown(Across(names))
     raise TenantMismatchError(
@@ -608,12 +622,22 @@ def _check_value(column: Any, value: Any, names: tuple[str, ...]) -> None:
 
 
 def _typed(target: _Target, name: str) -> Any:
-    """A tenant's name as a value of the column."""
-    kind = _python_type(target) or str
+    """A tenant's name as a value of the column.
+
+    :raises TenantMismatchError: the column would not give the name back, so that two tenants could share their rows.
+    """
+    type_ = target.type
+    kind = UUID if isinstance(type_, Uuid) else _python_type(type_) or str
     try:
-        return kind(name)
+        value = kind(name)
     except ValueError:
-        pass
+        value = None
+    here = upstream.variants(type_).get(target.dialect.name, type_)
+    cut = name.endswith(" ") and isinstance(here, CHAR | NCHAR)  # which are filled up with spaces
+    if value is not None and str(value) == name and not cut:
+        return value if getattr(type_, "as_uuid", True) else name
     raise TenantMismatchError(
-        f"{target.column}: it holds no tenant of the name {name!r}, which is no {kind.__name__}", tenant=name
+        f"{target.column}: it holds no tenant of the name {name!r}, which {type_!r} would not give back as it is; "
+        "declare a column that does, such as String, or give the tenant the name that comes back",
+        tenant=name,
     )

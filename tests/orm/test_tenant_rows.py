@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import (
+    CHAR,
     Column,
     Engine,
     Integer,
     MetaData,
     String,
     Table,
+    Uuid,
     bindparam,
+    delete,
     func,
     insert,
     select,
@@ -21,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_byok import Byok, TenantMismatchError, UnsupportedQueryError
+from sqla_byok import Byok, LocalKms, TenantMismatchError, UnsupportedQueryError
 
 NAMES: list[str] = []
 """What the default and the onupdate give, one after the other; then t1."""
@@ -164,3 +168,73 @@ def test_what_another_table_of_the_name_gives_is_checked(byok: Byok, tickets: En
     assert rows(tickets) == [(1, "t1"), (2, "t1")]
     with Session(tickets) as session:
         session.execute(update(D).values(note="x"))
+
+
+# -- names that a column does not keep ---------------------------------------------------------------------------------
+
+ID = str(uuid4()).replace("1", "a")
+SPELLED: dict[str, tuple[Any, Any, str, list[str]]] = {
+    "Integer": (Integer(), 7, "7", ["07", "+7", " 7", "7 ", "\uff17", "0_7", "-7 ", "7.0", "None"]),
+    "zero": (Integer(), 0, "0", ["-0", "00", "+0"]),
+    "Uuid": (
+        Uuid(),
+        UUID(ID),
+        ID,
+        [ID.upper(), ID.replace("-", ""), f"{{{ID}}}", f"urn:uuid:{ID}", f"{{{ID.upper()}}}"],
+    ),
+    "Uuid as text": (Uuid(as_uuid=False), ID, ID, [ID.upper(), ID.replace("-", ""), f"{{{ID}}}"]),
+    "CHAR": (CHAR(40), "acme", "acme", ["acme ", "acme  "]),
+    "String as CHAR": (
+        String(40).with_variant(CHAR(40), "postgresql", "mariadb", "mysql", "sqlite"),
+        "acme",
+        "acme",
+        ["acme "],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+def test_a_name_that_the_column_does_not_keep_is_refused(
+    byok: Byok, local_kms: LocalKms, engine: Engine, kind: str
+) -> None:
+    """Two tenants whose names become one value would share their rows, in whichever statement."""
+    type_, value, tenant, others = SPELLED[kind]
+    visit = Table(
+        "r_visit",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("org", type_),
+        info={"byok_tenant": "org"},
+    )
+
+    class Visits(DeclarativeBase):
+        pass
+
+    class Visit(Visits):
+        __table__ = visit
+
+    visit.create(engine)
+    byok.onboard(tenant, local_kms)
+    with byok.tenant(tenant), engine.begin() as connection:
+        connection.execute(insert(visit), [{"id": 1, "org": value}])
+        assert connection.execute(update(visit).values(id=1)).rowcount == 1
+    for other in others:
+        theirs = engine.execution_options(byok_tenant=other)
+        for write in (
+            update(visit).values(id=2),
+            delete(visit),
+            update(visit).values(org=other),
+            insert(visit).values(id=2, org=other),
+            insert(visit).values([{"id": 2, "org": other}]),
+        ):
+            with theirs.begin() as connection, pytest.raises(TenantMismatchError) as raised:
+                connection.execute(write)
+            assert raised.value.tenant == other
+        with Session(theirs) as session:
+            session.add(Visit(id=3, org=other))
+            with pytest.raises(TenantMismatchError):
+                session.flush()
+    with byok.tenant(tenant), engine.begin() as connection:
+        ((id_, kept),) = connection.execute(select(visit.c.id, visit.c.org))
+        assert (id_, kept.strip() if isinstance(kept, str) else kept) == (1, value)
+        assert connection.execute(delete(visit)).rowcount == 1
