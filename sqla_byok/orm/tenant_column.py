@@ -9,7 +9,8 @@ or elsewhere, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -20,10 +21,15 @@ from sqlalchemy import (
     Alias,
     Column,
     Join,
+    LargeBinary,
     PrimaryKeyConstraint,
     Table,
+    Text,
     UniqueConstraint,
     Uuid,
+    and_,
+    cast,
+    collate,
     event,
     inspect,
     literal,
@@ -31,6 +37,7 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.selectable import TableClause
@@ -263,7 +270,8 @@ def hold_conflicts(clause: Any, tenant: Whose | None, database: Database) -> Any
                     _refuse_upsert(target)
                 continue
             held = _held(target, names)
-            conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
+            same = partial(_same, target)
+            conflicts = [upstream.held_to(each, target.column, held, same) for each in conflicts]
             return upstream.with_conflicts(clause, conflicts)
     return clause
 
@@ -295,10 +303,36 @@ def _held(target: _Target, names: tuple[str, ...]) -> Any:
             f"{target.known.fullname}: it is a copy of a subclass's table, and whose its rows are cannot be found from "
             "it; use the table of the class itself"
         )
-    own = or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
+    values = (literal(_typed(target, name), target.type) for name in names)
+    own = or_(*(_same(target, target.column, value) for value in values))
     if not target.joins:
         return own
     return select(literal_column("1")).where(*target.joins, own).correlate(target.table).exists()
+
+
+def _same(target: _Target, column: Any, value: Any) -> Any:
+    """True where a column has this value, and not one that its collation takes for equal.
+
+    The plain comparison beside it is for an index on the column.
+    """
+    plain = column == value
+    exactly = _EXACTLY.get(target.dialect.name)
+    if exactly is None or _kind(target.type) is not str:
+        return plain
+    return and_(plain, exactly(column) == exactly(value))
+
+
+def _bytes(text: Any) -> Any:
+    # In one character set, so that only the text decides; even a binary collation may pad what it compares.
+    return cast(cast(text, mysql.CHAR(charset="utf8mb4")), LargeBinary())
+
+
+_EXACTLY: dict[str, Callable[[Any], Any]] = {
+    "sqlite": lambda text: collate(text, "BINARY"),
+    "postgresql": lambda text: collate(cast(text, Text()), "C"),
+    "mysql": _bytes,
+    "mariadb": _bytes,
+}
 
 
 def _written(clause: Any, database: Database) -> Iterator[_Target]:
@@ -621,15 +655,19 @@ def _check_value(target: _Target, value: Any, names: tuple[str, ...]) -> None:
     )
 
 
+def _kind(type_: Any) -> type[Any]:
+    """What a tenant's name is made to be stored."""
+    return UUID if isinstance(type_, Uuid) else _python_type(type_) or str
+
+
 def _typed(target: _Target, name: str) -> Any:
     """A tenant's name as a value of the column.
 
     :raises TenantMismatchError: the column would not give the name back, so that two tenants could share their rows.
     """
     type_ = target.type
-    kind = UUID if isinstance(type_, Uuid) else _python_type(type_) or str
     try:
-        value = kind(name)
+        value = _kind(type_)(name)
     except ValueError:
         value = None
     here = upstream.variants(type_).get(target.dialect.name, type_)

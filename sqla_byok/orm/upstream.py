@@ -431,20 +431,21 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
     return new
 
 
-def held_to(conflict: Any, column: Any, criterion: Any) -> Any:
+def held_to(conflict: Any, column: Any, criterion: Any, same: Callable[[Any, Any], Any]) -> Any:
     """A copy of the clause that changes only rows of which this is true.
 
     :param column: what it is true of. MySQL's clause has no WHERE, and its drivers take no parameter of ours there
         with many rows: each column is left as it is where this one is not that of the row to be inserted.
+    :param same: makes that comparison.
     """
     new = copy(conflict)
     if hasattr(conflict, "update_whereclause"):
         given = conflict.update_whereclause
         new.update_whereclause = criterion if given is None else and_(Grouping(given), criterion)
     elif items := conflict_values(conflict):
-        columns, same = column.table.c, column == conflict.inserted_alias.c[column.key]
+        columns, own = column.table.c, same(column, conflict.inserted_alias.c[column.key])
         new.update = {
-            key: case((same, _expression(value, columns[key].type)), else_=columns[key])
+            key: case((own, _expression(value, columns[key].type)), else_=columns[key])
             for name, value in items
             if (key := getattr(name, "key", name)) in columns
         }

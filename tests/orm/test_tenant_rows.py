@@ -18,11 +18,16 @@ from sqlalchemy import (
     Uuid,
     bindparam,
     delete,
+    event,
     func,
     insert,
     select,
+    table,
     update,
 )
+from sqlalchemy import column as light_column
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqla_byok import Byok, LocalKms, TenantMismatchError, UnsupportedQueryError
@@ -238,3 +243,131 @@ def test_a_name_that_the_column_does_not_keep_is_refused(
         ((id_, kept),) = connection.execute(select(visit.c.id, visit.c.org))
         assert (id_, kept.strip() if isinstance(kept, str) else kept) == (1, value)
         assert connection.execute(delete(visit)).rowcount == 1
+
+
+# -- names that a collation takes for one ------------------------------------------------------------------------------
+
+ALIKE = ("acme", "ACME", "acm\u00e9", "acme ")
+BOTH_CASES = ("acme", "ACME")
+COLLATED: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
+    "sqlite NOCASE": ("sqlite", "VARCHAR(40) COLLATE NOCASE", String(40), BOTH_CASES),
+    "sqlite NOCASE, declared": ("sqlite", "VARCHAR(40) COLLATE NOCASE", String(40, "NOCASE"), BOTH_CASES),
+    "sqlite RTRIM": ("sqlite", "VARCHAR(40) COLLATE RTRIM", String(40), ("acme", "acme ")),
+    "postgresql citext": ("postgresql", "citext", String(40), BOTH_CASES),
+    "postgresql citext, declared": ("postgresql", "citext", postgresql.CITEXT(), BOTH_CASES),
+    "postgresql nondeterministic": ("postgresql", "varchar(40) COLLATE r_alike", String(40), ALIKE[:3]),
+    "mariadb": ("mariadb", "VARCHAR(40)", String(40), ALIKE),
+    "mariadb Text": ("mariadb", "TEXT", mysql.TEXT(), ALIKE),
+    "mariadb binary": ("mariadb", "VARCHAR(40) COLLATE utf8mb4_bin", String(40), ("acme", "acme ")),
+    "mariadb latin1": ("mariadb", "VARCHAR(40) CHARACTER SET latin1", String(40), ALIKE),
+}
+
+
+def _extended(engine: Engine) -> None:
+    if engine.dialect.name != "postgresql":
+        return
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS citext")
+            connection.exec_driver_sql(
+                "CREATE COLLATION IF NOT EXISTS r_alike "
+                "(provider = icu, locale = 'und-u-ks-level1', deterministic = false)"
+            )
+    except DBAPIError:
+        pytest.skip("this server has neither citext nor ICU")
+
+
+@pytest.fixture
+def collated(byok: Byok, engine: Engine, request: pytest.FixtureRequest) -> tuple[Table, tuple[str, ...]]:
+    """A table with a row of each tenant, the first of which is 0."""
+    _, stored, type_, tenants = COLLATED[request.param]
+    _extended(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE r_alike (id INTEGER PRIMARY KEY, org {stored} NOT NULL, note VARCHAR(20))"
+        )
+    columns = Column("id", Integer, primary_key=True), Column("org", type_), Column("note", String(20))
+    alike = Table("r_alike", MetaData(), *columns, info={"byok_tenant": "org"})
+    for number, tenant in enumerate(tenants):
+        with engine.execution_options(byok_tenant=tenant).begin() as connection:
+            connection.execute(insert(alike).values(id=number, org=tenant, note="old"))
+    return alike, tenants
+
+
+def _notes(engine: Engine) -> dict[int, str]:
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("SELECT id, note FROM r_alike ORDER BY id")
+        return {row.id: row.note for row in found}
+
+
+def collations(*but: str) -> pytest.MarkDecorator:
+    """Each kind on its own database."""
+    kinds = [(one[0], kind) for kind, one in COLLATED.items() if kind not in but]
+    return pytest.mark.parametrize(
+        ("sync_url", "collated"), kinds, indirect=True, ids=[kind for _, kind in kinds]
+    )
+
+
+@collations()
+def test_what_a_collation_takes_for_equal_is_another_tenant(
+    engine: Engine, collated: tuple[Table, tuple[str, ...]]
+) -> None:
+    """A tenant reaches the rows of its own name, and not those of a name in other case or accents."""
+    alike, tenants = collated
+    light = table("r_alike", light_column("id"), light_column("note"))
+    make: Any = {"postgresql": postgresql, "sqlite": sqlite}.get(engine.dialect.name, mysql)
+    for number, tenant in enumerate(tenants):
+        scoped = engine.execution_options(byok_tenant=tenant)
+        left = dict.fromkeys(range(len(tenants)), "old")
+        with scoped.connect() as connection:
+            for target in (alike, light, alike.alias("other")):
+                assert connection.execute(update(target).values(note="new")).rowcount == 1
+            connection.commit()
+        assert _notes(engine) == {**left, number: "new"}
+        given = [{"id": each, "org": tenant, "note": "upsert"} for each in left]
+        upsert = make.insert(alike)
+        if make is mysql:
+            upsert = upsert.on_duplicate_key_update(note=upsert.inserted.note)
+        else:
+            upsert = upsert.on_conflict_do_update(index_elements=["id"], set_={"note": upsert.excluded.note})
+        with scoped.begin() as connection:
+            connection.execute(upsert, given)
+        assert _notes(engine) == {**left, number: "upsert"}
+        with scoped.connect() as connection:
+            assert connection.execute(delete(alike)).rowcount == 1
+        with scoped.begin() as connection:
+            connection.execute(update(alike).values(note="old"))
+    with engine.execution_options(byok_tenant=tenants[-1]).begin() as connection:
+        assert connection.execute(delete(alike)).rowcount == 1
+    assert set(_notes(engine)) == set(range(len(tenants) - 1))
+
+
+@collations("postgresql citext")  # PostgreSQL uses none for a citext that is compared with VARCHAR
+def test_an_index_on_the_column_is_still_used(
+    engine: Engine, collated: tuple[Table, tuple[str, ...]]
+) -> None:
+    """The exact comparison alone would have the database read every tenant's rows."""
+    alike, _ = collated
+    explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
+    with engine.begin() as connection:
+        length = "(40)" if isinstance(alike.c.org.type, mysql.TEXT) else ""
+        connection.exec_driver_sql(f"CREATE INDEX r_alike_org ON r_alike (org{length})")
+        many = [{"id": number, "org": f"other {number}"} for number in range(10, 2_000)]
+        scoped = connection.execution_options(byok_sealed=True)
+        scoped.execute(insert(alike), many)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE TABLE r_alike" if "maria" in engine.dialect.name else "ANALYZE")
+    sent: list[Any] = []
+
+    def keep(conn: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        sent.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", keep)
+    with engine.connect() as connection:
+        scoped = connection.execution_options(byok_tenant="acme")
+        for write in (update(alike).values(note="x"), delete(alike)):
+            sent.clear()
+            scoped.execute(write)
+            statement, parameters = sent[0]
+            plan = connection.exec_driver_sql(explain + statement, parameters).all()
+            assert "r_alike_org" in str(plan), plan

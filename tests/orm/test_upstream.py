@@ -7,6 +7,7 @@ modules has to change.
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -692,14 +693,14 @@ def test_a_where_can_be_narrowed_whatever_stands_in_it() -> None:
         upsert = module.insert(table).values(id=1)
         upsert = upsert.on_conflict_do_update(index_elements=["id"], set_={"a": "x"}, where=or_text)
         held = upstream.with_conflicts(
-            upsert, [upstream.held_to(one, id_, id_ == 1) for one in upstream.conflicts(upsert)]
+            upsert, [upstream.held_to(one, id_, id_ == 1, operator.eq) for one in upstream.conflicts(upsert)]
         )
         assert (
             str(held.compile(dialect=module.dialect())).split("WHERE")[1].startswith(" (a OR b) AND t.id = ")
         )
     replaced = mysql.insert(table).values(id=1).on_duplicate_key_update(a="x", b=table.c.a)
     held = upstream.with_conflicts(
-        replaced, [upstream.held_to(one, id_, id_ == 1) for one in upstream.conflicts(replaced)]
+        replaced, [upstream.held_to(one, id_, id_ == 1, operator.eq) for one in upstream.conflicts(replaced)]
     )
     assert str(held.compile(dialect=mysql.dialect())).split("UPDATE ")[1] == (
         "a = CASE WHEN (t.id = VALUES(id)) THEN %s ELSE t.a END, "
