@@ -39,6 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Mapper
+from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.selectable import TableClause
 from sqlalchemy.sql.visitors import iterate, replacement_traverse
@@ -112,6 +113,8 @@ def _inherits(mapper: Mapper[Any]) -> None:
 
 
 def _use(table: Table) -> None:
+    if not used:
+        upstream.before_synchronizing(_hold_objects)
     used.setdefault(str.lower(table.name), WeakSet()).add(table)
 
 
@@ -174,6 +177,33 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         for value in (*history.added, *history.unchanged, *history.deleted):
             if names is not None and (value is not None or inspect(target).persistent):
                 _check_value(own, value, names)
+
+
+def _hold_objects(
+    session: Any, statement: Any, entity: Any, options: Mapping[str, Any], binds: Mapping[str, Any]
+) -> Any:
+    """Hold an UPDATE or DELETE of the ORM's before it is executed, so that it changes no other tenant's objects."""
+    mapper: Mapper[Any] = entity.mapper
+    if not any(isinstance(each, Table) and str.lower(each.name) in used for each in mapper.tables):
+        return statement
+    arguments = {**binds, "mapper": mapper, "clause": statement}
+    blocks = attachment_of(session.get_bind(**arguments).dialect).blocks
+    if blocks is None:
+        return statement
+    connection = session.connection(bind_arguments=arguments)
+    merged = {**statement.get_execution_options(), **connection.get_execution_options(), **options}
+    tenant = whose(merged, connection, blocks)
+    if tenant is None:
+        return statement  # it is refused when it is executed
+    dml, database = (
+        upstream.inside(statement),
+        Database(connection.dialect, merged.get("schema_translate_map")),
+    )
+    for target in _written(dml, database):
+        names = _allowed(target.declared, tenant)
+        if names is not None:
+            dml = upstream.with_criterion(dml, _evaluated(session, entity, target, names))
+    return upstream.instead(statement, dml)
 
 
 # -- statements ------------------------------------------------------------------------------------------------------
@@ -241,6 +271,8 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, 
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
     given, written = None, list(_written(clause, database))
+    if written and not clause.is_insert:
+        clause = upstream.without_evaluated(clause)
     for target in written:
         names = _allowed(target.declared, tenant)
         if names is None:
@@ -308,6 +340,23 @@ def _held(target: _Target, names: tuple[str, ...]) -> Any:
     if not target.joins:
         return own
     return select(literal_column("1")).where(*target.joins, own).correlate(target.table).exists()
+
+
+def _evaluated(session: Any, entity: Any, target: _Target, names: tuple[str, ...]) -> Any:
+    """The same, which the ORM can evaluate, where it knows the tenant of each object in the session.
+
+    It would take an object whose tenant is not loaded for one of them, and else it fetches which rows they are.
+    """
+    held, mapper = _held(target, names), entity.mapper
+    try:
+        key = mapper.get_property_by_column(target.column).key
+    except UnmappedColumnError:
+        return upstream.Evaluated(held, held)
+    for state in session.identity_map.all_states():
+        if key not in state.dict and not state.expired and state.mapper.isa(mapper):
+            return upstream.Evaluated(held, held)
+    attribute = getattr(entity.entity, key)
+    return upstream.Evaluated(or_(*(attribute == _typed(target, name) for name in names)), held)
 
 
 def _same(target: _Target, column: Any, value: Any) -> Any:

@@ -14,10 +14,12 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
-from sqlalchemy.sql import sqltypes
+from sqlalchemy.sql import operators, sqltypes
+from sqlalchemy.sql.base import CompileState
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
     BinaryExpression,
@@ -53,12 +55,14 @@ from sqla_byok.orm.constructs import children, is_own
 __all__ = [
     "Call",
     "Enclosing",
+    "Evaluated",
     "FanOut",
     "Named",
     "Parts",
     "Steps",
     "Writing",
     "added_ctes",
+    "before_synchronizing",
     "beside",
     "bound_as",
     "case_counts",
@@ -134,6 +138,7 @@ __all__ = [
     "with_target",
     "with_values",
     "without_entity",
+    "without_evaluated",
     "writing",
     "written",
     "written_froms",
@@ -189,11 +194,15 @@ def tells_rows_apart(select: Any) -> bool:
     return bool(select._distinct_on or select._group_by_clauses or before_columns is not None)
 
 
-def traverse_too(name: str) -> Callable[[type[T]], type[T]]:
-    """Have SQLAlchemy know of a string that a subclass of an expression holds, as part of its cache key."""
+def traverse_too(name: str, *, expression: bool = False) -> Callable[[type[T]], type[T]]:
+    """Have SQLAlchemy know of what a subclass of an expression holds, as part of its cache key.
+
+    :param expression: it is one too, and not a string.
+    """
 
     def more(cls: Any) -> Any:
-        field = [(name, InternalTraversal.dp_string)]
+        kind = InternalTraversal.dp_clauseelement if expression else InternalTraversal.dp_string
+        field = [(name, kind)]
         cls._traverse_internals = cls._traverse_internals + field
         cls._cache_key_traversal = cls._cache_key_traversal + field
         return cls
@@ -462,9 +471,74 @@ def _expression(value: Any, type_: Any) -> Any:
 def with_criterion(dml: Any, criterion: Any) -> Any:
     """A copy of an UPDATE or DELETE that reaches only rows of which this is true, whatever text its WHERE is of."""
     given = dml._where_criteria
+    if (
+        given
+        and not isinstance(given[-1], Evaluated)
+        and not (len(given) == 1 and type(given[0]) is Grouping)
+    ):
+        given = (Grouping(and_(*given)),)
     new = dml._generate()
-    new._where_criteria = (*((Grouping(and_(*given)),) if given else ()), criterion)
+    new._where_criteria = (*given, criterion)
     return new
+
+
+@traverse_too("sent", expression=True)
+class Evaluated(Grouping[Any]):
+    """A criterion that the ORM evaluates in Python in another form than the database does.
+
+    :param element: the one that is evaluated.
+    :param sent: the one that is sent.
+    """
+
+    inherit_cache = True
+
+    def __init__(self, element: Any, sent: Any) -> None:
+        super().__init__(element)
+        self.sent = sent.self_group(against=operators.and_)
+
+    @property
+    def _from_objects(self) -> Any:
+        return self.sent._from_objects
+
+
+@compiles(Evaluated)
+def _compile_evaluated(element: Evaluated, compiler: Any, **kwargs: Any) -> Any:
+    return compiler.process(element.sent, **kwargs)
+
+
+def without_evaluated(dml: Any) -> Any:
+    """The same UPDATE or DELETE without such criteria."""
+    given = dml._where_criteria
+    kept = tuple(one for one in given if not isinstance(one, Evaluated))
+    if len(kept) == len(given):
+        return dml
+    new = dml._generate()
+    new._where_criteria = kept
+    return new
+
+
+def before_synchronizing(hold: Callable[[Any, Any, Any, Mapping[str, Any], Mapping[str, Any]], Any]) -> None:
+    """Have the ORM's UPDATE and DELETE pass a function before it looks which objects of the session they reach.
+
+    The session's own event would have SQLAlchemy prepare each SELECT twice.
+
+    :param hold: is given the session, the statement, its class or alias, its execution options and what its connection
+        is found by; returns the statement in its place.
+    """
+    for kind in ("update", "delete"):
+        plain: Any = CompileState.plugins["orm", kind]
+
+        class Held(plain):  # type: ignore[misc]
+            @classmethod
+            def orm_pre_session_exec(
+                cls, session: Any, statement: Any, params: Any, options: Any, binds: Any, is_pre_event: bool
+            ) -> Any:
+                entity = inside(statement).table._annotations.get("parententity")
+                if entity is not None and not is_pre_event and not isinstance(params, list):
+                    statement = hold(session, statement, entity, options, binds)
+                return super().orm_pre_session_exec(session, statement, params, options, binds, is_pre_event)
+
+        CompileState.plugin_for("orm", kind)(Held)
 
 
 def dml_within(compiled: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,26 +11,32 @@ from sqlalchemy import (
     CHAR,
     Column,
     Engine,
+    ForeignKey,
     Integer,
     MetaData,
     String,
     Table,
     Uuid,
     bindparam,
+    create_engine,
     delete,
     event,
     func,
     insert,
+    lambda_stmt,
+    or_,
     select,
     table,
+    text,
     update,
 )
 from sqlalchemy import column as light_column
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, load_only, mapped_column
 
-from sqla_byok import Byok, LocalKms, TenantMismatchError, UnsupportedQueryError
+from sqla_byok import Byok, LocalKms, NoTenantError, TenantMismatchError, UnsupportedQueryError
 
 NAMES: list[str] = []
 """What the default and the onupdate give, one after the other; then t1."""
@@ -371,3 +377,245 @@ def test_an_index_on_the_column_is_still_used(
             statement, parameters = sent[0]
             plan = connection.exec_driver_sql(explain + statement, parameters).all()
             assert "r_alike_org" in str(plan), plan
+
+
+# -- the session's objects ---------------------------------------------------------------------------------------------
+
+
+class Cases(DeclarativeBase):
+    pass
+
+
+class Case(Cases):
+    __tablename__ = "r_case"
+    __byok_tenant__ = "owner"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column("org_id", String(20))
+    note: Mapped[str | None] = mapped_column(String(20))
+    kind: Mapped[str] = mapped_column(String(10), default="case")
+    __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "case"}  # noqa: RUF012
+
+
+class Urgent(Case):
+    """In the same table."""
+
+    __mapper_args__ = {"polymorphic_identity": "urgent"}  # noqa: RUF012
+
+
+class Appeal(Case):
+    """In a table of its own."""
+
+    __tablename__ = "r_appeal"
+    number: Mapped[int] = mapped_column("id", ForeignKey("r_case.id"), primary_key=True)
+    court: Mapped[str | None] = mapped_column(String(20))
+    __mapper_args__ = {"polymorphic_identity": "appeal"}  # noqa: RUF012
+
+
+VALUE = {Case: "note", Urgent: "note", Appeal: "court"}
+LAMBDAS: dict[Any, Callable[[], Any]] = {
+    Case: lambda: update(Case).values(note="new"),
+    Urgent: lambda: update(Urgent).values(note="new"),
+    Appeal: lambda: update(Appeal).values(court="new"),
+}
+SYNC = ["auto", "evaluate", "fetch", None]
+
+
+@pytest.fixture
+def cases(byok: Byok, engine: Engine) -> Engine:
+    """The engine, with a case of each kind of each tenant."""
+    Cases.metadata.create_all(engine)
+    for number, tenant in enumerate(("t1", "t2")):
+        with byok.session(tenant, engine) as session:
+            for place, cls in enumerate(VALUE, 1):
+                session.add(cls(id=10 * number + place, owner=tenant, **{"note": "old", VALUE[cls]: "old"}))
+            session.commit()
+    return engine
+
+
+def _options(sync: str | None) -> dict[str, Any]:
+    return {} if sync is None else {"synchronize_session": sync}
+
+
+def _changed(session: Session, cls: Any, way: str, sync: str | None) -> Any:
+    """An UPDATE of all the objects of a class, in one of the ways that the ORM has."""
+    value, options = {VALUE[cls]: "new"}, _options(sync)
+    id_ = getattr(cls, "number", cls.id)  # of its own table
+    if way == "query":
+        return session.query(cls).update(value, synchronize_session=sync or "auto")  # type: ignore[arg-type]
+    statement: Any = update(cls).values(**value)
+    if way == "where":
+        statement = statement.where(id_ >= 0, id_ < 99)
+    elif way == "or":
+        statement = statement.where(or_(id_ >= 0, id_ < 0))
+    elif way == "lambda":
+        statement = lambda_stmt(LAMBDAS[cls])
+    elif way == "spoiled lambda":
+        statement = lambda_stmt(LAMBDAS[cls]).spoil()
+    return session.execute(statement, execution_options=options)
+
+
+@pytest.mark.parametrize("cls", VALUE)
+@pytest.mark.parametrize("sync", SYNC)
+@pytest.mark.parametrize("way", ["plain", "where", "or", "query", "lambda", "spoiled lambda"])
+def test_an_update_changes_no_other_tenants_objects(
+    byok: Byok, cases: Engine, cls: Any, sync: str | None, way: str
+) -> None:
+    """What the ORM changes in the session is what the database has changed."""
+    with byok.session("t1", cases) as session:
+        found = session.scalars(select(cls).order_by(cls.id)).all()
+        assert {one.owner for one in found} == {"t1", "t2"}
+        _changed(session, cls, way, sync)
+        seen = {one.id: (one.owner, getattr(one, VALUE[cls])) for one in found}
+        assert not session.dirty
+        session.expire_all()
+        stored = {one.id: (one.owner, getattr(one, VALUE[cls])) for one in session.scalars(select(cls))}
+        assert seen == stored
+        assert set(seen.values()) == {("t1", "new"), ("t2", "old")}
+
+
+@pytest.mark.filterwarnings("ignore:DELETE statement on table")
+@pytest.mark.parametrize("cls", [Case, Urgent])
+@pytest.mark.parametrize("sync", SYNC)
+def test_a_delete_removes_no_other_tenants_objects(
+    byok: Byok, cases: Engine, cls: Any, sync: str | None
+) -> None:
+    """An object whose row is there is still the session's."""
+    with byok.sealed(actor="ada", reason="ticket 4711"), Session(cases) as session:
+        session.execute(delete(Appeal))
+        session.commit()
+    with byok.session("t1", cases) as session:
+        found = session.scalars(select(cls)).all()
+        session.execute(delete(cls), execution_options=_options(sync))
+        assert {one.owner for one in found if one in session} == {"t2"}
+        assert session.scalars(select(cls.id)).all() == [one.id for one in found if one in session]
+
+
+def test_an_object_whose_tenant_is_not_loaded_is_not_guessed_at(byok: Byok, cases: Engine) -> None:
+    """SQLAlchemy's evaluation would change it; the rows are fetched instead, as they are for a criterion in text."""
+    evaluate: Any = {"synchronize_session": "evaluate"}
+    with byok.session("t1", cases) as session:
+        partly = select(Case).options(load_only(Case.note)).where(Case.kind == "case").order_by(Case.id)
+        mine, theirs = session.scalars(partly)
+        with pytest.raises(InvalidRequestError, match="Could not evaluate"):
+            session.execute(update(Case).values(note="x"), execution_options=evaluate)
+        session.execute(update(Case).values(note="new"))
+        assert (mine.note, theirs.note) == ("new", "old")
+        assert (mine.owner, theirs.owner) == ("t1", "t2")
+        session.execute(update(Case).where(text("id = 1 OR id = 11")).values(note="newer"))
+        assert (mine.note, theirs.note) == ("newer", "old")
+        session.execute(update(Case).values(note="newest"), execution_options=evaluate)
+        assert (mine.note, theirs.note) == ("newest", "old")
+        session.expire(theirs, ["owner"])
+        session.expire(mine, ["owner"])
+        session.execute(update(Case).values(note="last"))
+        assert (mine.note, theirs.note) == ("last", "old")
+
+
+@pytest.mark.parametrize("type_", [Integer(), Uuid()], ids=["Integer", "Uuid"])
+@pytest.mark.parametrize("sync", ["auto", "evaluate", "fetch"])
+def test_objects_of_tenants_that_are_numbers_or_uuids(
+    byok: Byok, engine: Engine, type_: Any, sync: str
+) -> None:
+    """Their values are compared, and not their names."""
+
+    class Numbers(DeclarativeBase):
+        pass
+
+    class Number(Numbers):
+        __tablename__ = "r_number"
+        __byok_tenant__ = "org"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        org: Mapped[Any] = mapped_column(type_)
+        note: Mapped[str | None] = mapped_column(String(20))
+
+    Numbers.metadata.create_all(engine)
+    both = (7, 8) if isinstance(type_, Integer) else (UUID(int=7), UUID(int=8))
+    for number, tenant in enumerate(both, 1):
+        with Session(engine.execution_options(byok_tenant=str(tenant))) as session:
+            session.add(Number(id=number, org=tenant, note="old"))
+            session.commit()
+    with Session(engine.execution_options(byok_tenant=str(both[0]))) as session:
+        for options in ([], [load_only(Number.note)]):
+            if options and sync == "evaluate":
+                continue
+            session.expunge_all()
+            found = session.scalars(select(Number).order_by(Number.id).options(*options)).all()
+            session.execute(update(Number).values(note="new"), execution_options=_options(sync))
+            assert [one.note for one in found] == ["new", "old"]
+
+
+@pytest.mark.parametrize("sync", SYNC)
+def test_several_tenants_and_none_synchronize_too(byok: Byok, cases: Engine, sync: str | None) -> None:
+    """In across() the objects of those that are named are changed, in sealed() all, without a tenant none."""
+    options = _options(sync)
+    with Session(cases) as session:
+        found = session.scalars(select(Case).where(Case.kind == "case").order_by(Case.id)).all()
+        for blocks, notes in (
+            (byok.across(["t1", "t2"], actor="ada", reason="ticket 4711"), ["new", "new"]),
+            (byok.sealed(actor="ada", reason="ticket 4711"), ["new", "new"]),
+        ):
+            with blocks:
+                session.execute(update(Case).values(note="new"), execution_options=options)
+                assert [one.note for one in found] == notes
+            session.rollback()
+        with pytest.raises(NoTenantError):
+            session.execute(update(Case).values(note="new"), execution_options=options)
+        assert [one.note for one in found] == ["old", "old"]
+        session.execute(update(Case).values(note="new"), execution_options={**options, "byok_tenant": "t2"})
+        assert [one.note for one in found] == ["old", "new"]
+
+
+@pytest.mark.parametrize("sync_url", ["mariadb"], indirect=True)
+@pytest.mark.parametrize("sync", SYNC)
+def test_objects_are_compared_exactly_too(engine: Engine, byok: Byok, sync: str | None) -> None:
+    """Where the objects are fetched by a SELECT, the collation has no say in it either."""
+    Cases.metadata.create_all(engine)
+    for number, tenant in enumerate(ALIKE, 1):
+        with Session(engine.execution_options(byok_tenant=tenant)) as session:
+            session.add(Case(id=number, owner=tenant, note="old"))
+            session.commit()
+    with Session(engine.execution_options(byok_tenant="ACME")) as session:
+        found = session.scalars(select(Case).order_by(Case.id)).all()
+        session.execute(update(Case).values(note="new"), execution_options=_options(sync))
+        assert [one.note for one in found] == ["old", "new", "old", "old"]
+
+
+def test_what_belongs_to_no_tenant_synchronizes_as_ever(byok: Byok, engine: Engine, tmp_path: Any) -> None:
+    """A class without such a column needs no tenant; an engine without a Byok knows of none."""
+    Cases.metadata.create_all(engine)
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        desk = Desk(id=1, note="old")
+        session.add(desk)
+        session.flush()
+        session.execute(update(Desk).values(note="new"))
+        assert desk.note == "new"
+    plain = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
+    Cases.metadata.create_all(plain)
+    with Session(plain) as session:
+        both = [Case(id=number, owner=f"t{number}", note="old") for number in (1, 2)]
+        session.add_all(both)
+        session.flush()
+        session.execute(update(Case).values(note="new"))
+        assert [one.note for one in both] == ["new", "new"]
+        session.execute(delete(Case))
+        assert not any(one in session for one in both)
+    plain.dispose()
+
+
+async def test_objects_are_left_alone_under_asyncio(abyok: Byok, async_engine: AsyncEngine) -> None:
+    """The same where the session works in a greenlet."""
+    async with async_engine.begin() as connection:
+        await connection.run_sync(Cases.metadata.create_all)
+    for number, tenant in enumerate(("t1", "t2"), 1):
+        async with abyok.asession(tenant, async_engine) as session:
+            session.add(Case(id=number, owner=tenant, note="old"))
+            await session.commit()
+    async with abyok.asession("t1", async_engine, expire_on_commit=False) as session:
+        found = (await session.scalars(select(Case).order_by(Case.id))).all()
+        for sync in SYNC:
+            await session.execute(update(Case).values(note=f"by {sync}"), execution_options=_options(sync))
+            await session.commit()
+            for one in found:
+                await session.refresh(one)
+            assert [one.note for one in found] == [f"by {sync}", "old"]

@@ -27,12 +27,16 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     bindparam,
+    column,
     create_engine,
+    delete,
     event,
     func,
     insert,
+    inspect,
     lambda_stmt,
     literal,
+    or_,
     select,
     text,
     union_all,
@@ -43,6 +47,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SADeprecationWarning
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, aliased, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.sql.base import CompileState
 from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.types import TypeDecorator
 
@@ -858,3 +863,47 @@ def test_what_a_default_gives_has_a_parameter_of_its_own() -> None:
     assert set(rows.params) >= {"o", "o_m2"}
     assert upstream.prefetched(update(made).values(id=1).compile()) == [(made.c.o, "o")]
     assert upstream.prefetched(select(made).compile()) == []
+
+
+def test_the_orm_shows_its_dml_before_it_synchronizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`CompileState.plugins`: what is put into an UPDATE or DELETE there is evaluated, sent, and taken out again."""
+    monkeypatch.setattr(CompileState, "plugins", dict(CompileState.plugins))
+    seen: list[Any] = []
+
+    def hold(session: Any, statement: Any, entity: Any, options: Any, binds: Any) -> Any:
+        seen.append((entity, dict(options).get("marked")))
+        return upstream.with_criterion(
+            statement, upstream.Evaluated(Animal.name == "x", or_(column("name") == "x", column("id") == 0))
+        )
+
+    upstream.before_synchronizing(hold)
+    engine = create_engine("sqlite://")
+    sent: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda c, cursor, text, *_: sent.append(text))
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        both = [Animal(id=id_, name=name) for id_, name in ((1, "x"), (2, "y"))]
+        session.add_all(both)
+        session.flush()
+        session.execute(update(Animal).values(name="z"), execution_options={"marked": 1})
+        assert [one.name for one in both] == ["z", "y"]
+        assert sent[-1].endswith("WHERE (name = ? OR id = ?)")
+        session.execute(update(Animal), [{"id": 1, "name": "x"}])  # by key: nothing to put in
+        session.execute(update(Animal.__table__).values(name="x"))
+        session.execute(delete(Animal).where(Animal.id > 1))
+        assert sent[-1].endswith("WHERE (animal.id > ?) AND (name = ? OR id = ?)")
+        session.scalars(select(Animal)).all()
+    engine.dispose()
+    assert seen == [(inspect(Animal), 1), (inspect(Animal), None)]
+    held = hold(None, update(Animal).where(Animal.id == 1), None, {}, {})
+    bare = upstream.without_evaluated(held)
+    assert str(bare).endswith("WHERE (animal.id = :id_1)")
+    assert upstream.without_evaluated(bare) is bare
+    assert str(upstream.with_criterion(bare, Animal.id == 2)).endswith(
+        "WHERE (animal.id = :id_1) AND animal.id = :id_2"
+    )
+    keys = [
+        upstream.Evaluated(column("a") == 1, column(name) == 1)._generate_cache_key().key  # type: ignore[union-attr]
+        for name in ("b", "b", "c")
+    ]
+    assert keys[0] == keys[1] != keys[2]
