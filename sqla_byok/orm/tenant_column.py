@@ -9,7 +9,7 @@ or elsewhere, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
@@ -171,12 +171,12 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         key = _key_of(table)
         if key is None:
             continue
-        names, own = _allowed(table, tenant), _Target.of(table, key, connection.dialect)
-        history = inspect(target).attrs[mapper.get_property_by_column(own.column).key].load_history()
+        names = _allowed(table, tenant)
+        history = inspect(target).attrs[mapper.get_property_by_column(table.c[key]).key].load_history()
         # What it was is checked too: an object is not taken over by renaming its owner.
         for value in (*history.added, *history.unchanged, *history.deleted):
             if names is not None and (value is not None or inspect(target).persistent):
-                _check_value(own, value, names)
+                _check_value(table.c[key], value, names)
 
 
 def _hold_objects(
@@ -200,7 +200,7 @@ def _hold_objects(
         Database(connection.dialect, merged.get("schema_translate_map")),
     )
     for target in _written(dml, database):
-        names = _allowed(target.declared, tenant)
+        names = _names(target, tenant)
         if names is not None:
             dml = upstream.with_criterion(dml, _evaluated(session, entity, target, names))
     return upstream.instead(statement, dml)
@@ -240,15 +240,6 @@ class _Target(NamedTuple):
     dialect: Any
     joins: tuple[Any, ...] = ()  # what leads to the declared table from that of a subclass
 
-    @classmethod
-    def of(cls, table: Any, key: str, dialect: Any) -> _Target:
-        """A table that was declared, or an alias of one."""
-        declared: Any = table
-        while isinstance(declared, Alias):
-            declared = declared.element
-        declared = upstream.plain_table(declared)
-        return cls(table, declared, table.c[key], declared, dialect)
-
     @property
     def inherits(self) -> bool:
         """Whether its rows are whose the rows of another table are."""
@@ -274,7 +265,7 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, 
     if written and not clause.is_insert:
         clause = upstream.without_evaluated(clause)
     for target in written:
-        names = _allowed(target.declared, tenant)
+        names = _names(target, tenant)
         if names is None:
             continue
         if not clause.is_delete:
@@ -295,7 +286,7 @@ def hold_conflicts(clause: Any, tenant: Whose | None, database: Database) -> Any
     if not conflicts:
         return clause
     for target in _written(clause, database):
-        names = _allowed(target.declared, tenant)
+        names = _names(target, tenant)
         if names is not None:
             if target.inherits:  # what an INSERT has within sees nothing of the row that is there
                 if any(upstream.conflict_values(each) for each in conflicts):
@@ -328,21 +319,21 @@ def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
             )
 
 
-def _held(target: _Target, names: tuple[str, ...]) -> Any:
+def _held(target: _Target, names: Mapping[str, Any]) -> Any:
     """True of the tenants' own rows."""
     if target.column is None:
         raise UnsupportedQueryError(
             f"{target.known.fullname}: it is a copy of a subclass's table, and whose its rows are cannot be found from "
             "it; use the table of the class itself"
         )
-    values = (literal(_typed(target, name), target.type) for name in names)
+    values = (literal(value, target.type) for value in names.values())
     own = or_(*(_same(target, target.column, value) for value in values))
     if not target.joins:
         return own
     return select(literal_column("1")).where(*target.joins, own).correlate(target.table).exists()
 
 
-def _evaluated(session: Any, entity: Any, target: _Target, names: tuple[str, ...]) -> Any:
+def _evaluated(session: Any, entity: Any, target: _Target, names: Mapping[str, Any]) -> Any:
     """The same, which the ORM can evaluate, where it knows the tenant of each object in the session.
 
     It would take an object whose tenant is not loaded for one of them, and else it fetches which rows they are.
@@ -356,7 +347,7 @@ def _evaluated(session: Any, entity: Any, target: _Target, names: tuple[str, ...
         if key not in state.dict and not state.expired and state.mapper.isa(mapper):
             return upstream.Evaluated(held, held)
     attribute = getattr(entity.entity, key)
-    return upstream.Evaluated(or_(*(attribute == _typed(target, name) for name in names)), held)
+    return upstream.Evaluated(or_(*(attribute == value for value in names.values())), held)
 
 
 def _same(target: _Target, column: Any, value: Any) -> Any:
@@ -414,7 +405,8 @@ def _target(table: Any, database: Database) -> _Target | None:
         return None
     key = _key_of(inner)
     if key is not None:
-        return _Target.of(table, key, database.dialect)
+        declared = upstream.plain_table(inner)  # type: ignore[arg-type]  # a Table
+        return _Target(table, declared, table.c[key], declared, database.dialect)
     known = _known_as(inner, database)
     if known is None:
         return None
@@ -525,7 +517,7 @@ _ABSENT = object()
 
 
 def _check_given(
-    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
+    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: Collection[str]
 ) -> None:
     column = target.column
     default = getattr(column, "default" if clause.is_insert else "onupdate", None)
@@ -534,16 +526,16 @@ def _check_given(
     for row in given:
         value = row.get(column.key, _ABSENT)
         if value is not _ABSENT:
-            _check_value(target, _plain(column, value), names)
+            _check_value(column, _plain(column, value), names)
         elif default is not None and (default.is_clause_element or default.is_sequence):
             _unknown(column, "its default or onupdate sets it to")  # of another object of the table's name
         elif clause.is_insert and default is None:
-            _check_value(target, None, names)
+            _check_value(column, None, names)
     for conflict in upstream.conflicts(clause):
         for key, value in upstream.conflict_values(conflict):
             same = isinstance(value, ColumnClause) and value.key == column.key  # as it is, or excluded
             if getattr(key, "key", key) == column.key and not same:
-                _check_value(target, _plain(column, value), names)
+                _check_value(column, _plain(column, value), names)
 
 
 def _plain(column: Any, value: Any) -> Any:
@@ -669,10 +661,10 @@ def check_defaults(context: Any, tenant: Whose | None) -> None:
     """
     database = Database(context.dialect, context.execution_options.get("schema_translate_map"))
     for target, parameter in _defaults(context.compiled, database):
-        names = _allowed(target.declared, tenant)
+        names = _names(target, tenant)
         if names is not None:
             for row in context.compiled_parameters:
-                _check_value(target, row.get(parameter), names)
+                _check_value(target.column, row.get(parameter), names)
 
 
 # -- one value -------------------------------------------------------------------------------------------------------
@@ -690,18 +682,36 @@ def _allowed(table: Any, tenant: Whose | None) -> tuple[str, ...] | None:
     return tenant.names if isinstance(tenant, Across) else (str(tenant),)
 
 
-def _check_value(target: _Target, value: Any, names: tuple[str, ...]) -> None:
-    column = target.column
-    if value is not None and str(value) in names:
-        _typed(target, str(value))
-        return
-    tenant = names[0] if len(names) == 1 else shown(Across(names))
+def _names(target: _Target, tenant: Whose | None) -> Mapping[str, Any] | None:
+    """The same, with their names as values of the column.
+
+    :raises TenantMismatchError: it would not give the name back, so that two tenants could share their rows.
+    """
+    names = _allowed(target.declared, tenant)
+    if names is None or target.column is None:
+        return None if names is None else dict.fromkeys(names)
+    found = {name: value for name in names if (value := _typed(target, name)) is not None}
+    if found:
+        return found
     raise TenantMismatchError(
-        f"{column}: a row of {'no tenant' if value is None else f'tenant {str(value)!r}'} would be written for tenant "
-        f"{tenant!r}; set {column.key} to the tenant whose the row is, and write it for that tenant",
-        tenant=tenant,
-        owner=None if value is None else str(value),
+        f"{target.column}: it holds no tenant of the name {names[0]!r}, which {target.type!r} would not give back as "
+        "it is; declare a column that does, such as String, or give the tenant the name that comes back",
+        tenant=names[0],
     )
+
+
+def _typed(target: _Target, name: str) -> Any:
+    """A tenant's name as a value of the column; None where the name would not come back."""
+    type_ = target.type
+    try:
+        value = _kind(type_)(name)
+    except ValueError:
+        return None
+    here = upstream.variants(type_).get(target.dialect.name, type_)
+    cut = name.endswith(" ") and isinstance(here, CHAR | NCHAR)  # which are filled up with spaces
+    if cut or str(value) != name:
+        return None
+    return value if getattr(type_, "as_uuid", True) else name
 
 
 def _kind(type_: Any) -> type[Any]:
@@ -709,22 +719,13 @@ def _kind(type_: Any) -> type[Any]:
     return UUID if isinstance(type_, Uuid) else _python_type(type_) or str
 
 
-def _typed(target: _Target, name: str) -> Any:
-    """A tenant's name as a value of the column.
-
-    :raises TenantMismatchError: the column would not give the name back, so that two tenants could share their rows.
-    """
-    type_ = target.type
-    try:
-        value = _kind(type_)(name)
-    except ValueError:
-        value = None
-    here = upstream.variants(type_).get(target.dialect.name, type_)
-    cut = name.endswith(" ") and isinstance(here, CHAR | NCHAR)  # which are filled up with spaces
-    if value is not None and str(value) == name and not cut:
-        return value if getattr(type_, "as_uuid", True) else name
+def _check_value(column: Any, value: Any, names: Collection[str]) -> None:
+    if value is not None and str(value) in names:
+        return
+    tenant = next(iter(names)) if len(names) == 1 else shown(Across(tuple(names)))
     raise TenantMismatchError(
-        f"{target.column}: it holds no tenant of the name {name!r}, which {type_!r} would not give back as it is; "
-        "declare a column that does, such as String, or give the tenant the name that comes back",
-        tenant=name,
+        f"{column}: a row of {'no tenant' if value is None else f'tenant {str(value)!r}'} would be written for tenant "
+        f"{tenant!r}; set {column.key} to the tenant whose the row is, and write it for that tenant",
+        tenant=tenant,
+        owner=None if value is None else str(value),
     )

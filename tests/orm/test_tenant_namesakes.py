@@ -164,6 +164,31 @@ def test_an_upsert_of_a_subclass_by_another_object_is_refused(byok: Byok, owls: 
     assert tunes(owls) == {1: "hoo", 2: "hoo"}
 
 
+@pytest.mark.parametrize("sync_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("kind", ["table()", "reflected", "a copy", "a copy of all"])
+def test_within_another_statement_a_subclass_is_refused_by_another_object(
+    byok: Byok, owls: Engine, kind: str
+) -> None:
+    """In a CTE it cannot be held, by whatever object its table is named."""
+    owl = OBJECTS[kind](owls)
+    gone = select(delete(owl).returning(owl.c.id).cte())
+    with byok.session("t1", owls) as session, pytest.raises(UnsupportedQueryError, match="of its own"):
+        session.execute(gone)
+    with Session(owls) as session, pytest.raises(NoTenantError):
+        session.execute(gone)
+    assert tunes(owls) == {1: "hoo", 2: "hoo"}
+
+
+@pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("kind", ["table()", "reflected", "a copy", "a copy of all"])
+def test_replace_of_a_subclass_by_another_object_is_refused(byok: Byok, owls: Engine, kind: str) -> None:
+    """It would delete another tenant's row of the same key."""
+    replaced = insert(OBJECTS[kind](owls)).prefix_with("OR REPLACE").values(id=2)
+    with byok.session("t1", owls) as session, pytest.raises(UnsupportedQueryError, match="REPLACE"):
+        session.execute(replaced)
+    assert tunes(owls) == {1: "hoo", 2: "hoo"}
+
+
 @pytest.mark.parametrize("options", [{"name": "n_moved"}, {"schema": "n_elsewhere"}])
 def test_a_copy_of_a_subclass_that_was_moved_is_refused(
     byok: Byok, owls: Engine, options: dict[str, Any]

@@ -251,6 +251,25 @@ def test_a_name_that_the_column_does_not_keep_is_refused(
         assert connection.execute(delete(visit)).rowcount == 1
 
 
+def test_among_several_tenants_such_a_name_has_no_rows(
+    byok: Byok, local_kms: LocalKms, engine: Engine
+) -> None:
+    """In across() those that the column can name are held to theirs, and the others reach nothing."""
+    key = Column("id", Integer, primary_key=True)
+    visit = Table("r_visit", MetaData(), key, Column("org", Integer), info={"byok_tenant": "org"})
+    visit.create(engine)
+    for tenant in ("7", "07", "8"):
+        byok.onboard(tenant, local_kms)
+    who = {"actor": "ada", "reason": "ticket 4711"}
+    with byok.across(["7", "07", "t1", "8"], **who), engine.begin() as connection:
+        connection.execute(insert(visit), [{"id": 1, "org": 7}, {"id": 2, "org": 8}])
+        assert connection.execute(update(visit).values(id=visit.c.id + 10)).rowcount == 2
+        with pytest.raises(TenantMismatchError):
+            connection.execute(insert(visit).values(id=3, org="07"))
+    with byok.across(["07", "t1"], **who), engine.begin() as connection, pytest.raises(TenantMismatchError):
+        connection.execute(delete(visit))
+
+
 # -- names that a collation takes for one ------------------------------------------------------------------------------
 
 ALIKE = ("acme", "ACME", "acm\u00e9", "acme ")
