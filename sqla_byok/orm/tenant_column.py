@@ -9,7 +9,7 @@ or elsewhere, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
@@ -19,17 +19,13 @@ from sqlalchemy import (
     CHAR,
     NCHAR,
     Alias,
+    Boolean,
     Column,
     Join,
-    LargeBinary,
     PrimaryKeyConstraint,
     Table,
-    Text,
     UniqueConstraint,
     Uuid,
-    and_,
-    cast,
-    collate,
     event,
     inspect,
     literal,
@@ -37,10 +33,11 @@ from sqlalchemy import (
     or_,
     select,
 )
-from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.exc import UnmappedColumnError
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.selectable import TableClause
 from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
@@ -351,27 +348,35 @@ def _evaluated(session: Any, entity: Any, target: _Target, names: Mapping[str, A
 
 
 def _same(target: _Target, column: Any, value: Any) -> Any:
-    """True where a column has this value, and not one that its collation takes for equal.
+    """True where a column has this value."""
+    if _kind(target.type) is not str:
+        return column == value
+    return Exactly(column, value, operators.eq, type_=Boolean())
 
-    The plain comparison beside it is for an index on the column.
+
+class Exactly(BinaryExpression[Any]):
+    """``column = value``, and not a value that the column's collation takes for equal.
+
+    The plain comparison is there for an index on the column.
     """
-    plain = column == value
-    exactly = _EXACTLY.get(target.dialect.name)
-    if exactly is None or _kind(target.type) is not str:
-        return plain
-    return and_(plain, exactly(column) == exactly(value))
+
+    inherit_cache = True
 
 
-def _bytes(text: Any) -> Any:
-    # In one character set, so that only the text decides; even a binary collation may pad what it compares.
-    return cast(cast(text, mysql.CHAR(charset="utf8mb4")), LargeBinary())
+@compiles(Exactly)
+def _compile_exactly(element: Exactly, compiler: Any, **kwargs: Any) -> str:
+    column, value = (compiler.process(side, **kwargs) for side in (element.left, element.right))
+    left, right = _EXACTLY.get(compiler.dialect.name, ("{}", "{}"))
+    return f"({column} = {value} AND {left.format(column)} = {right.format(value)})"
 
 
-_EXACTLY: dict[str, Callable[[Any], Any]] = {
-    "sqlite": lambda text: collate(text, "BINARY"),
-    "postgresql": lambda text: collate(cast(text, Text()), "C"),
-    "mysql": _bytes,
-    "mariadb": _bytes,
+# In one character set and as bytes, since even MySQL's binary collations take what is filled up with spaces for equal.
+_BYTES = "CAST(CAST({} AS CHAR CHARACTER SET utf8mb4) AS BINARY)"
+_EXACTLY = {
+    "sqlite": ("{} COLLATE BINARY", "{}"),
+    "postgresql": ('CAST({} AS TEXT) COLLATE "C"', "CAST({} AS TEXT)"),
+    "mysql": (_BYTES, _BYTES),
+    "mariadb": (_BYTES, _BYTES),
 }
 
 
