@@ -226,16 +226,21 @@ class Database(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What a statement writes to, where its rows belong to tenants."""
+    """What a statement writes to, where its rows belong to tenants.
 
-    table: Any  # or an alias of it, or another object of its name
-    known: Table  # the table that was declared under the name
-    column: (
-        Any  # the tenant's, in the table; in joined inheritance in the declared one; None where nobody knows
-    )
-    declared: Table  # the table that was declared with it
+    :param table: the table, an alias of it, or another object of its name.
+    :param known: the table that was declared under the name.
+    :param column: the tenant's, in the table; in joined inheritance in the declared one; None where nobody knows.
+    :param declared: the table that was declared with it.
+    :param joins: what leads to the declared table from that of a subclass.
+    """
+
+    table: Any
+    known: Table
+    column: Any
+    declared: Table
     dialect: Any
-    joins: tuple[Any, ...] = ()  # what leads to the declared table from that of a subclass
+    joins: tuple[Any, ...] = ()
 
     @property
     def inherits(self) -> bool:
