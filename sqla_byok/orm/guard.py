@@ -376,7 +376,7 @@ class _Walk:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled, self._enclosing = compiled, upstream.Enclosing(compiled)
-        self._naming = Naming.of(compiled.dialect, compiled.schema_translate_map)
+        self._naming = Naming.of_compiled(compiled)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
         self.by_name = False  # a table was known by its name alone

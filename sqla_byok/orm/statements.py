@@ -34,6 +34,7 @@ from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
+from sqla_byok.orm.tenant_column import Database
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
@@ -97,15 +98,15 @@ class Statements:
             given = upstream.inside(given)
         if not getattr(given, "is_dml", False):
             return call
+        statement, rows, database = given, given_rows, None
         if tenant_column.used:
             refuse_overruled(call.clause.get_execution_options(), options, conn.get_execution_options())
-        statement, rows = given, given_rows
-        if tenant_column.used:
-            statement = tenant_column.check(statement, rows, tenant)
+            database = Database(conn.dialect, options.get("schema_translate_map"))
+            statement = tenant_column.check(statement, rows, tenant, database)
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
             statement, rows = filled
-        if tenant_column.used:
-            statement = tenant_column.hold_conflicts(statement, tenant)
+        if database is not None:
+            statement = tenant_column.hold_conflicts(statement, tenant, database)
         if statement is not given:
             clause = upstream.instead(call.clause, statement)
             return upstream.compiled_anew(conn, options, clause, rows)

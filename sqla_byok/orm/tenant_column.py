@@ -9,18 +9,23 @@ or elsewhere, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import (
+    CHAR,
+    NCHAR,
     Alias,
+    Boolean,
     Column,
     Join,
     PrimaryKeyConstraint,
     Table,
     UniqueConstraint,
+    Uuid,
     event,
     inspect,
     literal,
@@ -28,15 +33,18 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapper
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ClauseElement, ColumnClause, Null
 from sqlalchemy.sql.selectable import TableClause
-from sqlalchemy.sql.visitors import iterate
+from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
 from sqla_byok.orm.current import attachment_of
-from sqla_byok.orm.namesakes import Stored
+from sqla_byok.orm.namesakes import Naming, Stored
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.turns import Whose, shown, whose
@@ -44,6 +52,7 @@ from sqla_byok.orm.types import Encrypted
 
 __all__ = [
     "TENANT_COLUMN",
+    "Database",
     "TenantRows",
     "check",
     "check_compiled",
@@ -59,8 +68,9 @@ TENANT_COLUMN = "byok_tenant"
 """The key in a table's ``info`` that names its tenant's column, where no mapped class does by ``__byok_tenant__``."""
 
 used: dict[str, WeakSet[Table]] = {}
-"""The tables that have such a column, by name; empty for most applications, which then pay nothing."""
+"""The tables whose rows belong to tenants, by name; empty for most applications, which then pay nothing."""
 
+_HEIR = "byok_tenant_inherited"  # in the info of the table of a subclass, which copies of it carry along
 _columns: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of a Table
 # Of the table of a subclass in joined inheritance: its mapper, which leads to the table with the column.
 _heirs: WeakKeyDictionary[Any, ref[Mapper[Any]]] = WeakKeyDictionary()
@@ -87,9 +97,23 @@ def _class_mapped(mapper: Mapper[Any], cls: type[Any]) -> None:
         _declare(table, column, f"{cls.__name__}.__byok_tenant__", name)
     if any(_key_of(table) is not None for table in mapper.tables):
         if mapper.inherit_condition is not None and _key_of(mapper.local_table) is None:
-            _heirs[mapper.local_table] = ref(mapper)
+            _inherits(mapper)
         for when in ("before_insert", "before_update", "before_delete"):
             event.listen(cls, when, _check_object)
+
+
+def _inherits(mapper: Mapper[Any]) -> None:
+    table: Any = mapper.local_table
+    if isinstance(table, Table):
+        _heirs[table] = ref(mapper)
+        _use(table)
+        table.info[_HEIR] = True
+
+
+def _use(table: Table) -> None:
+    if not used:
+        upstream.before_synchronizing(_hold_objects)
+    used.setdefault(str.lower(table.name), WeakSet()).add(table)
 
 
 def _declare(table: Any, column: Any, where: str, name: str) -> None:
@@ -99,9 +123,9 @@ def _declare(table: Any, column: Any, where: str, name: str) -> None:
         raise DeclarationError(
             f"{where}: what the database sets {name!r} to cannot be checked; set it in Python"
         )
-    if _python_type(column) not in _NAMES or isinstance(column.type, Encrypted):
+    if _python_type(column.type) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
-    used.setdefault(table.name.lower(), WeakSet()).add(table)
+    _use(table)
     _columns[table] = column.key
     table.info[TENANT_COLUMN] = column.key  # copies of the table carry it along
 
@@ -130,9 +154,9 @@ def tenant_key(table: Table) -> str | None:
     return _key_of(table)
 
 
-def _python_type(column: Any) -> type[Any] | None:
+def _python_type(type_: Any) -> type[Any] | None:
     try:
-        found: type[Any] = column.type.python_type
+        found: type[Any] = type_.python_type
     except NotImplementedError:
         return None
     return found
@@ -158,16 +182,76 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
                 _check_value(table.c[key], value, names)
 
 
+def _hold_objects(
+    session: Any, statement: Any, entity: Any, options: Mapping[str, Any], binds: Mapping[str, Any]
+) -> Any:
+    """Hold an UPDATE or DELETE of the ORM's before it is executed, so that it changes no other tenant's objects."""
+    mapper: Mapper[Any] = entity.mapper
+    if not any(isinstance(each, Table) and str.lower(each.name) in used for each in mapper.tables):
+        return statement
+    arguments = {**binds, "mapper": mapper, "clause": statement}
+    blocks = attachment_of(session.get_bind(**arguments).dialect).blocks
+    if blocks is None:
+        return statement
+    connection = session.connection(bind_arguments=arguments)
+    merged = {**statement.get_execution_options(), **connection.get_execution_options(), **options}
+    tenant = whose(merged, connection, blocks)
+    if tenant is None:
+        return statement  # it is refused when it is executed
+    dml, database = (
+        upstream.inside(statement),
+        Database(connection.dialect, merged.get("schema_translate_map")),
+    )
+    for target in _written(dml, database):
+        names = _names(target, tenant)
+        if names is not None:
+            dml = upstream.with_criterion(dml, _evaluated(session, entity, target, names))
+    return upstream.instead(statement, dml)
+
+
 # -- statements ------------------------------------------------------------------------------------------------------
 
 
-class _Target(NamedTuple):
-    """What a statement writes to, where its rows belong to tenants."""
+class Database(NamedTuple):
+    """Where a statement is executed.
 
-    table: Any  # or an alias of it
-    column: Any  # the tenant's, in it; in joined inheritance in the declared table
-    declared: Table  # the table that was declared with it
-    joins: tuple[Any, ...] = ()  # what leads to the declared table from that of a subclass
+    :param translated: its ``schema_translate_map``, if it has one.
+    :param compiled: the statement itself, where it is only known as it was compiled.
+    """
+
+    dialect: Any
+    translated: Mapping[str | None, str | None] | None = None
+    compiled: Any = None
+
+    @property
+    def naming(self) -> Naming:
+        """Which names are one in it."""
+        if self.compiled is not None:
+            return Naming.of_compiled(self.compiled)
+        return Naming.of(self.dialect, self.translated)
+
+
+class _Target(NamedTuple):
+    """What a statement writes to, where its rows belong to tenants.
+
+    :param table: the table, an alias of it, or another object of its name.
+    :param known: the table that was declared under the name.
+    :param column: the tenant's, in the table; in joined inheritance in the declared one; None where nobody knows.
+    :param declared: the table that was declared with it.
+    :param joins: what leads to the declared table from that of a subclass.
+    """
+
+    table: Any
+    known: Table
+    column: Any
+    declared: Table
+    dialect: Any
+    joins: tuple[Any, ...] = ()
+
+    @property
+    def inherits(self) -> bool:
+        """Whether its rows are whose the rows of another table are."""
+        return bool(self.joins) or self.column is None
 
     @property
     def type(self) -> Any:
@@ -175,7 +259,7 @@ class _Target(NamedTuple):
         return self.declared.c[_columns[self.declared]].type
 
 
-def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) -> Any:
+def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, database: Database) -> Any:
     """Check what an INSERT, UPDATE or DELETE sets a tenant's column to, and hold it to the tenant's rows.
 
     :param clause: the statement.
@@ -185,21 +269,23 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None) 
     :raises NoTenantError: if there is no tenant.
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
-    given, written = None, list(_written(clause))
+    given, written = None, list(_written(clause, database))
+    if written and not clause.is_insert:
+        clause = upstream.without_evaluated(clause)
     for target in written:
-        names = _allowed(target.declared, tenant)
+        names = _names(target, tenant)
         if names is None:
             continue
         if not clause.is_delete:
             given = given or list(_given(clause, rows))
-            if not target.joins:
+            if not target.inherits:
                 _check_given(clause, target, _own(clause, target, given), names)
         if not clause.is_insert:
             clause = upstream.with_criterion(clause, _held(target, names))
     return clause
 
 
-def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
+def hold_conflicts(clause: Any, tenant: Whose | None, database: Database) -> Any:
     """Hold what an upsert does on conflict to the tenant's rows.
 
     :param clause: an INSERT that was checked, and is complete otherwise.
@@ -207,15 +293,16 @@ def hold_conflicts(clause: Any, tenant: Whose | None) -> Any:
     conflicts = upstream.conflicts(clause)
     if not conflicts:
         return clause
-    for target in _written(clause):
-        names = _allowed(target.declared, tenant)
+    for target in _written(clause, database):
+        names = _names(target, tenant)
         if names is not None:
-            held = _held(target, names)
-            if target.joins:  # what an INSERT has within sees nothing of the row that is there
+            if target.inherits:  # what an INSERT has within sees nothing of the row that is there
                 if any(upstream.conflict_values(each) for each in conflicts):
                     _refuse_upsert(target)
                 continue
-            conflicts = [upstream.held_to(each, target.column, held) for each in conflicts]
+            held = _held(target, names)
+            same = partial(_same, target)
+            conflicts = [upstream.held_to(each, target.column, held, same) for each in conflicts]
             return upstream.with_conflicts(clause, conflicts)
     return clause
 
@@ -232,7 +319,7 @@ def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
     statement = upstream.inside(getattr(compiled, "statement", None))
     if not getattr(statement, "is_dml", False):
         return
-    for target in _written(statement):
+    for target in _written(statement, Database(compiled.dialect, compiled=compiled)):
         if _allowed(target.declared, tenant) is not None:
             raise UnsupportedQueryError(
                 f"{target.declared.fullname}: its rows belong to tenants, and a statement compiled beforehand cannot "
@@ -240,15 +327,71 @@ def refuse_compiled(compiled: Any, tenant: Whose | None) -> None:
             )
 
 
-def _held(target: _Target, names: tuple[str, ...]) -> Any:
+def _held(target: _Target, names: Mapping[str, Any]) -> Any:
     """True of the tenants' own rows."""
-    own = or_(*(target.column == literal(_typed(target, name), target.type) for name in names))
+    if target.column is None:
+        raise UnsupportedQueryError(
+            f"{target.known.fullname}: it is a copy of a subclass's table, and whose its rows are cannot be found from "
+            "it; use the table of the class itself"
+        )
+    values = (literal(value, target.type) for value in names.values())
+    own = or_(*(_same(target, target.column, value) for value in values))
     if not target.joins:
         return own
     return select(literal_column("1")).where(*target.joins, own).correlate(target.table).exists()
 
 
-def _written(clause: Any) -> Iterator[_Target]:
+def _evaluated(session: Any, entity: Any, target: _Target, names: Mapping[str, Any]) -> Any:
+    """The same, which the ORM can evaluate, where it knows the tenant of each object in the session.
+
+    It would take an object whose tenant is not loaded for one of them, and else it fetches which rows they are.
+    """
+    held, mapper = _held(target, names), entity.mapper
+    try:
+        key = mapper.get_property_by_column(target.column).key
+    except UnmappedColumnError:
+        return upstream.Evaluated(held, held)
+    for state in session.identity_map.all_states():
+        if key not in state.dict and not state.expired and state.mapper.isa(mapper):
+            return upstream.Evaluated(held, held)
+    attribute = getattr(entity.entity, key)
+    return upstream.Evaluated(or_(*(attribute == value for value in names.values())), held)
+
+
+def _same(target: _Target, column: Any, value: Any) -> Any:
+    """True where a column has this value."""
+    if _kind(target.type) is not str:
+        return column == value
+    return Exactly(column, value, operators.eq, type_=Boolean())
+
+
+class Exactly(BinaryExpression[Any]):
+    """``column = value``, and not a value that the column's collation takes for equal.
+
+    The plain comparison is there for an index on the column.
+    """
+
+    inherit_cache = True
+
+
+@compiles(Exactly)
+def _compile_exactly(element: Exactly, compiler: Any, **kwargs: Any) -> str:
+    column, value = (compiler.process(side, **kwargs) for side in (element.left, element.right))
+    left, right = _EXACTLY.get(compiler.dialect.name, ("{}", "{}"))
+    return f"({column} = {value} AND {left.format(column)} = {right.format(value)})"
+
+
+# In one character set and as bytes, since even MySQL's binary collations take what is filled up with spaces for equal.
+_BYTES = "CAST(CAST({} AS CHAR CHARACTER SET utf8mb4) AS BINARY)"
+_EXACTLY = {
+    "sqlite": ("{} COLLATE BINARY", "{}"),
+    "postgresql": ('CAST({} AS TEXT) COLLATE "C"', "CAST({} AS TEXT)"),
+    "mysql": (_BYTES, _BYTES),
+    "mariadb": (_BYTES, _BYTES),
+}
+
+
+def _written(clause: Any, database: Database) -> Iterator[_Target]:
     """What a statement writes to; MySQL's UPDATE of several tables sets columns of any of them."""
     table, one_of_several = upstream.target(clause)
     tables = list(_tables(table))
@@ -257,7 +400,7 @@ def _written(clause: Any) -> Iterator[_Target]:
             if other is not None and other not in tables:
                 tables.append(other)
     for one in tables:
-        target = _target(one)
+        target = _target(one, database)
         if target is not None:
             yield target
 
@@ -270,7 +413,7 @@ def _tables(table: Any) -> Iterator[Any]:
         yield table
 
 
-def _target(table: Any) -> _Target | None:
+def _target(table: Any, database: Database) -> _Target | None:
     inner = table
     while isinstance(inner, Alias):
         inner = inner.element
@@ -278,49 +421,69 @@ def _target(table: Any) -> _Target | None:
         return None
     key = _key_of(inner)
     if key is not None:
-        return _Target(table, table.c[key], upstream.plain_table(inner))  # type: ignore[arg-type]  # a Table
-    mapper = found() if (found := _heirs.get(inner)) is not None else None
-    if mapper is not None:
-        return _inherited(table, mapper)
-    declared = _known_as(inner)
-    if declared is None:
+        declared = upstream.plain_table(inner)  # type: ignore[arg-type]  # a Table
+        return _Target(table, declared, table.c[key], declared, database.dialect)
+    known = _known_as(inner, database)
+    if known is None:
         return None
-    name = declared.c[_columns[declared]].name
-    column = next((column for column in table.c if column.name == name), None)
-    if column is None:
-        column = ColumnClause(name)
-        column.table = table
-    return _Target(table, column, declared)
+    if known not in _columns:
+        return _inherited(table, known, database)
+    column = _column(table, known.c[_columns[known]].name, database)
+    return _Target(table, known, column, known, database.dialect)
 
 
-def _inherited(table: Any, mapper: Mapper[Any]) -> _Target | None:
-    """The table of a subclass in joined inheritance, or an alias of it: a row is whose the row is that it joins."""
+def _column(table: Any, name: str, database: Database) -> Any:
+    """A table's column by the name that it has in the database; table() need not have been given it."""
+    called = database.naming.column
+    found = next((column for column in table.c if called(column.name) == called(name)), None)
+    if found is None:
+        found = ColumnClause(name)
+        found.table = table
+    return found
+
+
+def _inherited(table: Any, known: Table, database: Database) -> _Target:
+    """The table of a subclass in joined inheritance, or what stands for it: a row is whose the row is that it joins."""
+
+    def its_own(element: Any, **_: Any) -> Any:
+        of = getattr(element, "table", None)
+        if isinstance(of, Table) and upstream.plain_table(of) is known:
+            return _column(table, element.name, database)
+        return None
+
     joins: list[Any] = []
-    above: Mapper[Any] | None = mapper
+    found = _heirs.get(known)
+    above = None if found is None else found()
     while above is not None:
         key = _key_of(above.local_table)
         if key is not None:
             declared: Any = above.local_table
-            return _Target(table, declared.c[key], declared, tuple(joins))
+            return _Target(table, known, declared.c[key], declared, database.dialect, tuple(joins))
         if above.inherit_condition is not None:
-            joins.append(upstream.in_alias(above.inherit_condition, table))
+            joins.append(replacement_traverse(above.inherit_condition, {}, its_own))
         above = above.inherits
-    return None
+    return _Target(table, known, None, known, database.dialect)
 
 
-def _known_as(table: Any) -> Table | None:
+def _known_as(table: Any, database: Database) -> Table | None:
     """The declared table of which another object has the name: table(), or a Table that was reflected.
 
-    A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word.
+    A Table among others with encrypted or tenants' columns is a model of its own, and taken at its word; but not one
+    among those of the model itself, nor a copy of a subclass's table.
     """
-    found = [one for one in used.get(table.name.lower(), ()) if _may_be(one.schema, table.schema)]
-    if not found or isinstance(table, Stored) or (isinstance(table, Table) and _is_model(table)):
+    if isinstance(table, Stored):
         return None
-    return found[0]
-
-
-def _may_be(schema: str | None, other: str | None) -> bool:
-    return schema is None or other is None or schema == other
+    if table in _heirs:
+        return upstream.plain_table(table)
+    named = used.get(str.lower(table.name))
+    inherits = isinstance(table, Table) and _HEIR in table.info
+    if not named:
+        return table if inherits else None
+    naming = database.naming
+    found = [one for one in tuple(named) if naming.same_table(one, table.name, table.schema)]
+    if isinstance(table, Table) and not inherits and _is_model(table):
+        found = [one for one in found if one.metadata is table.metadata]
+    return found[0] if found else table if inherits else None
 
 
 def _is_model(table: Table) -> bool:
@@ -372,15 +535,18 @@ _ABSENT = object()
 
 
 def _check_given(
-    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: tuple[str, ...]
+    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: Collection[str]
 ) -> None:
-    column, default = target.column, getattr(target.column, "default", None)
+    column = target.column
+    default = getattr(column, "default" if clause.is_insert else "onupdate", None)
     if column.key in upstream.select_names(clause):
         _unknown(column, "INSERT FROM SELECT sets it to")
     for row in given:
         value = row.get(column.key, _ABSENT)
         if value is not _ABSENT:
             _check_value(column, _plain(column, value), names)
+        elif default is not None and (default.is_clause_element or default.is_sequence):
+            _unknown(column, "its default or onupdate sets it to")  # of another object of the table's name
         elif clause.is_insert and default is None:
             _check_value(column, None, names)
     for conflict in upstream.conflicts(clause):
@@ -430,8 +596,11 @@ def rows_of(compiled: Any) -> TenantRows | None:
     if not used or not hasattr(compiled, "isinsert"):
         return None
     top = upstream.inside(compiled.statement)
+    database = Database(compiled.dialect, compiled=compiled)
     within = {
-        target.declared.fullname: None for dml in upstream.dml_within(compiled) for target in _written(dml)
+        target.declared.fullname: None
+        for dml in upstream.dml_within(compiled)
+        for target in _written(dml, database)
     }
     replaces: list[str] = []
     if getattr(top, "is_dml", False) and not top.is_delete:
@@ -439,10 +608,10 @@ def rows_of(compiled: Any) -> TenantRows | None:
         told = any(map(_REPLACE.search, upstream.prefixes(top, dialect))) or _REPLACE.match(compiled.string)
         replaces = [
             target.declared.fullname
-            for target in _written(top)
+            for target in _written(top, database)
             if told or (dialect == "sqlite" and _replaces(target))
         ]
-    defaults = _default(compiled) is not None
+    defaults = bool(_defaults(compiled, database))
     return TenantRows(tuple(within), tuple(replaces), defaults) if within or replaces or defaults else None
 
 
@@ -471,7 +640,7 @@ _REPLACE = re.compile(r"\breplace\b", re.IGNORECASE)
 
 def _replaces(target: _Target) -> bool:
     """Whether SQLite deletes a row, perhaps another tenant's, that has the key of one that is written."""
-    table, key = target.declared, _columns[target.declared]
+    table, key = target.known, _columns.get(target.known)
     options = [
         (constraint.dialect_options["sqlite"].get("on_conflict"), constraint.columns.keys())
         for constraint in table.constraints
@@ -487,16 +656,18 @@ def _replaces(target: _Target) -> bool:
     return any(_REPLACE.search(str(option)) and key not in keys for option, keys in options)
 
 
-def _default(compiled: Any) -> Any:
-    """The tenant's column of the table that is written to, where a default or onupdate in Python gives it."""
-    if not (compiled.isinsert or compiled.isupdate):
-        return None
-    statement = upstream.inside(compiled.statement)
-    table, _ = upstream.target(statement)
-    key = _key_of(table)
-    column = None if key is None else table.c[key]
-    given = column is not None and (column.default if compiled.isinsert else column.onupdate)
-    return column if given else None
+def _defaults(compiled: Any, database: Database) -> list[tuple[_Target, str]]:
+    """What is written to where a default or onupdate in Python gives the tenant, with the parameter's name."""
+    given = upstream.prefetched(compiled)
+    if not given:
+        return []
+    return [
+        (target, name)
+        for target in _written(upstream.inside(compiled.statement), database)
+        if not target.inherits
+        for column, name in given
+        if target.column.shares_lineage(column)
+    ]
 
 
 def check_defaults(context: Any, tenant: Whose | None) -> None:
@@ -506,12 +677,12 @@ def check_defaults(context: Any, tenant: Whose | None) -> None:
     :raises NoTenantError: there is no tenant.
     :raises TenantMismatchError: it gave the name of another one.
     """
-    column = _default(context.compiled)
-    names = None if column is None else _allowed(column.table, tenant)
-    if column is not None and names is not None:
-        for row in context.compiled_parameters:
-            if column.key in row:
-                _check_value(column, row[column.key], names)
+    database = Database(context.dialect, context.execution_options.get("schema_translate_map"))
+    for target, parameter in _defaults(context.compiled, database):
+        names = _names(target, tenant)
+        if names is not None:
+            for row in context.compiled_parameters:
+                _check_value(target.column, row.get(parameter), names)
 
 
 # -- one value -------------------------------------------------------------------------------------------------------
@@ -529,25 +700,50 @@ def _allowed(table: Any, tenant: Whose | None) -> tuple[str, ...] | None:
     return tenant.names if isinstance(tenant, Across) else (str(tenant),)
 
 
-def _check_value(column: Any, value: Any, names: tuple[str, ...]) -> None:
+def _names(target: _Target, tenant: Whose | None) -> Mapping[str, Any] | None:
+    """The same, with their names as values of the column.
+
+    :raises TenantMismatchError: it would not give the name back, so that two tenants could share their rows.
+    """
+    names = _allowed(target.declared, tenant)
+    if names is None or target.column is None:
+        return None if names is None else dict.fromkeys(names)
+    found = {name: value for name in names if (value := _typed(target, name)) is not None}
+    if found:
+        return found
+    raise TenantMismatchError(
+        f"{target.column}: it holds no tenant of the name {names[0]!r}, which {target.type!r} would not give back as "
+        "it is; declare a column that does, such as String, or give the tenant the name that comes back",
+        tenant=names[0],
+    )
+
+
+def _typed(target: _Target, name: str) -> Any:
+    """A tenant's name as a value of the column; None where the name would not come back."""
+    type_ = target.type
+    try:
+        value = _kind(type_)(name)
+    except ValueError:
+        return None
+    here = upstream.variants(type_).get(target.dialect.name, type_)
+    cut = name.endswith(" ") and isinstance(here, CHAR | NCHAR)  # which are filled up with spaces
+    if cut or str(value) != name:
+        return None
+    return value if getattr(type_, "as_uuid", True) else name
+
+
+def _kind(type_: Any) -> type[Any]:
+    """What a tenant's name is made to be stored."""
+    return UUID if isinstance(type_, Uuid) else _python_type(type_) or str
+
+
+def _check_value(column: Any, value: Any, names: Collection[str]) -> None:
     if value is not None and str(value) in names:
         return
-    tenant = names[0] if len(names) == 1 else shown(Across(names))
+    tenant = next(iter(names)) if len(names) == 1 else shown(Across(tuple(names)))
     raise TenantMismatchError(
         f"{column}: a row of {'no tenant' if value is None else f'tenant {str(value)!r}'} would be written for tenant "
         f"{tenant!r}; set {column.key} to the tenant whose the row is, and write it for that tenant",
         tenant=tenant,
         owner=None if value is None else str(value),
-    )
-
-
-def _typed(target: _Target, name: str) -> Any:
-    """A tenant's name as a value of the column."""
-    kind = _python_type(target) or str
-    try:
-        return kind(name)
-    except ValueError:
-        pass
-    raise TenantMismatchError(
-        f"{target.column}: it holds no tenant of the name {name!r}, which is no {kind.__name__}", tenant=name
     )

@@ -14,10 +14,12 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
-from sqlalchemy.sql import sqltypes
+from sqlalchemy.sql import operators, sqltypes
+from sqlalchemy.sql.base import CompileState
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import (
     BinaryExpression,
@@ -35,7 +37,6 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
 from sqlalchemy.sql.selectable import (
-    AliasedReturnsRows,
     FromClause,
     Lateral,
     ScalarValues,
@@ -43,7 +44,7 @@ from sqlalchemy.sql.selectable import (
     TableClause,
     Values,
 )
-from sqlalchemy.sql.util import ClauseAdapter, _deep_deannotate
+from sqlalchemy.sql.util import _deep_deannotate
 from sqlalchemy.sql.visitors import InternalTraversal, iterate
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only
@@ -54,12 +55,14 @@ from sqla_byok.orm.constructs import children, is_own
 __all__ = [
     "Call",
     "Enclosing",
+    "Evaluated",
     "FanOut",
     "Named",
     "Parts",
     "Steps",
     "Writing",
     "added_ctes",
+    "before_synchronizing",
     "beside",
     "bound_as",
     "case_counts",
@@ -82,7 +85,6 @@ __all__ = [
     "has_rows",
     "held_to",
     "hints",
-    "in_alias",
     "in_greenlet",
     "inside",
     "instead",
@@ -99,6 +101,7 @@ __all__ = [
     "pending_columns",
     "pieces_of",
     "plain_table",
+    "prefetched",
     "prefixes",
     "properties_of",
     "proxied",
@@ -135,6 +138,7 @@ __all__ = [
     "with_target",
     "with_values",
     "without_entity",
+    "without_evaluated",
     "writing",
     "written",
     "written_froms",
@@ -190,11 +194,15 @@ def tells_rows_apart(select: Any) -> bool:
     return bool(select._distinct_on or select._group_by_clauses or before_columns is not None)
 
 
-def traverse_too(name: str) -> Callable[[type[T]], type[T]]:
-    """Have SQLAlchemy know of a string that a subclass of an expression holds, as part of its cache key."""
+def traverse_too(name: str, *, expression: bool = False) -> Callable[[type[T]], type[T]]:
+    """Have SQLAlchemy know of what a subclass of an expression holds, as part of its cache key.
+
+    :param expression: it is one too, and not a string.
+    """
 
     def more(cls: Any) -> Any:
-        field = [(name, InternalTraversal.dp_string)]
+        kind = InternalTraversal.dp_clauseelement if expression else InternalTraversal.dp_string
+        field = [(name, kind)]
         cls._traverse_internals = cls._traverse_internals + field
         cls._cache_key_traversal = cls._cache_key_traversal + field
         return cls
@@ -432,20 +440,21 @@ def with_target(conflict: Any, elements: Sequence[Any], items: Sequence[Item]) -
     return new
 
 
-def held_to(conflict: Any, column: Any, criterion: Any) -> Any:
+def held_to(conflict: Any, column: Any, criterion: Any, same: Callable[[Any, Any], Any]) -> Any:
     """A copy of the clause that changes only rows of which this is true.
 
     :param column: what it is true of. MySQL's clause has no WHERE, and its drivers take no parameter of ours there
         with many rows: each column is left as it is where this one is not that of the row to be inserted.
+    :param same: makes that comparison.
     """
     new = copy(conflict)
     if hasattr(conflict, "update_whereclause"):
         given = conflict.update_whereclause
         new.update_whereclause = criterion if given is None else and_(Grouping(given), criterion)
     elif items := conflict_values(conflict):
-        columns, same = column.table.c, column == conflict.inserted_alias.c[column.key]
+        columns, own = column.table.c, same(column, conflict.inserted_alias.c[column.key])
         new.update = {
-            key: case((same, _expression(value, columns[key].type)), else_=columns[key])
+            key: case((own, _expression(value, columns[key].type)), else_=columns[key])
             for name, value in items
             if (key := getattr(name, "key", name)) in columns
         }
@@ -459,17 +468,77 @@ def _expression(value: Any, type_: Any) -> Any:
     return value if isinstance(value, ClauseElement) else BindParameter(None, value, type_=type_, unique=True)
 
 
-def in_alias(criterion: Any, table: Any) -> Any:
-    """A criterion with the columns of an alias in the place of those of its table; of a table it is as it was."""
-    return ClauseAdapter(table).traverse(criterion) if isinstance(table, AliasedReturnsRows) else criterion
-
-
 def with_criterion(dml: Any, criterion: Any) -> Any:
     """A copy of an UPDATE or DELETE that reaches only rows of which this is true, whatever text its WHERE is of."""
     given = dml._where_criteria
+    if (
+        given
+        and not isinstance(given[-1], Evaluated)
+        and not (len(given) == 1 and type(given[0]) is Grouping)
+    ):
+        given = (Grouping(and_(*given)),)
     new = dml._generate()
-    new._where_criteria = (*((Grouping(and_(*given)),) if given else ()), criterion)
+    new._where_criteria = (*given, criterion)
     return new
+
+
+@traverse_too("sent", expression=True)
+class Evaluated(Grouping[Any]):
+    """A criterion that the ORM evaluates in Python in another form than the database does.
+
+    :param element: the one that is evaluated.
+    :param sent: the one that is sent.
+    """
+
+    inherit_cache = True
+
+    def __init__(self, element: Any, sent: Any) -> None:
+        super().__init__(element)
+        self.sent = sent.self_group(against=operators.and_)
+
+    @property
+    def _from_objects(self) -> Any:
+        return self.sent._from_objects
+
+
+@compiles(Evaluated)
+def _compile_evaluated(element: Evaluated, compiler: Any, **kwargs: Any) -> Any:
+    return compiler.process(element.sent, **kwargs)
+
+
+def without_evaluated(dml: Any) -> Any:
+    """The same UPDATE or DELETE without such criteria."""
+    given = dml._where_criteria
+    kept = tuple(one for one in given if not isinstance(one, Evaluated))
+    if len(kept) == len(given):
+        return dml
+    new = dml._generate()
+    new._where_criteria = kept
+    return new
+
+
+def before_synchronizing(hold: Callable[[Any, Any, Any, Mapping[str, Any], Mapping[str, Any]], Any]) -> None:
+    """Have the ORM's UPDATE and DELETE pass a function before it looks which objects of the session they reach.
+
+    The session's own event would have SQLAlchemy prepare each SELECT twice.
+
+    :param hold: is given the session, the statement, its class or alias, its execution options and what its connection
+        is found by; returns the statement in its place.
+    """
+    for kind in ("update", "delete"):
+        plain: Any = CompileState.plugins["orm", kind]
+
+        class Held(plain):  # type: ignore[misc]
+            @classmethod
+            def orm_pre_session_exec(
+                cls, session: Any, statement: Any, params: Any, options: Any, binds: Any, is_pre_event: bool
+            ) -> Any:
+                entity = inside(statement).table._annotations.get("parententity")
+                if entity is not None and not is_pre_event and not isinstance(params, list):
+                    statement = hold(session, statement, entity, options, binds)
+                return super().orm_pre_session_exec(session, statement, params, options, binds, is_pre_event)
+
+        CompileState.plugin_for("orm", kind)(Held)
 
 
 def dml_within(compiled: Any) -> Iterator[Any]:
@@ -507,6 +576,17 @@ def prefixes(dml: Any, dialect: str) -> list[str]:
 
 def _values_name(conflict: Any) -> str:
     return "update_values_to_set" if hasattr(conflict, "update_values_to_set") else "update"
+
+
+def prefetched(compiled: Any) -> list[tuple[Any, str]]:
+    """The columns that a default or onupdate in Python gives a value, each with the name of its parameter.
+
+    Of an INSERT of several rows in one VALUES a column comes once for each row that was not given it.
+    """
+    return [
+        (getattr(column, "original", column), compiled._within_exec_param_key_getter(column))
+        for column in (*compiled.insert_prefetch, *compiled.update_prefetch)
+    ]
 
 
 def result_types(compiled: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ modules has to change.
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,12 +27,16 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     bindparam,
+    column,
     create_engine,
+    delete,
     event,
     func,
     insert,
+    inspect,
     lambda_stmt,
     literal,
+    or_,
     select,
     text,
     union_all,
@@ -42,6 +47,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SADeprecationWarning
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, aliased, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.sql.base import CompileState
 from sqlalchemy.sql.elements import BinaryExpression
 from sqlalchemy.types import TypeDecorator
 
@@ -593,15 +599,6 @@ def test_the_metadata_of_a_result_is_made_anew() -> None:
     engine.dispose()
 
 
-def test_a_criterion_is_put_into_an_alias() -> None:
-    """`ClauseAdapter`: the columns of the aliased table alone are others."""
-    one, two = (Table(name, MetaData(), Column("id", Integer)) for name in ("one", "two"))
-    criterion = one.c.id == two.c.id
-    assert upstream.in_alias(criterion, one) is criterion
-    assert str(upstream.in_alias(criterion, one.alias("a"))) == "a.id = two.id"
-    assert str(criterion) == "one.id = two.id"
-
-
 def test_a_statement_can_be_compiled_anew_as_sqlalchemy_does_it() -> None:
     """`_compile_w_cache` and what an execution is told of it: rotated salts have a statement compiled once more."""
     engine = create_engine("sqlite://")
@@ -701,14 +698,14 @@ def test_a_where_can_be_narrowed_whatever_stands_in_it() -> None:
         upsert = module.insert(table).values(id=1)
         upsert = upsert.on_conflict_do_update(index_elements=["id"], set_={"a": "x"}, where=or_text)
         held = upstream.with_conflicts(
-            upsert, [upstream.held_to(one, id_, id_ == 1) for one in upstream.conflicts(upsert)]
+            upsert, [upstream.held_to(one, id_, id_ == 1, operator.eq) for one in upstream.conflicts(upsert)]
         )
         assert (
             str(held.compile(dialect=module.dialect())).split("WHERE")[1].startswith(" (a OR b) AND t.id = ")
         )
     replaced = mysql.insert(table).values(id=1).on_duplicate_key_update(a="x", b=table.c.a)
     held = upstream.with_conflicts(
-        replaced, [upstream.held_to(one, id_, id_ == 1) for one in upstream.conflicts(replaced)]
+        replaced, [upstream.held_to(one, id_, id_ == 1, operator.eq) for one in upstream.conflicts(replaced)]
     )
     assert str(held.compile(dialect=mysql.dialect())).split("UPDATE ")[1] == (
         "a = CASE WHEN (t.id = VALUES(id)) THEN %s ELSE t.a END, "
@@ -854,3 +851,59 @@ def test_a_subquery_correlates_with_what_is_around_it() -> None:
     enclosing.leave()
     enclosing.leave()
     assert len(upstream.parts(inner, enclosing).froms) == 2
+
+
+def test_what_a_default_gives_has_a_parameter_of_its_own() -> None:
+    """`insert_prefetch`, `update_prefetch` and their parameters' names: tenant_column.py checks what is in them."""
+    made = Table(
+        "made", MetaData(), Column("id", Integer), Column("org", String, default=str, onupdate=str, key="o")
+    )
+    rows: Any = insert(made).values([{"id": 1}, {"id": 2, "o": "x"}, {"id": 3}]).compile()
+    assert upstream.prefetched(rows) == [(made.c.o, "o"), (made.c.o, "o_m2")]
+    assert set(rows.params) >= {"o", "o_m2"}
+    assert upstream.prefetched(update(made).values(id=1).compile()) == [(made.c.o, "o")]
+    assert upstream.prefetched(select(made).compile()) == []
+
+
+def test_the_orm_shows_its_dml_before_it_synchronizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`CompileState.plugins`: what is put into an UPDATE or DELETE there is evaluated, sent, and taken out again."""
+    monkeypatch.setattr(CompileState, "plugins", dict(CompileState.plugins))
+    seen: list[Any] = []
+
+    def hold(session: Any, statement: Any, entity: Any, options: Any, binds: Any) -> Any:
+        seen.append((entity, dict(options).get("marked")))
+        return upstream.with_criterion(
+            statement, upstream.Evaluated(Animal.name == "x", or_(column("name") == "x", column("id") == 0))
+        )
+
+    upstream.before_synchronizing(hold)
+    engine = create_engine("sqlite://")
+    sent: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda c, cursor, text, *_: sent.append(text))
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        both = [Animal(id=id_, name=name) for id_, name in ((1, "x"), (2, "y"))]
+        session.add_all(both)
+        session.flush()
+        session.execute(update(Animal).values(name="z"), execution_options={"marked": 1})
+        assert [one.name for one in both] == ["z", "y"]
+        assert sent[-1].endswith("WHERE (name = ? OR id = ?)")
+        session.execute(update(Animal), [{"id": 1, "name": "x"}])  # by key: nothing to put in
+        session.execute(update(Animal.__table__).values(name="x"))
+        session.execute(delete(Animal).where(Animal.id > 1))
+        assert sent[-1].endswith("WHERE (animal.id > ?) AND (name = ? OR id = ?)")
+        session.scalars(select(Animal)).all()
+    engine.dispose()
+    assert seen == [(inspect(Animal), 1), (inspect(Animal), None)]
+    held = hold(None, update(Animal).where(Animal.id == 1), None, {}, {})
+    bare = upstream.without_evaluated(held)
+    assert str(bare).endswith("WHERE (animal.id = :id_1)")
+    assert upstream.without_evaluated(bare) is bare
+    assert str(upstream.with_criterion(bare, Animal.id == 2)).endswith(
+        "WHERE (animal.id = :id_1) AND animal.id = :id_2"
+    )
+    keys = [
+        upstream.Evaluated(column("a") == 1, column(name) == 1)._generate_cache_key().key  # type: ignore[union-attr]
+        for name in ("b", "b", "c")
+    ]
+    assert keys[0] == keys[1] != keys[2]
