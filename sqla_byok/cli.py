@@ -372,7 +372,9 @@ def cancel(context: typer.Context, job: str) -> None:
 
     Example: byok --app shop.db:byok jobs cancel 4b32595d2e96d15d3f50b9a9a5d5742e
     """
-    _set(context.obj, job, CANCELLED)
+    of: _Context = context.obj
+    jobs.cancel(of.byok, job)
+    _print(of, {"job": job, "state": CANCELLED}, lambda: _out.print(f"{job}: {CANCELLED}", markup=False))
 
 
 @_jobs.command()

@@ -1,6 +1,6 @@
 """Jobs: long work over rows that are there already, online, in pages, resumable."""
 
-from sqla_byok.jobs.kinds import How, reencrypt, rehash, resume, verify
+from sqla_byok.jobs.kinds import How, cancel, reencrypt, rehash, resume, verify
 from sqla_byok.jobs.leaks import Leakage, leakage
 from sqla_byok.jobs.rotation import Rotation, destroy, restore, retire, rotate
 from sqla_byok.jobs.rows import Failure
@@ -14,6 +14,7 @@ __all__ = [
     "Progress",
     "Report",
     "Rotation",
+    "cancel",
     "destroy",
     "leakage",
     "reencrypt",

@@ -26,14 +26,14 @@ from sqla_byok.jobs.runner import (
     run_workers,
 )
 from sqla_byok.jobs.searching import Hashed, Searching
-from sqla_byok.keys.jobs import DONE, PREPARING, RUNNING, Job
+from sqla_byok.keys.jobs import CANCELLED, DONE, PREPARING, RUNNING, Job
 from sqla_byok.orm.chosen import chosen, hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
 from sqla_byok.orm.stored import StoredTable, sources_of
 from sqla_byok.orm.tenant_column import tenant_key
 from sqla_byok.runtime import Byok
 
-__all__ = ["How", "engine_of", "reencrypt", "rehash", "resume", "verify"]
+__all__ = ["How", "cancel", "engine_of", "reencrypt", "rehash", "resume", "verify"]
 
 REENCRYPT, REHASH, VERIFY = "reencrypt", "rehash", "verify"
 
@@ -148,6 +148,21 @@ def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> R
     """Go on with a job by its id, whoever began it, also one that was paused."""
     found = byok._jobs.get(job)
     return _Run(byok, engine, found.kind, found.plan, how, declared_tables()).go(found)
+
+
+def cancel(byok: Byok, job: str) -> None:
+    """End a job for good. What it has done stays; columns that it was hashing cannot be searched until a re-hash.
+
+    :raises ConfigurationError: it is at its end already, or there is none of that id.
+    """
+    found = byok._jobs.get(job)
+    if found.state in (CANCELLED, DONE):
+        raise ConfigurationError(f"the job {job!r} is {found.state} already")
+    byok._jobs.set_state(found, CANCELLED)
+    works = _works(found.plan, declared_tables()).values()
+    hashed = [each for work in works for each in Hashed.in_table(work.table, work.table.hashes)]
+    if found.kind in (REHASH, VERIFY):
+        Searching(byok, hashed, found.plan["tenants"]).give_up()
 
 
 def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:

@@ -70,6 +70,14 @@ class Searching:
         self._byok._generations.settle()
         return True
 
+    def give_up(self) -> None:
+        """Leave the columns pending whose hashes were being made: a release that is to have ended stays refused."""
+        for tenant in self._tenants():
+            ring = self._ring(tenant)
+            for each in self._of(tenant):
+                if ring is not None:
+                    ring = self._byok._keyrings.revise(ring, _once(_given_up, each.spec))
+
     def remember_salts(self) -> None:
         """Note by which salt each tenant hashes now: every row that is read from here on is hashed by it or a newer."""
         for tenant in self._tenants():
@@ -97,8 +105,12 @@ class Searching:
                     continue
                 if ring.searchable.state(each.spec.column) == OFF:
                     continue
-                if each.spec.column in ring.searchable.specs:
-                    ring = self._byok._keyrings.revise(ring, _opening(each.spec.column))
+                ring = self._byok._keyrings.revise(ring, _once(_opened, each.spec))
+                if not _is_open(
+                    ring.searchable, each.spec
+                ):  # it was closed anew meanwhile, for another release
+                    left.add(each.spec.column)
+                    continue
                 content = {"salt": self._salts[tenant], "job": job}
                 self._byok._jobs.note(tenant, hashed_note(each.spec.column), content)
         return sorted(left)
@@ -162,5 +174,16 @@ def _once(
     return lambda now: change(now, spec)
 
 
-def _opening(column: str) -> Callable[[Searchable], Searchable]:
-    return lambda now: now if now.state(column) == OFF else now.rehashed(column)
+def _opened(now: Searchable, spec: HashSpec) -> Searchable:
+    return now.rehashed(spec.column) if now.is_hashing(spec) else now
+
+
+def _is_open(now: Searchable, spec: HashSpec) -> bool:
+    return spec.column not in now.specs or (now.state(spec.column), now.specs[spec.column]) == (
+        ON,
+        spec.digest,
+    )
+
+
+def _given_up(now: Searchable, spec: HashSpec) -> Searchable:
+    return now.not_hashing(spec.column)

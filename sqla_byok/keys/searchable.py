@@ -421,7 +421,7 @@ class Searchable:
     def closing_for(self, spec: HashSpec) -> Searchable:
         """With a column pending whose stored hashes were made otherwise."""
         known = self._columns[spec.column]
-        if known.spec == spec.digest or known.state not in (ON, PENDING):
+        if known.spec == spec.digest or known.state not in (ON, PENDING, _HASHING):
             return self
         return self._with({spec.column: known.changing(lambda _: False)})
 
@@ -438,6 +438,18 @@ class Searchable:
         """With a column hashed by this specification from now on, which was pending for the settle time."""
         now = self.not_searched(spec.column)
         return now._with({spec.column: now._columns[spec.column].hashing(spec)})
+
+    def is_hashing(self, spec: HashSpec) -> bool:
+        """Whether a job makes the hashes of a column by this specification, and nobody has closed it anew since."""
+        found = self._columns.get(spec.column)
+        return found is not None and found.state == _HASHING and found.spec == spec.digest
+
+    def not_hashing(self, column: str) -> Searchable:
+        """With a column pending whose hashes a job was making that is not to end."""
+        known = self._columns.get(column)
+        return (
+            self._with({column: known._replace(state=PENDING)}) if known and known.state == _HASHING else self
+        )
 
     def rehashed(self, column: str) -> Searchable:
         """With a pending column that can be searched from now on."""

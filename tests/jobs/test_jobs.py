@@ -39,7 +39,19 @@ from sqla_byok import (
     hash_index,
 )
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
-from sqla_byok.jobs import Pace, Report, destroy, reencrypt, rehash, restore, resume, retire, rotate, verify
+from sqla_byok.jobs import (
+    Pace,
+    Report,
+    cancel,
+    destroy,
+    reencrypt,
+    rehash,
+    restore,
+    resume,
+    retire,
+    rotate,
+    verify,
+)
 from sqla_byok.jobs.rows import OUTCOMES
 from sqla_byok.normalize import casefold, last
 from sqla_byok.orm.stored import Bytes, StoredTable
@@ -633,6 +645,53 @@ def test_paused_and_gone_on_with(byok: Byok, engine: Engine, monkeypatch: pytest
     assert (report.state, report.rows) == ("paused", 5)
     report = resume(byok, engine, report.job)
     assert (report.state, report.rows) == ("done", PERSONS)
+
+
+def test_cancelled_the_columns_stay_closed(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun can be begun again; and the release before comes back by its own check --prepare."""
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 2)
+    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", 2)
+    old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
+    old.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([old(id=n, mail=f"M{n}") for n in range(1, 8)])
+        session.commit()
+
+    def stop(_: Any) -> None:
+        cancel(byok, byok._jobs.all()[0].id)
+
+    monkeypatch.setattr("sqla_byok.jobs.kinds.declared_tables", lambda: [new.__table__])
+    report = rehash(byok, engine, new.mail, on_progress=stop)
+    assert (report.state, report.rows) == ("cancelled", 2)
+    with pytest.raises(ConfigurationError, match="cancelled"):
+        cancel(byok, report.job)
+    for model in (old, new):
+        with byok.session("t1", engine) as session, pytest.raises(NotSearchableError):
+            session.scalars(select(model.id).where(model.mail == "M1"))
+    byok.check(old, prepare=True)
+    with byok.session("t1", engine) as session:
+        session.add(old(id=9, mail="M9"))
+        session.commit()
+    assert rehash(byok, engine, old.mail).state == "done"
+    with byok.session("t1", engine) as session:
+        assert session.scalars(select(old.id).where(old.mail == "M9")).all() == [9]
+        assert session.scalars(select(old.id).where(old.mail == "M1")).all() == [1]
+
+
+def test_a_release_that_comes_back_during_the_job_keeps_it_closed(byok: Byok, engine: Engine) -> None:
+    """The job ends, and does not open what has been closed anew meanwhile."""
+    old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
+    old.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([old(id=n, mail=f"M{n}") for n in range(1, 8)])
+        session.commit()
+    report = rehash(byok, engine, new.mail, on_progress=lambda _: byok.check(old, prepare=True))
+    assert report.counts["changed"] == 7
+    with byok.session("t1", engine) as session, pytest.raises(NotSearchableError):
+        session.scalars(select(new.id).where(new.mail == "m1"))
+    assert byok._jobs.noted("t1", "hashed jb_member.mail") is None
 
 
 def test_what_holds_a_job_back(
