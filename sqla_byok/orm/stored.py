@@ -39,7 +39,7 @@ from sqla_byok.keys import direct
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import ON
-from sqla_byok.orm.current import Turn, attachment_of, running
+from sqla_byok.orm.current import RUNNING, Turn, attachment_of
 from sqla_byok.orm.namesakes import Stored
 from sqla_byok.orm.plain import codec_of, driver_binary, driver_bytes
 from sqla_byok.orm.schema import INDEX, SOURCE
@@ -164,13 +164,14 @@ class StoredTable:
         statement = select(*plain, *cells).where(*where).order_by(*self.key).limit(limit)
         rows = conn.execute(statement).all()
         names, width, start = tuple(self.columns), len(self.key), len(plain)
+        whose = self.tenant is not None
         return [
             StoredRow(
-                tuple(row[:width]),
-                str(row[width]) if self.tenant is not None else None,
-                dict(zip(names, row[start:], strict=True)),
+                values[:width],
+                str(values[width]) if whose else None,
+                dict(zip(names, values[start:], strict=True)),
             )
-            for row in rows
+            for values in map(tuple, rows)
         ]
 
     def rows(self, conn: Connection, keys: Sequence[tuple[Any, ...]]) -> list[StoredRow]:
@@ -388,10 +389,12 @@ class UnderKeys:
         :raises EncodeError: a value that the normalizer or transform does not take.
         """
         given = [values[source] for source in self._processors.table.sources[key]]
-        with running(self._turn):
-            hashed: bytes | None = self._processors.hash(key, nth)(
-                given[0] if len(given) == 1 else tuple(given)
-            )
+        process = self._processors.hash(key, nth)
+        token = RUNNING.set(self._turn)
+        try:
+            hashed: bytes | None = process(given[0] if len(given) == 1 else tuple(given))
+        finally:
+            RUNNING.reset(token)
         return hashed
 
     def is_searched(self, key: str) -> bool:
