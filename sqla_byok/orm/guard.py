@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,7 +37,6 @@ from sqlalchemy.sql.elements import (
     Label,
     Null,
     Over,
-    TextClause,
     True_,
     Tuple,
     TypeCoerce,
@@ -57,6 +56,7 @@ from sqlalchemy.sql.selectable import (
     TextualSelect,
     Values,
 )
+from sqlalchemy.sql.visitors import iterate
 
 from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
 from sqla_byok.keys.searchable import HashSpec
@@ -65,7 +65,18 @@ from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys
 from sqla_byok.orm.constructs import children, is_own
 from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import Naming, protected_in
-from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in, written_in
+from sqla_byok.orm.sql_text import (
+    Name,
+    Syntax,
+    columns_in,
+    lists_columns,
+    name_alone,
+    positions_in,
+    rows_in,
+    tables_in,
+    without_parameters,
+    written_in,
+)
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Findings", "Guard", "Verdict", "search_hash"]
@@ -207,6 +218,13 @@ _PLACES = {
 
 # What may be asked of bytes that a Table takes for bytes.
 _MEASURING = ("length", "octet_length", "bit_length")
+
+
+# What a text in an INSERT, UPDATE or DELETE may call the row that is written.
+_ROWS_OF_DML = frozenset(("excluded", "new", "old"))
+
+# The functions within which GROUP BY takes a number for a position.
+_OF_POSITIONS = frozenset(("cube", "grouping_sets", "rollup"))
 
 
 def _is_raw(element: Any) -> bool:
@@ -356,6 +374,7 @@ class _Visible(NamedTuple):
     froms: list[Any]
     columns: Sequence[Any] = ()
     grows: bool = False  # UPDATE and DELETE take in the tables of the columns that they name
+    counted: bool = True  # a position is that of a column; not so where a text is of several
 
 
 def _nothing(name: str) -> upstream.Named:
@@ -376,6 +395,7 @@ class _Walk:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled, self._enclosing = compiled, upstream.Enclosing(compiled)
+        self._syntax = Syntax.of(compiled.dialect)
         self._naming = Naming.of(compiled.dialect, compiled.schema_translate_map)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
@@ -387,6 +407,7 @@ class _Walk:
         self._parts: list[Any] = []  # the expressions that were walked, each as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
         self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
+        self._tested: dict[int, Any] = {}  # SELECTs of which only is asked whether there is a row
         self._open: set[int] = set()  # the ids of the expressions whose parts are being walked
         self._sources: dict[int, Any] = {}
         self._tables: dict[int, tuple[Any, dict[str, Any]]] = {}
@@ -424,23 +445,56 @@ class _Walk:
 
     def named_in_texts(self) -> None:
         """Find the encrypted columns of the statement's own tables that its texts name."""
-        syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
         for piece in self._texts:
-            names = {Name(piece.text)} if piece.column else columns_in(piece.text, syntax)
-            alone = piece.column or not tables_in(piece.text, syntax, fragment=True)
-            for name in sorted(names, key=str):
-                if (type_ := self._meant_by(name, piece.visible, alone)) is not None:
-                    self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
+            for type_ in self._named_in(piece):
+                self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
+            if piece.visible and not piece.column:
+                places = positions_in(piece.text, self._syntax, clause=True)
+                for column in self._at(places, piece.visible[-1]):
+                    self._part(column, _ORDER_BY)
+
+    def _named_in(self, piece: _Text) -> Iterator[Any]:
+        """The types of the encrypted columns that a text names, or the whole rows of."""
+        if piece.column:
+            names, rows = {Name(piece.text)}, {piece.text: False} if self._syntax.postgresql else {}
+        else:
+            names = columns_in(piece.text, self._syntax, in_from=piece.in_from)
+            rows = rows_in(piece.text, self._syntax, in_from=piece.in_from)
+        alone = piece.column or not tables_in(piece.text, self._syntax, fragment=True)
+        meant = [self._meant_by(name, piece.visible, alone) for name in sorted(names, key=str)]
+        meant += [self._in_row(name, certain, piece.visible) for name, certain in sorted(rows.items())]
+        return (type_ for type_ in meant if type_ is not None)
+
+    def _in_row(self, name: str, certain: bool, visible: tuple[_Visible, ...]) -> Any:
+        """The type of an encrypted column of the row that a name stands for; None where there is none.
+
+        :param certain: it is no column's name.
+        """
+        called = self._naming.column(name)
+        for level in () if certain else visible:
+            if any(called in self._named_columns(source)[1] for source in _flat(level.froms)):
+                return None
+        for level in reversed(visible):
+            for source in _flat(level.froms):
+                if self._is_called(source, called) or (level.grows and called in _ROWS_OF_DML):
+                    columns = self._named_columns(source)[1].values()
+                    return next((type_ for type_ in columns if type_ is not None), None)
+        return None
+
+    def _is_called(self, source: Any, called: str) -> bool:
+        name: Any = getattr(source, "name", None)
+        if upstream.is_made_up(name):
+            return upstream.may_become(name, called)
+        return self._naming.column(name) == called
 
     def tables_in_texts(self) -> Iterator[str]:
         """The tables with encrypted columns that its texts name."""
         for table in self._embedded:
             if self._naming.protected(table.name, table.schema):
                 yield table.name
-        syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
         for piece in self._texts:
             if not piece.column:
-                for name in tables_in(piece.text, syntax, fragment=True, in_from=piece.in_from):
+                for name in tables_in(piece.text, self._syntax, fragment=True, in_from=piece.in_from):
                     if self._naming.protected(*name, loosely=True):
                         yield name.name
 
@@ -568,7 +622,7 @@ class _Walk:
 
     def _written_by_own(self) -> None:
         """The encrypted columns that a statement of somebody's own writes to, as it was rendered."""
-        text, syntax = self._compiled.string, Syntax.of(self._compiled.dialect)
+        text, syntax = self._compiled.string, self._syntax
         named = {self._naming.column(name.name) for name in columns_in(text, syntax) if name.before is None}
         for table, whole in written_in(text, syntax).items():
             for column, type_ in self._naming.protected(*table, loosely=True).items():
@@ -609,17 +663,20 @@ class _Walk:
     def _select(self, select: Any, why: _Why | None, in_from: Any) -> list[Any]:
         parts = upstream.parts(select, self._enclosing, in_from)
         self._enclosing.enter(select, parts.froms, parts.state)
-        self._visible.append(_Visible(parts.named, list(parts.froms), parts.columns))
+        self._visible.append(self._visible_in(parts))
         for source in parts.froms:
             self.source(source)
         for column in parts.columns:
             self._part(column, why)
+        if id(select) not in self._tested:
+            self._all_columns((*parts.columns, *parts.others), parts.froms)
         for criterion in parts.criteria:
             self._part(criterion, _TRUTH)
         if parts.distinct and not parts.distinct_on:
             self._told_apart(parts.columns, _DISTINCT)
         for column in parts.distinct_on:
-            self._part(column, _DISTINCT)
+            for meant in self._meant(column, parts.columns):
+                self._part(meant, _DISTINCT)
         self._grouped(parts.group_by, parts.columns)
         for column in parts.order_by:
             self._ordered(column, parts.columns)
@@ -630,6 +687,21 @@ class _Walk:
         self._visible.pop()
         self._enclosing.leave()
         return parts.columns
+
+    def _visible_in(self, parts: upstream.Parts) -> _Visible:
+        texts = [text for one in (*parts.columns, *parts.others) if (text := _text_in(one)) is not None]
+        counted = not any(lists_columns(text, self._syntax).several for text in texts)
+        return _Visible(parts.named, list(parts.froms), parts.columns, counted=counted)
+
+    def _all_columns(self, selected: Iterable[Any], froms: Iterable[Any]) -> None:
+        """Refuse a text of all columns, ``*``, where some are encrypted."""
+        texts = [text for one in selected if (text := _text_in(one)) is not None]
+        if not any(lists_columns(text, self._syntax).every for text in texts):
+            return
+        for source in _flat(froms):
+            for type_ in self._named_columns(source)[1].values():
+                if type_ is not None:
+                    self._refuse(type_, _TEXT)
 
     def _compound(self, compound: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
         self._enclosing.enter(compound, None)
@@ -646,7 +718,12 @@ class _Walk:
             self._compared_rows(lists)
         order_by, group_by = upstream.ordering(compound)
         columns = lists[0] if lists else []
-        named = _Visible(lambda name: upstream.named_in_compound(lists, name), [], columns)
+        counted = not any(
+            lists_columns(text, self._syntax).several
+            for column in columns
+            if (text := _text_in(column)) is not None
+        )
+        named = _Visible(lambda name: upstream.named_in_compound(lists, name), [], columns, counted=counted)
         self._visible.append(named)
         for column in order_by:
             self._ordered(column, columns)
@@ -697,23 +774,62 @@ class _Walk:
                 self._part(element, _GROUP_BY)
 
     def _ordered(self, element: Any, columns: Sequence[Any]) -> None:
-        for meant in self._meant(element, columns):
+        for meant in self._labels_named(element, columns) or self._meant(element, columns):
             self._part(meant, _ORDER_BY)
 
+    def _labels_named(self, element: Any, columns: Sequence[Any]) -> list[Any]:
+        """The labels that a text in ORDER BY is the name of: they go before the columns of the FROM."""
+        text = _text_in(_sorted_by(element))
+        name = None if text is None else name_alone(text, self._syntax)
+        if name is None:
+            return []
+        called = self._naming.column(name)
+        return [
+            column
+            for column in columns
+            if isinstance(column, Label) and self._naming.column(column.name) == called
+        ]
+
     def _meant(self, element: Any, columns: Sequence[Any], shadowed: bool = False) -> list[Any]:
-        """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
-        bare: Any = element
-        while isinstance(bare, UnaryExpression):
-            bare = bare.element
+        """What an ORDER BY, GROUP BY or DISTINCT ON means by a name, or by the positions of result columns."""
+        bare = _sorted_by(element)
         if isinstance(bare, ClauseList) and not is_own(bare):  # of an entity
             return [meant for one in bare.clauses for meant in self._meant(one, columns)]
         if (name := upstream.named_in_order_by(bare)) is not None:
             return self._of_name(name, shadowed)
-        text = bare.text if isinstance(bare, TextClause) else None
-        if isinstance(bare, ColumnClause) and bare.is_literal:
-            text = bare.name
-        places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
-        return [element, *(columns[place] for place in places if place < len(columns))]
+        if not any(self._type_of(_bare(one)) or self._ciphertext(one) for one in columns):
+            return [element]
+        return [element, *self._at(self._positions(element, columns), self._visible[-1])]
+
+    def _positions(self, element: Any, columns: Sequence[Any]) -> list[int | None]:
+        """The positions of result columns that the database may take an expression for, as it is rendered."""
+        label, bare = upstream.referred(_sorted_by(element)), _bare(_sorted_by(element))
+        if isinstance(label, Label) and any(_is_label(column, label) for column in columns):
+            return []  # rendered by its name
+        lists = isinstance(bare, ClauseList) or getattr(bare, "name", "") in _OF_POSITIONS
+        if lists and not is_own(bare):
+            return [place for one in bare.clauses for place in self._positions(one, columns)]
+        if any(isinstance(one, SelectBase) or _is_column(one) for one in iterate(element)):
+            return []
+        rendered = self._rendered(element)
+        return [None] if rendered is None else positions_in(rendered, self._syntax)
+
+    def _rendered(self, element: Any) -> str | None:
+        """An expression as it is rendered by itself; None where it cannot be."""
+        rendered = None
+        with suppress(Exception):
+            rendered = without_parameters(str(element.compile(dialect=self._compiled.dialect)))
+        return rendered
+
+    def _at(self, places: Iterable[int | None], visible: _Visible) -> list[Any]:
+        """The result columns at these positions; where one is unknown, each that has ciphertext."""
+        found: list[Any] = []
+        for place in places:
+            if place is None or not visible.counted:
+                found += [one for one in visible.columns if self._ciphertext(one) is not None]
+            elif 0 < place <= len(visible.columns):
+                found.append(visible.columns[place - 1])
+        return found
 
     # -- INSERT, UPDATE and DELETE ---------------------------------------------------------------------------------
 
@@ -892,7 +1008,9 @@ class _Walk:
     def _nested(self, element: Any, why: _Why | None) -> bool:
         """A statement or a FROM in an expression; False for anything else."""
         if isinstance(element, Exists):
-            self.statement(_inner(element), None)
+            inner = _inner(element)
+            self._tested[id(inner)] = inner
+            self.statement(inner, None)
         elif isinstance(element, ScalarSelect):
             if why is not None and isinstance(element.type, Encrypted):
                 self._refuse(element.type, why)
@@ -981,7 +1099,7 @@ class _Walk:
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
         parts = upstream.parts(select, self._enclosing)
-        self._visible.append(_Visible(parts.named, list(parts.froms), parts.columns))
+        self._visible.append(self._visible_in(parts))
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         self._visible.pop()
@@ -1119,6 +1237,29 @@ def _flat(froms: Iterable[Any]) -> Iterator[Any]:
             yield from _flat((source.left, source.right))
         else:
             yield source
+
+
+def _text_in(element: Any) -> str | None:
+    """The text that an element is: text() or literal_column(), or a label of one; None for any other."""
+    bare = _bare(element)
+    return bare.name if getattr(bare, "is_literal", False) else upstream.text_of(bare)
+
+
+def _sorted_by(element: Any) -> Any:
+    """What is sorted by, without the way of sorting."""
+    while isinstance(element, UnaryExpression):
+        element = element.element
+    return element
+
+
+def _is_label(column: Any, label: Any) -> bool:
+    return column is label or (
+        isinstance(column, Label) and column.name == label.name and label.shares_lineage(column)
+    )
+
+
+def _is_column(element: Any) -> bool:
+    return isinstance(element, ColumnClause) and not element.is_literal
 
 
 def _is_text(element: Any) -> bool:

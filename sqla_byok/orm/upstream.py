@@ -90,6 +90,7 @@ __all__ = [
     "is_made_up",
     "json_functions",
     "made_by",
+    "may_become",
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
@@ -858,6 +859,12 @@ def proxied(column: Any) -> Sequence[Any]:
 def is_made_up(name: Any) -> bool:
     """Whether SQLAlchemy gives the FROM its name when it is compiled."""
     return name is None or isinstance(name, _anonymous_label)
+
+
+def may_become(name: Any, called: str) -> bool:
+    """Whether SQLAlchemy may give a FROM this name when it is compiled: ``patient_1``, or ``anon_1``."""
+    base = re.fullmatch(r"%\(\S+ (.*)\)s", str(name))
+    return re.fullmatch(rf"{re.escape(base[1] if base else 'anon')}_\d+", called, re.IGNORECASE) is not None
 
 
 def has_rows(element: Any) -> bool:
