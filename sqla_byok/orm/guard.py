@@ -14,12 +14,12 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import Dialect, Integer, Select, Table
+from sqlalchemy import Dialect, Integer, Select, Table, select
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -62,13 +62,14 @@ from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
-from sqla_byok.orm.constructs import children, is_own
+from sqla_byok.orm.constructs import children, is_own, tables_held
 from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import Naming, protected_in
 from sqla_byok.orm.sql_text import (
     Name,
     Syntax,
     columns_in,
+    computes,
     lists_columns,
     name_alone,
     positions_in,
@@ -187,6 +188,14 @@ _LIGHT = _Why(
     "use the model or its Table",
 )
 _TEXT = _Why("textual SQL names it, and would see ciphertext", "use the model's columns")
+_HIDDEN = _Why(
+    "a construct of somebody's own renders it without telling so, and would see ciphertext",
+    "use the model's columns and operators in its place",
+)
+_UNKNOWN = _Why(
+    "a construct of somebody's own has its table or class, and cannot be rendered by itself to see what it makes of it",
+    "give it the columns that it is of",
+)
 _OWN = _Why(
     "a construct of somebody's own writes to it, where nothing would be encrypted or hashed",
     "use insert() or update() of the model",
@@ -406,7 +415,10 @@ class _Walk:
         self._visible: list[_Visible] = []
         self._parts: list[Any] = []  # the expressions that were walked, each as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
-        self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
+        self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]], set[tuple[str, bool]]]] = {}
+        self._met: set[tuple[str, bool]] = (
+            set()
+        )  # the encrypted columns and hash columns that were met: see _own()
         self._tested: dict[int, Any] = {}  # SELECTs of which only is asked whether there is a row
         self._open: set[int] = set()  # the ids of the expressions whose parts are being walked
         self._sources: dict[int, Any] = {}
@@ -604,13 +616,12 @@ class _Walk:
             for piece in upstream.pieces_of(statement):
                 self._embedded.extend(upstream.tables_of(piece))
             return
-        if (
-            is_own(statement)
-            and not isinstance(statement, SelectBase)
-            and not getattr(statement, "is_dml", False)
+        if is_own(statement) and not (
+            isinstance(statement, SelectBase) or getattr(statement, "is_dml", False)
         ):
-            self._written_by_own()
-        lists = self.statement(statement, None)
+            lists = self._whole_of_own(statement)
+        else:
+            lists = self.statement(statement, None)
         self._visible.append(_Visible(_nothing, list(upstream.targets(self._compiled))))
         for column in upstream.returned(self._compiled):
             self._returned(column)
@@ -620,14 +631,35 @@ class _Walk:
             if len(types) > 1:
                 self._refuse(next(iter(types.values())), _RETURNED)
 
-    def _written_by_own(self) -> None:
-        """The encrypted columns that a statement of somebody's own writes to, as it was rendered."""
-        text, syntax = self._compiled.string, self._syntax
-        named = {self._naming.column(name.name) for name in columns_in(text, syntax) if name.before is None}
-        for table, whole in written_in(text, syntax).items():
+    def _whole_of_own(self, statement: Any) -> list[list[Any]]:
+        """A statement of somebody's own, by what it holds and as it was rendered; returns as :meth:`statement` does."""
+        text = self._compiled.string
+        named = {
+            self._naming.column(name.name) for name in columns_in(text, self._syntax) if name.before is None
+        }
+        for table, whole in written_in(text, self._syntax).items():
             for column, type_ in self._naming.protected(*table, loosely=True).items():
                 if whole or column in named:
                     self._refuse(type_, _OWN, True)
+        lists: list[list[Any]] = []
+        for child in children(statement):
+            if isinstance(child, SelectBase) and self._is_all(child, text):
+                lists = self.statement(child, None)
+            else:
+                self._part(child, _COMPUTED)
+        self._hidden_in(text)
+        return lists
+
+    def _is_all(self, inner: Any, text: str) -> bool:
+        """Whether a statement makes up a text but for words around it that compute nothing, such as EXPLAIN."""
+        rendered = None
+        with suppress(Exception):
+            translated = self._compiled.schema_translate_map
+            rendered = str(inner.compile(dialect=self._compiled.dialect, schema_translate_map=translated))
+        before, found, after = text.partition(rendered or text)
+        return bool(rendered and found) and not (
+            computes(before, self._syntax) or computes(after, self._syntax)
+        )
 
     def statement(self, statement: Any, why: _Why | None, in_from: Any = None) -> list[list[Any]]:
         """Any statement; returns the columns of each of its parts.
@@ -637,26 +669,37 @@ class _Walk:
         key = (id(statement), why is None)
         known = self._seen.get(key)
         if known is None:
-            self._seen[key] = known = (statement, [])
+            outer, self._met = self._met, set()
+            self._seen[key] = known = (statement, [], self._met)
             for cte in upstream.added_ctes(statement):
                 self.source(cte)
             known[1].extend(self._statement(statement, why, in_from))
+            self._met = outer
+        self._met |= known[2]
         return known[1]
 
     def _statement(self, statement: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
+        if isinstance(statement, SelectBase) and is_own(statement) and upstream.renders_itself(statement):
+            with self._telling(statement):
+                return self._standard(statement, why, in_from)
+        return self._standard(statement, why, in_from)
+
+    def _standard(self, statement: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
         if isinstance(statement, Select):
             return [self._select(statement, why, in_from)]
         if isinstance(statement, CompoundSelect):
             return self._compound(statement, why, in_from)
         if getattr(statement, "is_dml", False):
             self._dml(statement)
+        elif is_own(statement):
+            self.visit(statement, why or _COMPUTED)
         elif (text := upstream.text_of(getattr(statement, "element", statement))) is not None:
             self._text(text)
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
             return self.statement(inner, why, in_from)
-        elif isinstance(statement, ClauseElement):  # of a class of somebody's own
+        elif isinstance(statement, ClauseElement):
             self._within(statement, why or _COMPUTED)
         return []
 
@@ -814,11 +857,13 @@ class _Walk:
         rendered = self._rendered(element)
         return [None] if rendered is None else positions_in(rendered, self._syntax)
 
-    def _rendered(self, element: Any) -> str | None:
+    def _rendered(self, element: Any, **kwargs: Any) -> str | None:
         """An expression as it is rendered by itself; None where it cannot be."""
         rendered = None
         with suppress(Exception):
-            rendered = without_parameters(str(element.compile(dialect=self._compiled.dialect)))
+            rendered = without_parameters(
+                str(element.compile(dialect=self._compiled.dialect, compile_kwargs=kwargs))
+            )
         return rendered
 
     def _at(self, places: Iterable[int | None], visible: _Visible) -> list[Any]:
@@ -918,6 +963,9 @@ class _Walk:
             self._text(text, in_from=True)
         elif isinstance(source, FunctionElement):
             self._part(source, _COMPUTED)
+        elif is_own(source):
+            with self._telling(source, in_from=True):
+                self._derived(source)
         else:
             self._derived(source)
 
@@ -957,6 +1005,55 @@ class _Walk:
         element = _element(element)  # an attribute, as mysql.match() keeps it
         if not isinstance(element, ClauseElement):
             return
+        whole = isinstance(element, FromClause | SelectBase) and not isinstance(element, FunctionElement)
+        if is_own(element) and not whole and id(element) not in self._open:
+            with self._telling(element):
+                self._known(element, why)
+        else:
+            self._known(element, why)
+
+    @contextmanager
+    def _telling(self, element: Any, in_from: bool = False) -> Iterator[None]:
+        """Within it a construct of somebody's own is walked; what it renders besides is refused.
+
+        It may come to a column by a way that nobody can follow: through a mapped class, a registry, a function.
+        """
+        outer, self._met = self._met, set()
+        yield
+        rendered = self._rendered(element, asfrom=True) if in_from else self._rendered(element)
+        if rendered is None and isinstance(element, ColumnElement):
+            rendered = self._rendered(select(element))  # it may look at the statement around it
+            for table in tables_held(element) if rendered is None else ():
+                for column in protected_in(table)[:1]:
+                    self._refuse(column.type, _UNKNOWN, True)
+        if rendered is not None:
+            self._hidden_in(rendered, in_from)
+        self._met |= outer
+
+    def _hidden_in(self, rendered: str, in_from: bool = False) -> None:
+        """Refuse the encrypted columns that a construct of somebody's own renders, but for those that were met."""
+        for type_ in self._named_by_own(rendered, in_from):
+            if (_id(type_), isinstance(type_, SearchHash)) not in self._met:
+                self._refuse(type_, _HIDDEN, True)
+
+    def _named_by_own(self, rendered: str, in_from: bool) -> Iterator[Any]:
+        """The types of the encrypted columns of the statement's tables, and of its own, that a construct names."""
+        syntax, sources = self._syntax, [source for level in self._visible for source in _flat(level.froms)]
+        tables = tables_in(rendered, syntax, fragment=True, in_from=in_from)
+        within = [self._naming.protected(*table, loosely=True) for table in tables]
+        for name in columns_in(rendered, syntax, in_from=in_from):
+            column, table = self._naming.column(name.name), name.before and self._naming.column(name.before)
+            known = [
+                self._named_columns(one)[1] for one in sources if not table or self._is_called(one, table)
+            ]
+            found = (columns.get(column) for columns in (*within, *known))
+            yield from (type_ for type_ in found if type_ is not None)
+        for row, certain in rows_in(rendered, syntax, in_from=in_from).items():
+            if (type_ := self._in_row(row, certain, tuple(self._visible))) is not None:
+                yield type_
+
+    def _known(self, element: Any, why: _Why | None) -> None:
+        """An expression by what it is made of."""
         if isinstance(element, ColumnClause):
             self._column(element, why)
         elif isinstance(element, HashComparison):
@@ -1058,6 +1155,8 @@ class _Walk:
             if self._visible and self._visible[-1].grows:
                 self._visible[-1].froms.append(table)
         type_ = self._type_of(column)
+        if type_ is not None:
+            self._met.add((_id(type_), isinstance(type_, SearchHash)))
         if type_ is None:
             if (
                 why is not None

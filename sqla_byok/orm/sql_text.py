@@ -18,6 +18,8 @@ __all__ = [
     "Name",
     "Syntax",
     "columns_in",
+    "computes",
+    "explains",
     "lists_columns",
     "name_alone",
     "positions_in",
@@ -281,6 +283,24 @@ def name_alone(text: str, syntax: Syntax) -> str | None:
         ):
             return _spelled(tokens[0], syntax)
     return None
+
+
+# The words by which a text does more than to say what is to be done with the one statement within it.
+_COMPUTING = frozenset((
+    "as", "by", "create", "delete", "distinct", "except", "insert", "intersect", "into", "join", "merge", "order",
+    "over", "replace", "select", "set", "union", "update", "values", "where", "with",
+))  # fmt: skip
+_EXPLAINING = frozenset(("analyze", "desc", "describe", "explain"))
+
+
+def computes(text: str, syntax: Syntax) -> bool:
+    """Whether what stands before or behind a statement makes something else of its rows."""
+    return any(token.word in _COMPUTING for tokens in _readings(text, syntax) for token in tokens)
+
+
+def explains(text: str, syntax: Syntax) -> bool:
+    """Whether a statement asks how another one would run: it does not return that one's rows."""
+    return any(tokens[0].word in _EXPLAINING for tokens in _readings(text, syntax) if tokens)
 
 
 # -- positions -------------------------------------------------------------------------------------------------------

@@ -27,12 +27,14 @@ from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import NOTHING, Written
 from sqla_byok.orm import direct, kept, tenant_column, upstream
 from sqla_byok.orm.binary import ask_for_binary, learn_of_binary
+from sqla_byok.orm.constructs import is_own
 from sqla_byok.orm.current import RUNNING, Attachment, Turn, attachment_of
 from sqla_byok.orm.fetches import Columns, Fetch, Reader
 from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
+from sqla_byok.orm.sql_text import Syntax, explains
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
@@ -124,6 +126,8 @@ class Statements:
         upstream.forget_metadata(
             compiled
         )  # of a cache of the application's, from before the engine was attached
+        if is_own(compiled.statement) and explains(compiled.string, Syntax.of(compiled.dialect)):
+            upstream.forget_columns(compiled)
         needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
         return needs
 
@@ -163,6 +167,8 @@ class Statements:
         """The statement compiled for as many search salts as there are."""
         if call.clause is None:
             _refuse_precompiled(turn)
+        if is_own(call.clause) and not isinstance(call.clause, SelectBase | UpdateBase):
+            _refuse_within_own(turn)
         live = {owner: len(turn.rings[owner].live_salts) for owner, need in needs.of.items() if need.salts}
         statement = upstream.inside(call.clause).options(upstream.FanOut(tuple(live.items())))
         clause = upstream.instead(call.clause, statement)
@@ -401,11 +407,21 @@ def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence
 
 
 def _refuse_precompiled(turn: Turn) -> NoReturn:
-    tenants = ", ".join(sorted(str(ring.tenant) for ring in turn.rings.values()))
     raise UnsupportedQueryError(
-        f"the search salts of tenant {tenants!r} are being rotated, and this statement was compiled beforehand for "
-        "another number of them; execute the statement itself"
+        f"the search salts of tenant {_names(turn)!r} are being rotated, and this statement was compiled beforehand "
+        "for another number of them; execute the statement itself"
     )
+
+
+def _refuse_within_own(turn: Turn) -> NoReturn:
+    raise UnsupportedQueryError(
+        f"the search salts of tenant {_names(turn)!r} are being rotated, and this statement is a construct of "
+        "somebody's own, in which a search is for one of them only; execute the statement within it"
+    )
+
+
+def _names(turn: Turn) -> str:
+    return ", ".join(sorted(str(ring.tenant) for ring in turn.rings.values()))
 
 
 def _refuse_nobody(need: Need) -> None:

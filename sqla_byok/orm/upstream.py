@@ -77,6 +77,7 @@ __all__ = [
     "excluded",
     "executed",
     "fanned_out",
+    "forget_columns",
     "forget_metadata",
     "given_property",
     "has_rows",
@@ -106,6 +107,7 @@ __all__ = [
     "reads_early",
     "referred",
     "render_again",
+    "renders_itself",
     "resolved",
     "restated",
     "result_types",
@@ -618,6 +620,18 @@ def compiled_anew(conn: Any, options: Any, clause: Any, parameters: Any) -> Call
 def forget_metadata(compiled: Any) -> None:
     """Have the metadata of a compiled statement's result, and with it the result processors, made anew."""
     compiled._cached_metadata = None
+
+
+def renders_itself(element: Any) -> bool:
+    """Whether the class of a construct, of somebody's own, was given a way to be rendered: by ``@compiles``."""
+    cls: Any = type(element)
+    own = [one for one in cls.__mro__ if not one.__module__.startswith("sqlalchemy.")]
+    return any("_compiler_dispatch" in vars(one) for one in own)
+
+
+def forget_columns(compiled: Any) -> None:
+    """Have the columns of a compiled statement's result be only what the database says of them."""
+    compiled._result_columns = []
 
 
 def driver_cursor(context: Any) -> Any:
