@@ -65,6 +65,7 @@ from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys
 from sqla_byok.orm.constructs import children, is_own, tables_held
 from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import Naming, protected_in
+from sqla_byok.orm.schema import cannot_follow
 from sqla_byok.orm.sql_text import (
     Name,
     Syntax,
@@ -188,6 +189,11 @@ _LIGHT = _Why(
     "use the model or its Table",
 )
 _TEXT = _Why("textual SQL names it, and would see ciphertext", "use the model's columns")
+_DEFAULT = _Why(
+    "its default or onupdate cannot be encrypted or hashed: it is a SQL expression, or changes one of several columns "
+    "of a hash_index",
+    "give it a Python value or function, or the values in the statement",
+)
 _HIDDEN = _Why(
     "a construct of somebody's own renders it without telling so, and would see ciphertext",
     "use the model's columns and operators in its place",
@@ -912,6 +918,10 @@ class _Walk:
                     self._unknowing(table, target)
         for key, value in items:
             self._set(table, key, value)
+        for one in _flat([table]):
+            if isinstance(origin := _origin(one), Table):
+                for column in cannot_follow(origin, "default" if dml.is_insert else "onupdate"):
+                    self._refuse(column.type, _DEFAULT, True)
         if self._protected(table) or not isinstance(table, Table):
             for key in upstream.written(dml, self._compiled):
                 self._unknowing(table, key)

@@ -118,7 +118,6 @@ __all__ = [
     "run_or_await",
     "select_names",
     "selected_by",
-    "set_default",
     "show_in_subqueries",
     "step_in",
     "tables_of",
@@ -312,11 +311,6 @@ def pending_columns(constraint: Any) -> list[Any]:
     """The columns that a constraint or index is about to be attached with; to be changed in place."""
     found: list[Any] = constraint._pending_colargs
     return found
-
-
-def set_default(default: Any, column: Any) -> None:
-    """Make a default or onupdate that of a column."""
-    default._set_parent_with_dispatch(column)
 
 
 def engine_of(engine: Engine) -> Engine:

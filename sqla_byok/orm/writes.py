@@ -139,7 +139,7 @@ def refuse_compiled(compiled: Any) -> None:
 class _Plan:
     """The keys of a table's columns that concern us. It holds no column, which would keep the table alive."""
 
-    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "searchable", "written")
+    __slots__ = ("compounds", "encrypted", "followed", "hashes", "pairs", "searchable", "written")
 
     def __init__(self, table: Table) -> None:
         encrypted = [column for column in table.c if isinstance(column.type, Encrypted)]
@@ -156,9 +156,7 @@ class _Plan:
         for source, hash_key in self.pairs:
             self.hashes.setdefault(source, []).append(hash_key)
         followed = {*self.hashes, *(key for index in self.compounds.values() for key in index.sources)}
-        self.defaults = tuple(
-            column.key for column in encrypted if column.key in followed and column.default is not None
-        )
+        self.followed = tuple(column.key for column in encrypted if column.key in followed)
         types = [column.type for column in table.c if isinstance(column.type, SearchHash)]
         self.searchable = bool(types)
         self.written = _written(table.fullname, [*types, *(column.type for column in encrypted)])
@@ -309,13 +307,18 @@ def _given(clause: Any, table: Any, plan: _Plan, given: Any) -> dict[Any, Any]:
     for key, value in given.items():
         column = _target(clause, table, key)
         row[key if column is None else column.key] = value
-    for key in plan.defaults:
-        if key not in row:
+    for key in plan.followed:
+        if key not in row and table.c[key].default is not None:
             row[key] = _default_of(table.c[key])
     return row
 
 
 def _default_of(column: Any) -> Any:
+    if not (column.default.is_scalar or column.default.is_callable):
+        _refuse(
+            column,
+            "its default is a SQL expression, which cannot be encrypted; give it a Python value or function",
+        )
     return column.default.arg if column.default.is_scalar else column.default.arg(_NoContext(column))
 
 
