@@ -145,6 +145,8 @@ def _complete(column: Column[Any], table: Table) -> None:
 def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: bool | None) -> None:
     type_: Encrypted[Any] = column.type  # type: ignore[assignment]
     sibling = _called(table, hash_key(column.key), hash_key(column.name))
+    if sibling is None and _spelled_otherwise(table, hash_key(column.name)) is not None:
+        _refuse_name(type_, hash_key(column.key))
     if sibling is not None:
         _adopt(sibling, column, table, unique, index)
     else:
@@ -167,6 +169,12 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
 def _called(table: Table, key: str, name: str) -> Column[Any] | None:
     """The column of a table that has this key or this name in the database."""
     return next((column for column in table.c if column.key == key or column.name == name), None)
+
+
+def _spelled_otherwise(table: Table, name: str) -> Column[Any] | None:
+    """A column of an application's own whose name is the same one but in PostgreSQL, where case counts."""
+    same = (column for column in table.c if column.name.lower() == name.lower() and column.name != name)
+    return next((column for column in same if not isinstance(column.type, SearchHash)), None)
 
 
 def _adopt(
@@ -196,7 +204,12 @@ def _refuse_plain(column: Column[Any], table: Any) -> None:
     if not isinstance(table, Table) or not declares_encrypted(table.metadata):
         return
     there = _called(table, column.key, column.name)
-    if there is None or isinstance(column.type, SearchHash):
+    if isinstance(column.type, SearchHash):
+        return
+    if there is None:
+        hashes = (one for one in table.c if isinstance(one.type, SearchHash))
+        there = next((one for one in hashes if one.name.lower() == str(column.name).lower()), None)
+    if there is None:
         return
     if isinstance(there.type, SearchHash):
         _refuse_name(there.type.source, there.key)
@@ -335,6 +348,8 @@ def add_index(table: Table, index: IndexOf, unique: bool) -> None:
     names = tuple(table.c[key].name for key in index.sources)
     existing = _called(table, hash_key(index.name), hash_key(index.name))
     if existing is None:
+        if _spelled_otherwise(table, hash_key(index.name)) is not None:
+            _refuse_index_name(indexed, hash_key(index.name))
         existing = HashColumn(
             hash_key(index.name),
             indexed.written_type,
@@ -361,14 +376,18 @@ def _adopt_index(
     before = existing.info.get(INDEX)
     reflected = before is None and SOURCE not in existing.info and _REFLECTED in existing.info
     if existing.key != hash_key(index.name) or not (reflected or index.same_as(before)):
-        raise DeclarationError(
-            f"{indexed.column_id}: the table has another column {existing.name!r}, whose name is needed for the "
-            "hashes of this hash_index; give it another name=",
-            column=indexed.column_id,
-        )
+        _refuse_index_name(indexed, existing.name)
     existing.__class__, existing.type = HashColumn, indexed.written_type
     existing.info[SOURCE], existing.info[INDEX] = index.sources[0], index
     _index_existing(existing, table, unique)
+
+
+def _refuse_index_name(indexed: IndexedValue, name: str) -> NoReturn:
+    raise DeclarationError(
+        f"{indexed.column_id}: the table has another column {name!r}, whose name is needed for the hashes of this "
+        "hash_index; give it another name=",
+        column=indexed.column_id,
+    )
 
 
 def indexes_of(table: Table) -> dict[str, IndexOf]:
@@ -517,6 +536,34 @@ def _move_columns(constraint: Any, table: Any) -> None:
                 _refuse_constraint(constraint, column)
             constraint.expressions[position] = sibling  # type: ignore[index]
         pending[position] = sibling
+
+
+@event.listens_for(Index, "after_parent_attach")
+def _give_way(index: Index, table: Any) -> None:
+    """Take the index of a hash column away where another index that begins with the column gets its name.
+
+    SQLAlchemy names an index that was given no name after its first column. That one serves the searches as well.
+    """
+    if not isinstance(table, Table) or index.name is None:
+        return
+    for other in [one for one in table.indexes if one is not index and one.name == index.name]:
+        made = next((one for one in (other, index) if _is_automatic(one)), None)
+        if made is None:
+            continue
+        given = index if made is other else other
+        if given.dialect_kwargs:  # it may be of some rows only
+            type_: Any = next(iter(made.columns)).type
+            raise DeclarationError(
+                f"{type_.column_id}: an index without a name of its own gets that of the column's search hashes, "
+                f"{made.name!r}; give it one",
+                column=type_.column_id,
+            )
+        table.indexes.discard(made)
+
+
+def _is_automatic(index: Index) -> bool:
+    columns = list(index.columns)
+    return len(columns) == 1 and isinstance(columns[0].type, SearchHash) and not index.unique
 
 
 def _is_narrowed(index: Index, column: Column[Any]) -> bool:

@@ -1107,3 +1107,41 @@ def test_own_column_with_the_name_of_the_hash_is_refused(type_: Any) -> None:
     with_id(Column("mrn_hash", type_), metadata=metadata)
     with pytest.raises(DeclarationError, match="mrn_hash"):
         Table("patient", metadata, Column("mrn", searchable()), extend_existing=True)
+
+
+@pytest.mark.parametrize("own", ["MRN_hash", "mrn_HASH", "Mrn_Hash"])
+def test_names_that_differ_in_case_are_one(own: str) -> None:
+    """SQLite and MariaDB would refuse the table, or keep hashes in a column of the application's own."""
+    for columns in (
+        lambda: (Column(own, String(20)), Column("mrn", searchable())),
+        lambda: (Column("mrn", searchable()), Column(own, String(20))),
+        lambda: (
+            Column("other", String(20), key="x"),
+            Column(own, LargeBinary, key="y"),
+            Column("mrn", searchable()),
+        ),
+    ):
+        with pytest.raises(
+            DeclarationError, match=r"patient\.mrn: the table has a column 'mrn_hash' of its own"
+        ):
+            with_id(*columns())
+    table = with_id(Column("mrn", searchable()), Column("FIRST_hash", String(20)))
+    with pytest.raises(DeclarationError, match="give it another name="):
+        add_index(table, IndexOf("first", ("mrn",), first_of), unique=False)
+
+
+def test_a_name_that_is_too_long_for_its_hash_column_raises_in_ddl(byok: Byok, engine: Engine) -> None:
+    """Typed, before the database refuses or cuts it; the longest name that it takes works."""
+    longest = {"sqlite": 90, "postgresql": 62}.get(engine.dialect.name, 59)
+    table = with_id(Column("m" * longest, searchable()))
+    table.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table), [{"m" * longest: "A-1"}])
+        assert session.scalars(select(table.c.id).where(table.c["m" * longest] == "A-1")).all() == [1]
+    table.metadata.drop_all(engine)
+    table = with_id(Column("m" * (longest + 1), searchable()))
+    if engine.dialect.name == "sqlite":
+        table.metadata.create_all(engine)
+        return
+    with pytest.raises(DeclarationError, match="too long"):
+        table.metadata.create_all(engine)
