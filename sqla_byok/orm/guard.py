@@ -152,6 +152,9 @@ _GROUP_BY = _Why(
     "group by search_hash(column), or add the table's primary key",
     "add the table's primary key, or group in Python",
 )
+_UNGROUPED = _Why(
+    "it is compared by its search hash, which GROUP BY leaves out", "add search_hash(column) to group_by()"
+)
 _DISTINCT = _Why(
     "DISTINCT would find each ciphertext different",
     "select search_hash(column) instead, or the table's primary key too",
@@ -719,7 +722,7 @@ class _Walk:
             self._part(column, why)
         if id(select) not in self._tested:
             self._all_columns((*parts.columns, *parts.others), parts.froms)
-        for criterion in parts.criteria:
+        for criterion in (*parts.criteria, *parts.having):
             self._part(criterion, _TRUTH)
         if parts.distinct and not parts.distinct_on:
             self._told_apart(parts.columns, _DISTINCT)
@@ -727,6 +730,7 @@ class _Walk:
             for meant in self._meant(column, parts.columns):
                 self._part(meant, _DISTINCT)
         self._grouped(parts.group_by, parts.columns)
+        self._looked_up_in_groups(parts)
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         for other in parts.others:
@@ -821,6 +825,29 @@ class _Walk:
         for element in bare:
             if not isinstance(element, ColumnClause) or self._type_of(element) is None:
                 self._part(element, _GROUP_BY)
+
+    def _looked_up_in_groups(self, parts: upstream.Parts) -> None:
+        """Refuse a look-up of what GROUP BY has, where the database would know the hash only if it had that too."""
+        database = self._compiled.dialect.name
+        if not parts.group_by or database == "sqlite":
+            return
+        groups = [
+            _referred(meant)
+            for element in parts.group_by
+            for meant in self._meant(element, parts.columns, shadowed=True)
+        ]
+        elements, known = [*parts.having], {_place(group) for group in groups}
+        if database == "postgresql":
+            elements += [*parts.columns, *parts.order_by]
+        else:
+            known |= {_place(column) for column in parts.columns}
+        froms = list(_flat(parts.froms))
+        for comparison in (one for element in elements for one in _look_ups(element)):
+            for column in comparison.hashes():
+                if column.table not in froms or _place(column) in known:
+                    continue
+                if database != "postgresql" or not _depends(column, known):
+                    self._refuse(column.type, _UNGROUPED)
 
     def _ordered(self, element: Any, columns: Sequence[Any]) -> None:
         for meant in self._labels_named(element, columns) or self._meant(element, columns):
@@ -950,7 +977,11 @@ class _Walk:
             self._part(value, _COPIED)
 
     def _returned(self, column: Any) -> None:
-        if isinstance(column, ColumnElement) or not isinstance(column, FromClause):
+        bundled = _element(column)
+        if isinstance(bundled, ClauseList) and not is_own(bundled):
+            for one in bundled.clauses:
+                self._returned(one)
+        elif isinstance(column, ColumnElement) or not isinstance(column, FromClause):
             self._part(column, None)
 
     # -- FROM ------------------------------------------------------------------------------------------------------
@@ -1456,6 +1487,22 @@ def _are_rows(columns: Sequence[Any], ours: Sequence[Any]) -> bool:
         if not keys or any((table, key.key, through) not in there for key in keys):
             return False
     return True
+
+
+def _look_ups(element: Any) -> Iterator[HashComparison]:
+    """The look-ups in an expression, subqueries included; not those that an aggregate function is over."""
+    if isinstance(element, HashComparison):
+        yield element
+    elif not isinstance(element, FunctionElement):
+        for child in element.get_children():
+            yield from _look_ups(child)
+
+
+def _depends(column: Any, groups: set[Any]) -> bool:
+    """Whether PostgreSQL knows a column in each group, by the primary key of its table."""
+    table, through = _origin(column.table), way(column)
+    keys = list(table.primary_key.columns) if isinstance(table, Table) else []
+    return bool(keys) and all((table, key.key, through) in groups for key in keys)
 
 
 def _place(column: Any) -> tuple[Any, Any, Any] | None:

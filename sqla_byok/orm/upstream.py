@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
-from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
+from sqlalchemy import Engine, Select, Table, UniqueConstraint, and_, case
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.interfaces import CompileStateOption
@@ -118,6 +118,7 @@ __all__ = [
     "run_or_await",
     "select_names",
     "selected_by",
+    "selected_columns",
     "show_in_subqueries",
     "step_in",
     "tables_of",
@@ -134,6 +135,7 @@ __all__ = [
     "with_criterion",
     "with_multi_values",
     "with_returned",
+    "with_selected",
     "with_target",
     "with_values",
     "without_entity",
@@ -337,6 +339,22 @@ def plain_table(table: Table) -> Table:
 def select_names(clause: Any) -> Sequence[str]:
     """The target columns of an INSERT FROM SELECT; empty for any other."""
     return clause._select_names or () if clause.is_insert and clause.select is not None else ()
+
+
+def selected_columns(insert: Any) -> Sequence[Any]:
+    """What an INSERT FROM SELECT selects for its columns, in order; nothing where that cannot be told."""
+    selected = inside(insert.select)
+    return list(selected.selected_columns) if isinstance(selected, Select) else []
+
+
+def with_selected(insert: Any, names: Sequence[str], value: Any) -> Any:
+    """A copy of an INSERT FROM SELECT that gives further columns this value."""
+    if not names:
+        return insert
+    new = insert._generate()
+    new._select_names = [*insert._select_names, *names]
+    new.select = insert.select.add_columns(*(value.label(name) for name in names))
+    return new
 
 
 def values(clause: Any) -> list[Item]:
@@ -734,6 +752,7 @@ class Parts(NamedTuple):
     froms: Sequence[Any]
     named: Callable[[str], Named]
     criteria: Sequence[Any]
+    having: Sequence[Any]
     group_by: Sequence[Any]
     order_by: Sequence[Any]
     distinct: bool
@@ -763,7 +782,8 @@ def parts(select: Any, enclosing: Enclosing, in_from: Any = None) -> Parts:
         froms=enclosing.froms(state, in_from),
         state=state,
         named=lambda name: _named(state, name),
-        criteria=(*select._where_criteria, *select._having_criteria),
+        criteria=select._where_criteria,
+        having=select._having_criteria,
         group_by=select._group_by_clauses,
         order_by=select._order_by_clauses,
         distinct=bool(select._distinct) or any("DISTINCT" in str(text_of(text)).upper() for text in texts),

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Alias, Column, Join, MetaData, Table, event, null
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.sql.elements import BindParameter, Cast, ClauseElement, ColumnClause, Label, Null, TypeCoerce
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import NullType
 
@@ -52,12 +52,8 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
         items = [(key, value) for key, value in items if key.table == table]
     if not (plan.encrypted or any(isinstance(getattr(key, "type", None), _OURS) for key, _ in items)):
         return None
-    for name in given.select_names:
-        if isinstance(table.c[name].type, _OURS):
-            _refuse(
-                table.c[name],
-                "INSERT FROM SELECT cannot encrypt what the database selects; read and insert rows",
-            )
+    if given.select_names:
+        clause = _fill_select(clause, table, plan, given.select_names)
     if plan.compounds and items and rows:
         _refuse_mixed(table, plan, items, rows[0])
     copied: Copies = {}
@@ -76,6 +72,27 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
     if given.returns and clause.is_insert:
         clause = upstream.with_returned(clause, lambda one: _is_hash_of(table, one))
     return clause, rows
+
+
+def _fill_select(clause: Any, table: Any, plan: _Plan, names: Sequence[str]) -> Any:
+    """An INSERT FROM SELECT, which may give an encrypted column nothing but NULL; its hashes are then NULL too."""
+    selected = upstream.selected_columns(clause)
+    nulls = {name for name, column in zip(names, selected, strict=False) if _is_null(column)}
+    for name in names:
+        if isinstance(table.c[name].type, _OURS) and name not in nulls:
+            _refuse(
+                table.c[name],
+                "INSERT FROM SELECT cannot encrypt what the database selects; read and insert rows",
+            )
+    hashes = {key: None for source, key in plan.pairs if source in nulls}
+    hashes |= {key: None for key, index in plan.compounds.items() if not nulls.isdisjoint(index.sources)}
+    return upstream.with_selected(clause, [key for key in hashes if key not in names], null())
+
+
+def _is_null(element: Any) -> bool:
+    while isinstance(element, Label | Cast | TypeCoerce):
+        element = element.clause if isinstance(element, Cast | TypeCoerce) else element.element
+    return isinstance(element, Null)
 
 
 def _is_hash_of(table: Any, element: Any) -> bool:
