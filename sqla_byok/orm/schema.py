@@ -551,7 +551,8 @@ def _give_way(index: Index, table: Any) -> None:
         if made is None:
             continue
         given = index if made is other else other
-        if given.dialect_kwargs:  # it may be of some rows only
+        # What is reflected has options that say nothing.
+        if any(isinstance(value, ClauseElement) or value for value in given.dialect_kwargs.values()):
             type_: Any = next(iter(made.columns)).type
             raise DeclarationError(
                 f"{type_.column_id}: an index without a name of its own gets that of the column's search hashes, "

@@ -120,8 +120,10 @@ def test_an_index_without_a_name_takes_the_place_of_the_hash_columns(
 
 def test_an_index_of_some_rows_does_not_serve_the_search() -> None:
     """It cannot take the place: it needs a name."""
-    with pytest.raises(DeclarationError, match="give it one"):
-        _two(Index(None, "mrn", "tax", postgresql_where=text("org = 'x'")))
+    for columns in (["mrn", "tax"], ["mrn"]):
+        for option in ({"postgresql_where": text("org = 'x'")}, {"sqlite_where": text("org = 'x'")}):
+            with pytest.raises(DeclarationError, match="give it one"):
+                _two(Index(None, *columns, **option))
     assert len(_two(Index("some", "mrn", "tax", postgresql_where=text("org = 'x'"))).indexes) == 3
 
 
