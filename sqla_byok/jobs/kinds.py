@@ -29,7 +29,8 @@ from sqla_byok.jobs.searching import Hashed, Searching
 from sqla_byok.keys.jobs import CANCELLED, DONE, PREPARING, RUNNING, Job
 from sqla_byok.orm.chosen import chosen, hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
-from sqla_byok.orm.stored import StoredTable, sources_of
+from sqla_byok.orm.schema import sources_of
+from sqla_byok.orm.stored import StoredTable
 from sqla_byok.orm.tenant_column import tenant_key
 from sqla_byok.runtime import Byok
 

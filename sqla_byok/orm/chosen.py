@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapper
 from sqla_byok.errors import ConfigurationError
 from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import declared_tables, protected_in
-from sqla_byok.orm.stored import sources_of
+from sqla_byok.orm.schema import sources_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Chosen", "chosen", "hashes_in", "values_in"]

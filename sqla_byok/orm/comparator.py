@@ -190,6 +190,14 @@ class HashComparison(BinaryExpression[Any]):
             if found is not None:
                 yield found
 
+    def hashes(self) -> Iterator[Any]:
+        """The hash columns that are compared, outside of subqueries."""
+        shown = self.rendered(1)
+        for side in (_bare(getattr(shown, "left", None)), _bare(getattr(shown, "right", None))):
+            for operand in side.clauses if isinstance(side, ClauseList) else (side,):
+                if _is_hash_column(operand):
+                    yield _bare(operand)
+
     def _negate(self) -> ColumnElement[Any]:
         return _over_hashes(super()._negate())  # type: ignore[no-untyped-call]
 

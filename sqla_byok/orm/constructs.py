@@ -10,12 +10,14 @@ from functools import cached_property, lru_cache
 from sys import stdlib_module_names
 from types import FunctionType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
+from sqlalchemy import Table, inspect
 from sqlalchemy.sql.base import ColumnCollection
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.selectable import FromClause
 
-__all__ = ["children", "is_own", "parts_held"]
+__all__ = ["children", "is_own", "parts_held", "tables_held"]
 
 _PLAIN = (str, bytes, int, float, complex, type(None), type, ModuleType)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
@@ -38,9 +40,9 @@ def _is_own(cls: type) -> bool:
 
 @lru_cache(maxsize=2_000)
 def _own_classes(cls: type) -> tuple[type, ...]:
-    return tuple(
-        each for each in cls.__mro__ if _package(each) not in ("sqlalchemy", "sqla_byok", "builtins")
-    )
+    # The standard library's are left out: caches of typing's lead to whatever was ever annotated.
+    others = {"sqlalchemy", "sqla_byok", *stdlib_module_names}
+    return tuple(each for each in cls.__mro__ if _package(each) not in others)
 
 
 def _classes(holder: Any) -> tuple[type, ...]:
@@ -73,19 +75,37 @@ def parts_held(element: Any) -> Iterator[Any]:
 
     Containers and objects may stand in each other, to any depth, and lead back to where they are.
     """
+    return (part for part in _held(element) if not isinstance(part, type))
+
+
+def tables_held(element: Any) -> Iterator[Table]:
+    """The tables of a construct of somebody's own: those that it holds, and those of the classes that it holds."""
+    for part in _held(element):
+        found = inspect(part, raiseerr=False) if isinstance(part, type) else part
+        selectable = getattr(found, "selectable", found)
+        table = getattr(selectable, "table", selectable)
+        if isinstance(table, Table):
+            yield table
+
+
+def _held(element: Any) -> Iterator[Any]:
+    """The SQL constructs that one of somebody's own holds, and the classes."""
     seen: dict[int, Any] = {id(element): element}  # kept alive, so that no id comes twice
     waiting = [*_stored(element), *_computed(element)]
     while waiting:
         part = waiting.pop()
-        if isinstance(part, _PLAIN) or id(part) in seen:
+        if (isinstance(part, _PLAIN) and not isinstance(part, type)) or id(part) in seen:
             continue
         seen[id(part)] = part
         if isinstance(part, ColumnCollection) and isinstance(element, FromClause):
             continue  # its own columns
-        if isinstance(part, ClauseElement) or hasattr(type(part), "__clause_element__"):
+        if isinstance(part, ClauseElement | type) or hasattr(type(part), "__clause_element__"):
             yield part
         elif isinstance(part, FunctionType):
-            waiting += part.__closure__ or ()
+            waiting += (*(part.__closure__ or ()), *(part.__defaults__ or ()))
+            waiting += (part.__kwdefaults__ or {}).values()
+        elif isinstance(part, ReferenceType):
+            waiting.append(part())
         elif _is_looked_into(part):
             waiting += _stored(part)
             if is_dataclass(part):

@@ -8,16 +8,14 @@ looked after; nor is one whose tables are all there still, unless a column says 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, Table, func, inspect, or_, select
-from sqlalchemy.sql.elements import ColumnElement
 
 from sqla_byok.crypto.formats import HEADER_SIZE, VALUE_MAGIC
 from sqla_byok.errors import NotEncryptedError
 from sqla_byok.keys.keyring import Keyring
-from sqla_byok.orm.namesakes import declared_tables
 from sqla_byok.orm.stored import StoredTable
 from sqla_byok.orm.tenant_column import tenant_key
 
@@ -32,45 +30,44 @@ class EarlierRows:
 
     def __init__(self) -> None:
         self._asked: set[tuple[str, str]] = set()
-        self._plain: dict[str, bool] = {}
+        self._plain: dict[tuple[str, frozenset[str]], bool] = {}
         self._gone: dict[str, bool] = {}
 
-    def are_in(self, conn: Connection, ring: Keyring, name: str, owner: str | None) -> bool:
+    def are_in(self, conn: Connection, ring: Keyring, table: Table, keys: Collection[str]) -> bool:
         """Whether a tenant has rows in a table that the keystore does not know for it.
 
-        :param ring: the tenant's, or that of the owner of single columns.
-        :param name: of the table, with its schema.
-        :param owner: the owner, in the second case.
+        :param ring: the tenant's, or that of the owner of the columns.
+        :param keys: of the columns that are written or searched.
         """
-        known = ring.searchable.tables
-        if not known or name in known or (ring.tenant, name) in self._asked:
+        name, known = table.fullname, ring.searchable.tables
+        if not known or not keys or name in known or (ring.tenant, name) in self._asked:
             return False
-        table = next((each for each in declared_tables() if each.fullname == name), None)
-        if table is None or not table.primary_key.columns:
+        if not table.primary_key.columns:
             return False
-        stored = StoredTable(table, tenant_key(table) if owner is None else None)
-        cells = [stored.cell(key) for key, whose in stored.owners.items() if whose == owner]
+        stored = StoredTable(table, tenant_key(table), list(keys))
+        if any(owner is not None for owner in stored.owners.values()):
+            stored = StoredTable(table, None, list(keys))
         found = False
         if stored.tenant is not None or any(self._is_gone(conn, each) for each in known):
-            found = conn.scalar(_mine(stored, cells, ring)) is not None
+            found = conn.scalar(_mine(stored, ring)) is not None
         if not found:
             self._asked.add((ring.tenant, name))
         return found
 
-    def refuse_plaintext(self, conn: Connection, name: str) -> None:
-        """Refuse to search a table in which values stand that were never encrypted.
+    def refuse_plaintext(self, conn: Connection, table: Table, keys: Collection[str]) -> None:
+        """Refuse to search columns in which values stand that were never encrypted.
 
-        :raises NotEncryptedError: there are some among its oldest rows.
+        :param keys: of the encrypted columns.
+        :raises NotEncryptedError: there are some in the table's oldest rows.
         """
-        plain = self._plain.get(name)
-        if plain is None:
-            table = next((each for each in declared_tables() if each.fullname == name), None)
-            plain = self._plain[name] = table is not None and _has_plaintext(conn, table)
-        if plain:
+        place = table.fullname, frozenset(keys)
+        if place not in self._plain:
+            self._plain[place] = _has_plaintext(conn, table, keys)
+        if self._plain[place]:
             raise NotEncryptedError(
-                f"{name}: values stand in its encrypted columns that sqla_byok has not written, such as plaintext from "
-                "before a migration, and no search finds them; encrypt them into a new column, or remove them, and "
-                "restart"
+                f"{table.fullname}: values stand in its encrypted columns that sqla_byok has not written, such as "
+                "plaintext from before a migration, and no search finds them; encrypt them into a new column, or "
+                "remove them, and restart"
             )
 
     def _is_gone(self, conn: Connection, name: str) -> bool:
@@ -81,27 +78,21 @@ class EarlierRows:
         return self._gone[name]
 
 
-def _mine(table: StoredTable, cells: list[ColumnElement[Any]], ring: Keyring) -> Any:
+def _mine(table: StoredTable, ring: Keyring) -> Any:
     """The SELECT that finds one row of a tenant: by its column, or by the data keys in the values' headers."""
-    if table.tenant is not None:
-        where = [*table.of_tenant(ring.tenant), or_(*(cell.is_not(None) for cell in cells))]
-    else:
+    where = list(table.of_tenant(ring.tenant))
+    if not where:
         ids = [table.bound(header[2:HEADER_SIZE]) for header in ring.openers]
-        where = [or_(*(func.substr(cell, 3, 16).in_(ids) for cell in cells))]
+        where = [or_(*(func.substr(table.cell(key), 3, 16).in_(ids) for key in table.values))]
     return select(table.key[0]).where(*where).limit(1)
 
 
-def _has_plaintext(conn: Connection, table: Table) -> bool:
+def _has_plaintext(conn: Connection, table: Table, keys: Collection[str]) -> bool:
     if not table.primary_key.columns:
         return False
-    stored = StoredTable(table)
-    with_values = list(_labelled(stored))
-    oldest = select(*with_values).order_by(*stored.key).limit(_OLDEST).subquery()
+    stored = StoredTable(table, keys=list(keys))
+    cells = [stored.cell(key).label(f"v{number}") for number, key in enumerate(stored.values)]
+    oldest = select(*cells).order_by(*stored.key).limit(_OLDEST).subquery()
     magic = stored.bound(bytes([VALUE_MAGIC]))
     others = (cell.is_not(None) & (func.substr(cell, 1, 1) != magic) for cell in oldest.c)
     return conn.scalar(select(func.count()).select_from(oldest).where(or_(*others))) != 0
-
-
-def _labelled(table: StoredTable) -> Iterator[ColumnElement[Any]]:
-    for number, key in enumerate(table.values):
-        yield table.cell(key).label(f"v{number}")

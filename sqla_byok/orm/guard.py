@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import Dialect, Integer, Select, Table
+from sqlalchemy import Dialect, Integer, Select, Table, select
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -37,7 +37,6 @@ from sqlalchemy.sql.elements import (
     Label,
     Null,
     Over,
-    TextClause,
     True_,
     Tuple,
     TypeCoerce,
@@ -57,15 +56,29 @@ from sqlalchemy.sql.selectable import (
     TextualSelect,
     Values,
 )
+from sqlalchemy.sql.visitors import iterate
 
 from sqla_byok.errors import ConfigurationError, UnsupportedQueryError
 from sqla_byok.keys.searchable import HashSpec
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import HashComparison, hash_column_of, search_keys, way
-from sqla_byok.orm.constructs import children, is_own
+from sqla_byok.orm.constructs import children, is_own, tables_held
 from sqla_byok.orm.hash_index import IndexComparator
 from sqla_byok.orm.namesakes import Naming, Stored, protected_in
-from sqla_byok.orm.sql_text import Name, Syntax, columns_in, tables_in, written_in
+from sqla_byok.orm.schema import cannot_follow
+from sqla_byok.orm.sql_text import (
+    Name,
+    Syntax,
+    columns_in,
+    computes,
+    lists_columns,
+    name_alone,
+    positions_in,
+    rows_in,
+    tables_in,
+    without_parameters,
+    written_in,
+)
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["Findings", "Guard", "Verdict", "search_hash"]
@@ -139,6 +152,9 @@ _GROUP_BY = _Why(
     "group by search_hash(column), or add the table's primary key",
     "add the table's primary key, or group in Python",
 )
+_UNGROUPED = _Why(
+    "it is compared by its search hash, which GROUP BY leaves out", "add search_hash(column) to group_by()"
+)
 _DISTINCT = _Why(
     "DISTINCT would find each ciphertext different",
     "select search_hash(column) instead, or the table's primary key too",
@@ -176,6 +192,19 @@ _LIGHT = _Why(
     "use the model or its Table",
 )
 _TEXT = _Why("textual SQL names it, and would see ciphertext", "use the model's columns")
+_DEFAULT = _Why(
+    "its default or onupdate cannot be encrypted or hashed: it is a SQL expression, or changes one of several columns "
+    "of a hash_index",
+    "give it a Python value or function, or the values in the statement",
+)
+_HIDDEN = _Why(
+    "a construct of somebody's own renders it without telling so, and would see ciphertext",
+    "use the model's columns and operators in its place",
+)
+_UNKNOWN = _Why(
+    "a construct of somebody's own has its table or class, and cannot be rendered by itself to see what it makes of it",
+    "give it the columns that it is of",
+)
 _OWN = _Why(
     "a construct of somebody's own writes to it, where nothing would be encrypted or hashed",
     "use insert() or update() of the model",
@@ -207,6 +236,13 @@ _PLACES = {
 
 # What may be asked of bytes that a Table takes for bytes.
 _MEASURING = ("length", "octet_length", "bit_length")
+
+
+# What a text in an INSERT, UPDATE or DELETE may call the row that is written.
+_ROWS_OF_DML = frozenset(("excluded", "new", "old"))
+
+# The functions within which GROUP BY takes a number for a position.
+_OF_POSITIONS = frozenset(("cube", "grouping_sets", "rollup"))
 
 
 def _is_raw(element: Any) -> bool:
@@ -356,6 +392,7 @@ class _Visible(NamedTuple):
     froms: list[Any]
     columns: Sequence[Any] = ()
     grows: bool = False  # UPDATE and DELETE take in the tables of the columns that they name
+    counted: bool = True  # a position is that of a column; not so where a text is of several
 
 
 def _nothing(name: str) -> upstream.Named:
@@ -376,6 +413,7 @@ class _Walk:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled, self._enclosing = compiled, upstream.Enclosing(compiled)
+        self._syntax = Syntax.of(compiled.dialect)
         self._naming = Naming.of_compiled(compiled)
         self.findings: list[Finding] = []
         self.grouped: list[SearchHash] = []
@@ -386,7 +424,11 @@ class _Walk:
         self._visible: list[_Visible] = []
         self._parts: list[Any] = []  # the expressions that were walked, each as a whole
         # What was walked, by its id, and kept alive, so that no id comes twice.
-        self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]]]] = {}
+        self._seen: dict[tuple[int, bool], tuple[Any, list[list[Any]], set[tuple[str, bool]]]] = {}
+        self._met: set[tuple[str, bool]] = (
+            set()
+        )  # the encrypted columns and hash columns that were met: see _own()
+        self._tested: dict[int, Any] = {}  # SELECTs of which only is asked whether there is a row
         self._open: set[int] = set()  # the ids of the expressions whose parts are being walked
         self._sources: dict[int, Any] = {}
         self._tables: dict[int, tuple[Any, dict[str, Any]]] = {}
@@ -424,23 +466,56 @@ class _Walk:
 
     def named_in_texts(self) -> None:
         """Find the encrypted columns of the statement's own tables that its texts name."""
-        syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
         for piece in self._texts:
-            names = {Name(piece.text)} if piece.column else columns_in(piece.text, syntax)
-            alone = piece.column or not tables_in(piece.text, syntax, fragment=True)
-            for name in sorted(names, key=str):
-                if (type_ := self._meant_by(name, piece.visible, alone)) is not None:
-                    self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
+            for type_ in self._named_in(piece):
+                self._refuse(type_, _LIGHT if piece.column else _TEXT, True)
+            if piece.visible and not piece.column:
+                places = positions_in(piece.text, self._syntax, clause=True)
+                for column in self._at(places, piece.visible[-1]):
+                    self._part(column, _ORDER_BY)
+
+    def _named_in(self, piece: _Text) -> Iterator[Any]:
+        """The types of the encrypted columns that a text names, or the whole rows of."""
+        if piece.column:
+            names, rows = {Name(piece.text)}, {piece.text: False} if self._syntax.postgresql else {}
+        else:
+            names = columns_in(piece.text, self._syntax, in_from=piece.in_from)
+            rows = rows_in(piece.text, self._syntax, in_from=piece.in_from)
+        alone = piece.column or not tables_in(piece.text, self._syntax, fragment=True)
+        meant = [self._meant_by(name, piece.visible, alone) for name in sorted(names, key=str)]
+        meant += [self._in_row(name, certain, piece.visible) for name, certain in sorted(rows.items())]
+        return (type_ for type_ in meant if type_ is not None)
+
+    def _in_row(self, name: str, certain: bool, visible: tuple[_Visible, ...]) -> Any:
+        """The type of an encrypted column of the row that a name stands for; None where there is none.
+
+        :param certain: it is no column's name.
+        """
+        called = self._naming.column(name)
+        for level in () if certain else visible:
+            if any(called in self._named_columns(source)[1] for source in _flat(level.froms)):
+                return None
+        for level in reversed(visible):
+            for source in _flat(level.froms):
+                if self._is_called(source, called) or (level.grows and called in _ROWS_OF_DML):
+                    columns = self._named_columns(source)[1].values()
+                    return next((type_ for type_ in columns if type_ is not None), None)
+        return None
+
+    def _is_called(self, source: Any, called: str) -> bool:
+        name: Any = getattr(source, "name", None)
+        if upstream.is_made_up(name):
+            return upstream.may_become(name, called)
+        return self._naming.column(name) == called
 
     def tables_in_texts(self) -> Iterator[str]:
         """The tables with encrypted columns that its texts name."""
         for table in self._embedded:
             if self._naming.protected(table.name, table.schema):
                 yield table.name
-        syntax = Syntax.of(self._compiled.dialect) if self._texts else Syntax()
         for piece in self._texts:
             if not piece.column:
-                for name in tables_in(piece.text, syntax, fragment=True, in_from=piece.in_from):
+                for name in tables_in(piece.text, self._syntax, fragment=True, in_from=piece.in_from):
                     if self._naming.protected(*name, loosely=True):
                         yield name.name
 
@@ -551,13 +626,12 @@ class _Walk:
             for piece in upstream.pieces_of(statement):
                 self._embedded.extend(upstream.tables_of(piece))
             return
-        if (
-            is_own(statement)
-            and not isinstance(statement, SelectBase)
-            and not getattr(statement, "is_dml", False)
+        if is_own(statement) and not (
+            isinstance(statement, SelectBase) or getattr(statement, "is_dml", False)
         ):
-            self._written_by_own()
-        lists = self.statement(statement, None)
+            lists = self._whole_of_own(statement)
+        else:
+            lists = self.statement(statement, None)
         self._visible.append(_Visible(_nothing, list(upstream.targets(self._compiled))))
         for column in upstream.returned(self._compiled):
             self._returned(column)
@@ -567,14 +641,35 @@ class _Walk:
             if len(types) > 1:
                 self._refuse(next(iter(types.values())), _RETURNED)
 
-    def _written_by_own(self) -> None:
-        """The encrypted columns that a statement of somebody's own writes to, as it was rendered."""
-        text, syntax = self._compiled.string, Syntax.of(self._compiled.dialect)
-        named = {self._naming.column(name.name) for name in columns_in(text, syntax) if name.before is None}
-        for table, whole in written_in(text, syntax).items():
+    def _whole_of_own(self, statement: Any) -> list[list[Any]]:
+        """A statement of somebody's own, by what it holds and as it was rendered; returns as :meth:`statement` does."""
+        text = self._compiled.string
+        named = {
+            self._naming.column(name.name) for name in columns_in(text, self._syntax) if name.before is None
+        }
+        for table, whole in written_in(text, self._syntax).items():
             for column, type_ in self._naming.protected(*table, loosely=True).items():
                 if whole or column in named:
                     self._refuse(type_, _OWN, True)
+        lists: list[list[Any]] = []
+        for child in children(statement):
+            if isinstance(child, SelectBase) and self._is_all(child, text):
+                lists = self.statement(child, None)
+            else:
+                self._part(child, _COMPUTED)
+        self._hidden_in(text)
+        return lists
+
+    def _is_all(self, inner: Any, text: str) -> bool:
+        """Whether a statement makes up a text but for words around it that compute nothing, such as EXPLAIN."""
+        rendered = None
+        with suppress(Exception):
+            translated = self._compiled.schema_translate_map
+            rendered = str(inner.compile(dialect=self._compiled.dialect, schema_translate_map=translated))
+        before, found, after = text.partition(rendered or text)
+        return bool(rendered and found) and not (
+            computes(before, self._syntax) or computes(after, self._syntax)
+        )
 
     def statement(self, statement: Any, why: _Why | None, in_from: Any = None) -> list[list[Any]]:
         """Any statement; returns the columns of each of its parts.
@@ -584,44 +679,59 @@ class _Walk:
         key = (id(statement), why is None)
         known = self._seen.get(key)
         if known is None:
-            self._seen[key] = known = (statement, [])
+            outer, self._met = self._met, set()
+            self._seen[key] = known = (statement, [], self._met)
             for cte in upstream.added_ctes(statement):
                 self.source(cte)
             known[1].extend(self._statement(statement, why, in_from))
+            self._met = outer
+        self._met |= known[2]
         return known[1]
 
     def _statement(self, statement: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
+        if isinstance(statement, SelectBase) and is_own(statement) and upstream.renders_itself(statement):
+            with self._telling(statement):
+                return self._standard(statement, why, in_from)
+        return self._standard(statement, why, in_from)
+
+    def _standard(self, statement: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
         if isinstance(statement, Select):
             return [self._select(statement, why, in_from)]
         if isinstance(statement, CompoundSelect):
             return self._compound(statement, why, in_from)
         if getattr(statement, "is_dml", False):
             self._dml(statement)
+        elif is_own(statement):
+            self.visit(statement, why or _COMPUTED)
         elif (text := upstream.text_of(getattr(statement, "element", statement))) is not None:
             self._text(text)
         elif isinstance(statement, ColumnElement):
             self.visit(statement, why)
         elif isinstance(inner := getattr(statement, "element", None), ClauseElement):
             return self.statement(inner, why, in_from)
-        elif isinstance(statement, ClauseElement):  # of a class of somebody's own
+        elif isinstance(statement, ClauseElement):
             self._within(statement, why or _COMPUTED)
         return []
 
     def _select(self, select: Any, why: _Why | None, in_from: Any) -> list[Any]:
         parts = upstream.parts(select, self._enclosing, in_from)
         self._enclosing.enter(select, parts.froms, parts.state)
-        self._visible.append(_Visible(parts.named, list(parts.froms), parts.columns))
+        self._visible.append(self._visible_in(parts))
         for source in parts.froms:
             self.source(source)
         for column in parts.columns:
             self._part(column, why)
-        for criterion in parts.criteria:
+        if id(select) not in self._tested:
+            self._all_columns((*parts.columns, *parts.others), parts.froms)
+        for criterion in (*parts.criteria, *parts.having):
             self._part(criterion, _TRUTH)
         if parts.distinct and not parts.distinct_on:
             self._told_apart(parts.columns, _DISTINCT)
         for column in parts.distinct_on:
-            self._part(column, _DISTINCT)
+            for meant in self._meant(column, parts.columns):
+                self._part(meant, _DISTINCT)
         self._grouped(parts.group_by, parts.columns)
+        self._looked_up_in_groups(parts)
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         for other in parts.others:
@@ -631,6 +741,21 @@ class _Walk:
         self._visible.pop()
         self._enclosing.leave()
         return parts.columns
+
+    def _visible_in(self, parts: upstream.Parts) -> _Visible:
+        texts = [text for one in (*parts.columns, *parts.others) if (text := _text_in(one)) is not None]
+        counted = not any(lists_columns(text, self._syntax).several for text in texts)
+        return _Visible(parts.named, list(parts.froms), parts.columns, counted=counted)
+
+    def _all_columns(self, selected: Iterable[Any], froms: Iterable[Any]) -> None:
+        """Refuse a text of all columns, ``*``, where some are encrypted."""
+        texts = [text for one in selected if (text := _text_in(one)) is not None]
+        if not any(lists_columns(text, self._syntax).every for text in texts):
+            return
+        for source in _flat(froms):
+            for type_ in self._named_columns(source)[1].values():
+                if type_ is not None:
+                    self._refuse(type_, _TEXT)
 
     def _compound(self, compound: Any, why: _Why | None, in_from: Any) -> list[list[Any]]:
         self._enclosing.enter(compound, None)
@@ -647,7 +772,12 @@ class _Walk:
             self._compared_rows(lists)
         order_by, group_by = upstream.ordering(compound)
         columns = lists[0] if lists else []
-        named = _Visible(lambda name: upstream.named_in_compound(lists, name), [], columns)
+        counted = not any(
+            lists_columns(text, self._syntax).several
+            for column in columns
+            if (text := _text_in(column)) is not None
+        )
+        named = _Visible(lambda name: upstream.named_in_compound(lists, name), [], columns, counted=counted)
         self._visible.append(named)
         for column in order_by:
             self._ordered(column, columns)
@@ -697,24 +827,88 @@ class _Walk:
             if not isinstance(element, ColumnClause) or self._type_of(element) is None:
                 self._part(element, _GROUP_BY)
 
+    def _looked_up_in_groups(self, parts: upstream.Parts) -> None:
+        """Refuse a look-up of what GROUP BY has, where the database would know the hash only if it had that too."""
+        database = self._compiled.dialect.name
+        if not parts.group_by or database == "sqlite":
+            return
+        groups = [
+            _referred(meant)
+            for element in parts.group_by
+            for meant in self._meant(element, parts.columns, shadowed=True)
+        ]
+        elements, known = [*parts.having], {_place(group) for group in groups}
+        if database == "postgresql":
+            elements += [*parts.columns, *parts.order_by]
+        else:
+            known |= {_place(column) for column in parts.columns}
+        froms = list(_flat(parts.froms))
+        for comparison in (one for element in elements for one in _look_ups(element)):
+            for column in comparison.hashes():
+                if column.table not in froms or _place(column) in known:
+                    continue
+                if database != "postgresql" or not _depends(column, known):
+                    self._refuse(column.type, _UNGROUPED)
+
     def _ordered(self, element: Any, columns: Sequence[Any]) -> None:
-        for meant in self._meant(element, columns):
+        for meant in self._labels_named(element, columns) or self._meant(element, columns):
             self._part(meant, _ORDER_BY)
 
+    def _labels_named(self, element: Any, columns: Sequence[Any]) -> list[Any]:
+        """The labels that a text in ORDER BY is the name of: they go before the columns of the FROM."""
+        text = _text_in(_sorted_by(element))
+        name = None if text is None else name_alone(text, self._syntax)
+        if name is None:
+            return []
+        called = self._naming.column(name)
+        return [
+            column
+            for column in columns
+            if isinstance(column, Label) and self._naming.column(column.name) == called
+        ]
+
     def _meant(self, element: Any, columns: Sequence[Any], shadowed: bool = False) -> list[Any]:
-        """What an ORDER BY or GROUP BY means by a name, or by the positions of result columns in a text."""
-        bare: Any = element
-        while isinstance(bare, UnaryExpression):
-            bare = bare.element
+        """What an ORDER BY, GROUP BY or DISTINCT ON means by a name, or by the positions of result columns."""
+        bare = _sorted_by(element)
         if isinstance(bare, ClauseList) and not is_own(bare):  # of an entity
             return [meant for one in bare.clauses for meant in self._meant(one, columns)]
         if (name := upstream.named_in_order_by(bare)) is not None:
             return self._of_name(name, shadowed)
-        text = bare.text if isinstance(bare, TextClause) else None
-        if isinstance(bare, ColumnClause) and bare.is_literal:
-            text = bare.name
-        places = [int(place) - 1 for place in re.findall(r"(?:^|,)\s*(\d+)\b", text or "")]
-        return [element, *(columns[place] for place in places if place < len(columns))]
+        if not any(self._type_of(_bare(one)) or self._ciphertext(one) for one in columns):
+            return [element]
+        return [element, *self._at(self._positions(element, columns), self._visible[-1])]
+
+    def _positions(self, element: Any, columns: Sequence[Any]) -> list[int | None]:
+        """The positions of result columns that the database may take an expression for, as it is rendered."""
+        label, bare = upstream.referred(_sorted_by(element)), _bare(_sorted_by(element))
+        if isinstance(label, Label) and any(_is_label(column, label) for column in columns):
+            return []  # rendered by its name
+        lists = isinstance(bare, ClauseList) or getattr(bare, "name", "") in _OF_POSITIONS
+        if lists and not is_own(bare):
+            return [place for one in bare.clauses for place in self._positions(one, columns)]
+        if any(isinstance(one, SelectBase) or _is_column(one) for one in iterate(element)):
+            return []
+        rendered = self._rendered(element)
+        return [None] if rendered is None else positions_in(rendered, self._syntax)
+
+    def _rendered(self, element: Any, **kwargs: Any) -> str | None:
+        """An expression as it is rendered by itself; None where it cannot be."""
+        rendered = None
+        with suppress(Exception):
+            rendered = without_parameters(
+                str(element.compile(dialect=self._compiled.dialect, compile_kwargs=kwargs))
+            )
+        return rendered
+
+    def _at(self, places: Iterable[int | None], visible: _Visible) -> list[Any]:
+        """The result columns at these positions; where one is unknown, each that has ciphertext."""
+        found: list[Any] = []
+        for place in places:
+            if place is None or not visible.counted:
+                found += [one for one in visible.columns if self._ciphertext(one) is not None]
+            elif 0 < place <= len(visible.columns):
+                found.append(visible.columns[place - 1])
+        return found
 
     # -- INSERT, UPDATE and DELETE ---------------------------------------------------------------------------------
 
@@ -752,6 +946,10 @@ class _Walk:
                     self._unknowing(table, target)
         for key, value in items:
             self._set(table, key, value)
+        for one in _flat([table]):
+            if isinstance(origin := _origin(one), Table):
+                for column in cannot_follow(origin, "default" if dml.is_insert else "onupdate"):
+                    self._refuse(column.type, _DEFAULT, True)
         if self._protected(table) or not isinstance(table, Table):
             for key in upstream.written(dml, self._compiled):
                 self._unknowing(table, key)
@@ -780,7 +978,11 @@ class _Walk:
             self._part(value, _COPIED)
 
     def _returned(self, column: Any) -> None:
-        if isinstance(column, ColumnElement) or not isinstance(column, FromClause):
+        bundled = _element(column)
+        if isinstance(bundled, ClauseList) and not is_own(bundled):
+            for one in bundled.clauses:
+                self._returned(one)
+        elif isinstance(column, ColumnElement) or not isinstance(column, FromClause):
             self._part(column, None)
 
     # -- FROM ------------------------------------------------------------------------------------------------------
@@ -803,6 +1005,9 @@ class _Walk:
             self._text(text, in_from=True)
         elif isinstance(source, FunctionElement):
             self._part(source, _COMPUTED)
+        elif is_own(source):
+            with self._telling(source, in_from=True):
+                self._derived(source)
         else:
             self._derived(source)
 
@@ -842,6 +1047,55 @@ class _Walk:
         element = _element(element)  # an attribute, as mysql.match() keeps it
         if not isinstance(element, ClauseElement):
             return
+        whole = isinstance(element, FromClause | SelectBase) and not isinstance(element, FunctionElement)
+        if is_own(element) and not whole and id(element) not in self._open:
+            with self._telling(element):
+                self._known(element, why)
+        else:
+            self._known(element, why)
+
+    @contextmanager
+    def _telling(self, element: Any, in_from: bool = False) -> Iterator[None]:
+        """Within it a construct of somebody's own is walked; what it renders besides is refused.
+
+        It may come to a column by a way that nobody can follow: through a mapped class, a registry, a function.
+        """
+        outer, self._met = self._met, set()
+        yield
+        rendered = self._rendered(element, asfrom=True) if in_from else self._rendered(element)
+        if rendered is None and isinstance(element, ColumnElement):
+            rendered = self._rendered(select(element))  # it may look at the statement around it
+            for table in tables_held(element) if rendered is None else ():
+                for column in protected_in(table)[:1]:
+                    self._refuse(column.type, _UNKNOWN, True)
+        if rendered is not None:
+            self._hidden_in(rendered, in_from)
+        self._met |= outer
+
+    def _hidden_in(self, rendered: str, in_from: bool = False) -> None:
+        """Refuse the encrypted columns that a construct of somebody's own renders, but for those that were met."""
+        for type_ in self._named_by_own(rendered, in_from):
+            if (_id(type_), isinstance(type_, SearchHash)) not in self._met:
+                self._refuse(type_, _HIDDEN, True)
+
+    def _named_by_own(self, rendered: str, in_from: bool) -> Iterator[Any]:
+        """The types of the encrypted columns of the statement's tables, and of its own, that a construct names."""
+        syntax, sources = self._syntax, [source for level in self._visible for source in _flat(level.froms)]
+        tables = tables_in(rendered, syntax, fragment=True, in_from=in_from)
+        within = [self._naming.protected(*table, loosely=True) for table in tables]
+        for name in columns_in(rendered, syntax, in_from=in_from):
+            column, table = self._naming.column(name.name), name.before and self._naming.column(name.before)
+            known = [
+                self._named_columns(one)[1] for one in sources if not table or self._is_called(one, table)
+            ]
+            found = (columns.get(column) for columns in (*within, *known))
+            yield from (type_ for type_ in found if type_ is not None)
+        for row, certain in rows_in(rendered, syntax, in_from=in_from).items():
+            if (type_ := self._in_row(row, certain, tuple(self._visible))) is not None:
+                yield type_
+
+    def _known(self, element: Any, why: _Why | None) -> None:
+        """An expression by what it is made of."""
         if isinstance(element, ColumnClause):
             self._column(element, why)
         elif isinstance(element, HashComparison):
@@ -893,7 +1147,9 @@ class _Walk:
     def _nested(self, element: Any, why: _Why | None) -> bool:
         """A statement or a FROM in an expression; False for anything else."""
         if isinstance(element, Exists):
-            self.statement(_inner(element), None)
+            inner = _inner(element)
+            self._tested[id(inner)] = inner
+            self.statement(inner, None)
         elif isinstance(element, ScalarSelect):
             if why is not None and isinstance(element.type, Encrypted):
                 self._refuse(element.type, why)
@@ -941,6 +1197,8 @@ class _Walk:
             if self._visible and self._visible[-1].grows:
                 self._visible[-1].froms.append(table)
         type_ = self._type_of(column)
+        if type_ is not None:
+            self._met.add((_id(type_), isinstance(type_, SearchHash)))
         if type_ is None:
             if (
                 why is not None
@@ -982,7 +1240,7 @@ class _Walk:
     def _order_of(self, select: Any) -> None:
         """A subquery's ORDER BY as it was written: of a position, before a hash took the place of what was selected."""
         parts = upstream.parts(select, self._enclosing)
-        self._visible.append(_Visible(parts.named, list(parts.froms), parts.columns))
+        self._visible.append(self._visible_in(parts))
         for column in parts.order_by:
             self._ordered(column, parts.columns)
         self._visible.pop()
@@ -1122,6 +1380,29 @@ def _flat(froms: Iterable[Any]) -> Iterator[Any]:
             yield source
 
 
+def _text_in(element: Any) -> str | None:
+    """The text that an element is: text() or literal_column(), or a label of one; None for any other."""
+    bare = _bare(element)
+    return bare.name if getattr(bare, "is_literal", False) else upstream.text_of(bare)
+
+
+def _sorted_by(element: Any) -> Any:
+    """What is sorted by, without the way of sorting."""
+    while isinstance(element, UnaryExpression):
+        element = element.element
+    return element
+
+
+def _is_label(column: Any, label: Any) -> bool:
+    return column is label or (
+        isinstance(column, Label) and column.name == label.name and label.shares_lineage(column)
+    )
+
+
+def _is_column(element: Any) -> bool:
+    return isinstance(element, ColumnClause) and not element.is_literal
+
+
 def _is_text(element: Any) -> bool:
     return bool(getattr(element, "is_literal", False)) or upstream.text_of(element) is not None
 
@@ -1207,6 +1488,22 @@ def _are_rows(columns: Sequence[Any], ours: Sequence[Any]) -> bool:
         if not keys or any((table, key.key, through) not in there for key in keys):
             return False
     return True
+
+
+def _look_ups(element: Any) -> Iterator[HashComparison]:
+    """The look-ups in an expression, subqueries included; not those that an aggregate function is over."""
+    if isinstance(element, HashComparison):
+        yield element
+    elif not isinstance(element, FunctionElement):
+        for child in element.get_children():
+            yield from _look_ups(child)
+
+
+def _depends(column: Any, groups: set[Any]) -> bool:
+    """Whether PostgreSQL knows a column in each group, by the primary key of its table."""
+    table, through = _origin(column.table), way(column)
+    keys = list(table.primary_key.columns) if isinstance(table, Table) else []
+    return bool(keys) and all((table, key.key, through) in groups for key in keys)
 
 
 def _place(column: Any) -> tuple[Any, Any, Any] | None:

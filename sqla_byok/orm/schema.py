@@ -23,6 +23,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import NoReferenceError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapper
 from sqlalchemy.schema import ColumnCollectionConstraint, MetaData
 from sqlalchemy.sql.elements import BinaryExpression, ClauseElement, ColumnClause, Null, quoted_name
@@ -36,12 +37,15 @@ from sqla_byok.orm.types import Encrypted, IndexedValue, IndexHash, SearchHash
 __all__ = [
     "INDEX",
     "SOURCE",
+    "HashColumn",
     "IndexOf",
     "add_index",
+    "cannot_follow",
     "declares_encrypted",
     "hash_key",
     "indexes_of",
     "is_unique",
+    "sources_of",
 ]
 
 SOURCE = "byok_source"
@@ -143,10 +147,12 @@ def _complete(column: Column[Any], table: Table) -> None:
 def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: bool | None) -> None:
     type_: Encrypted[Any] = column.type  # type: ignore[assignment]
     sibling = _called(table, hash_key(column.key), hash_key(column.name))
+    if sibling is None and _spelled_otherwise(table, hash_key(column.name)) is not None:
+        _refuse_name(type_, hash_key(column.key))
     if sibling is not None:
         _adopt(sibling, column, table, unique, index)
     else:
-        sibling = Column(
+        sibling = HashColumn(
             quoted_name(hash_key(column.name), getattr(column.name, "quote", None)),
             type_.hash_type,
             key=hash_key(column.key),
@@ -160,16 +166,17 @@ def _add_sibling(column: Column[Any], table: Table, unique: bool | None, index: 
     on_conflict = column.dialect_options["sqlite"]["on_conflict_unique"]
     if on_conflict is not None:
         sibling.dialect_options["sqlite"]["on_conflict_unique"] = on_conflict
-    sibling.default = sibling.onupdate = None
-    for default in (column.default, column.onupdate):
-        if default is not None:
-            follow = CallableColumnDefault(_follow(column.key), for_update=default.for_update)
-            upstream.set_default(follow, sibling)
 
 
 def _called(table: Table, key: str, name: str) -> Column[Any] | None:
     """The column of a table that has this key or this name in the database."""
     return next((column for column in table.c if column.key == key or column.name == name), None)
+
+
+def _spelled_otherwise(table: Table, name: str) -> Column[Any] | None:
+    """A column of an application's own whose name is the same one but in PostgreSQL, where case counts."""
+    same = (column for column in table.c if column.name.lower() == name.lower() and column.name != name)
+    return next((column for column in same if not isinstance(column.type, SearchHash)), None)
 
 
 def _adopt(
@@ -180,7 +187,7 @@ def _adopt(
     ours = existing.info.get(SOURCE) == column.key and INDEX not in existing.info
     if existing.key != hash_key(column.key) or not (ours or _REFLECTED in existing.info):
         _refuse_name(type_, hash_key(column.key))
-    existing.type = type_.hash_type
+    existing.__class__, existing.type = HashColumn, type_.hash_type
     existing.info[SOURCE], existing.info[_NAMES] = column.key, (column.name,)
     _index_existing(existing, table, unique)
 
@@ -199,7 +206,12 @@ def _refuse_plain(column: Column[Any], table: Any) -> None:
     if not isinstance(table, Table) or not declares_encrypted(table.metadata):
         return
     there = _called(table, column.key, column.name)
-    if there is None or isinstance(column.type, SearchHash):
+    if isinstance(column.type, SearchHash):
+        return
+    if there is None:
+        hashes = (one for one in table.c if isinstance(one.type, SearchHash))
+        there = next((one for one in hashes if one.name.lower() == str(column.name).lower()), None)
+    if there is None:
         return
     if isinstance(there.type, SearchHash):
         _refuse_name(there.type.source, there.key)
@@ -272,14 +284,66 @@ def _hash_column_attached(column: Column[Any], table: Any) -> None:
         column.type = source.type.hash_type
 
 
-def _follow(*keys: str) -> Any:
+class HashColumn(Column[Any]):
+    """A hash column. Its default and onupdate are those of its sources, whenever those were given to them."""
+
+    inherit_cache = True
+
+    @property
+    def default(self) -> Any:
+        return self._following("default")
+
+    @default.setter
+    def default(self, given: Any) -> None:
+        """It has none of its own."""
+
+    @property
+    def onupdate(self) -> Any:
+        return self._following("onupdate")
+
+    @onupdate.setter
+    def onupdate(self, given: Any) -> None:
+        """Nor does it have one of those."""
+
+    def _following(self, attribute: str) -> CallableColumnDefault | None:
+        table, index = getattr(self, "table", None), self.info.get(INDEX)
+        keys: tuple[str, ...] = (self.info.get(SOURCE, ""),) if index is None else index.sources
+        if table is None or all(getattr(table.c.get(key), attribute, None) is None for key in keys):
+            return None
+        if attribute == "onupdate" and len(keys) > 1:
+            return None  # refused: see cannot_follow()
+        made: dict[Any, CallableColumnDefault] = self.__dict__.setdefault("_byok_follows", {})
+        if (attribute, keys) not in made:
+            made[attribute, keys] = CallableColumnDefault(_Follow(keys), for_update=attribute == "onupdate")
+        return made[attribute, keys]
+
+
+def cannot_follow(table: Table, attribute: str) -> list[Column[Any]]:
+    """The columns whose values would be written in the clear or without their hash, by what a table has by now.
+
+    :param attribute: ``"default"`` of an INSERT, ``"onupdate"`` of an UPDATE.
+    """
+    found = []
+    for column in table.c:
+        if isinstance(column.type, Encrypted):
+            if _is_sql_default(getattr(column, attribute)):
+                found.append(column)
+        elif isinstance(column.type, IndexHash) and attribute == "onupdate":
+            sources = column.info[INDEX].sources
+            if len(sources) > 1 and any(table.c[key].onupdate is not None for key in sources):
+                found.append(column)
+    return found
+
+
+class _Follow:
     """A default that takes whatever values the source columns are given, their own defaults included."""
 
-    def follow(context: Any) -> Any:
-        given = context.get_current_parameters()
-        return given[keys[0]] if len(keys) == 1 else tuple(given.get(key) for key in keys)
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._keys = keys
 
-    return follow
+    def __call__(self, context: Any) -> Any:
+        given, keys = context.get_current_parameters(), self._keys
+        return given[keys[0]] if len(keys) == 1 else tuple(given.get(key) for key in keys)
 
 
 # -- further indexes -------------------------------------------------------------------------------------------------
@@ -294,7 +358,9 @@ def add_index(table: Table, index: IndexOf, unique: bool) -> None:
     names = tuple(table.c[key].name for key in index.sources)
     existing = _called(table, hash_key(index.name), hash_key(index.name))
     if existing is None:
-        existing = Column(
+        if _spelled_otherwise(table, hash_key(index.name)) is not None:
+            _refuse_index_name(indexed, hash_key(index.name))
+        existing = HashColumn(
             hash_key(index.name),
             indexed.written_type,
             nullable=True,
@@ -306,20 +372,12 @@ def add_index(table: Table, index: IndexOf, unique: bool) -> None:
     else:
         _adopt_index(existing, table, index, indexed, unique)
         existing.info[_NAMES] = names
-    existing.default = existing.onupdate = None
-    sources = [table.c[key] for key in index.sources]
-    for attribute in ("default", "onupdate"):
-        given = [getattr(source, attribute) for source in sources]
-        if not any(given):
-            continue
-        if attribute == "onupdate" and len(sources) > 1:
-            raise DeclarationError(
-                f"{indexed.column_id}: a hash_index over several columns takes none with onupdate, which would change "
-                "one of them without the others",
-                column=indexed.column_id,
-            )
-        follow = CallableColumnDefault(_follow(*index.sources), for_update=attribute == "onupdate")
-        upstream.set_default(follow, existing)
+    if existing in cannot_follow(table, "onupdate"):
+        raise DeclarationError(
+            f"{indexed.column_id}: a hash_index over several columns takes none with onupdate, which would change "
+            "one of them without the others",
+            column=indexed.column_id,
+        )
 
 
 def _adopt_index(
@@ -328,14 +386,24 @@ def _adopt_index(
     before = existing.info.get(INDEX)
     reflected = before is None and SOURCE not in existing.info and _REFLECTED in existing.info
     if existing.key != hash_key(index.name) or not (reflected or index.same_as(before)):
-        raise DeclarationError(
-            f"{indexed.column_id}: the table has another column {existing.name!r}, whose name is needed for the "
-            "hashes of this hash_index; give it another name=",
-            column=indexed.column_id,
-        )
-    existing.type = indexed.written_type
+        _refuse_index_name(indexed, existing.name)
+    existing.__class__, existing.type = HashColumn, indexed.written_type
     existing.info[SOURCE], existing.info[INDEX] = index.sources[0], index
     _index_existing(existing, table, unique)
+
+
+def _refuse_index_name(indexed: IndexedValue, name: str) -> NoReturn:
+    raise DeclarationError(
+        f"{indexed.column_id}: the table has another column {name!r}, whose name is needed for the hashes of this "
+        "hash_index; give it another name=",
+        column=indexed.column_id,
+    )
+
+
+def sources_of(hash_column: Column[Any]) -> tuple[str, ...]:
+    """The keys of the encrypted columns that a hash column follows."""
+    index = hash_column.info.get(INDEX)
+    return (hash_column.info[SOURCE],) if index is None else tuple(index.sources)
 
 
 def indexes_of(table: Table) -> dict[str, IndexOf]:
@@ -418,6 +486,43 @@ def _refuse_impossible(column: Column[Any]) -> None:
             )
 
 
+@compiles(Encrypted)
+def _rendered_in_ddl(type_: Encrypted[Any], compiler: Any, **kwargs: Any) -> Any:
+    """The type in CREATE TABLE: a last look at the column, which may have been changed since it was declared."""
+    column = kwargs.get("type_expression")
+    if isinstance(column, Column) and column.type is type_:
+        _refuse_impossible(column)
+    return compiler.visit_type_decorator(type_, **kwargs)
+
+
+@compiles(SearchHash)
+def _hash_rendered_in_ddl(type_: SearchHash, compiler: Any, **kwargs: Any) -> Any:
+    column = kwargs.get("type_expression")
+    if isinstance(column, Column) and column.type is type_:
+        if column.server_default is not None:
+            raise DeclarationError(
+                f"{type_.column_id}: its hash column takes no server_default: {_WHY}", column=type_.column_id
+            )
+        _refuse_long_name(column, type_, compiler.dialect.name)
+    return compiler.visit_type_decorator(type_, **kwargs)
+
+
+def _refuse_long_name(column: Column[Any], type_: SearchHash, database: str) -> None:
+    """Refuse a hash column whose name its database does not take, or takes for another column's."""
+    others = {other.name.encode()[:63] for other in column.table.c if other is not column}
+    too_long = {
+        "postgresql": column.name.encode()[:63] in others,  # it cuts names off
+        "mysql": len(column.name) > 64,
+        "mariadb": len(column.name) > 64,
+    }
+    if too_long.get(database):
+        raise DeclarationError(
+            f"{type_.column_id}: the name of its hash column, {column.name!r}, is too long for {database}; give the "
+            "column a shorter name (and its old one as column_id)",
+            column=type_.column_id,
+        )
+
+
 def _is_sql_default(default: Any) -> bool:
     return default is not None and (default.is_clause_element or default.is_sequence)
 
@@ -447,6 +552,35 @@ def _move_columns(constraint: Any, table: Any) -> None:
                 _refuse_constraint(constraint, column)
             constraint.expressions[position] = sibling  # type: ignore[index]
         pending[position] = sibling
+
+
+@event.listens_for(Index, "after_parent_attach")
+def _give_way(index: Index, table: Any) -> None:
+    """Take the index of a hash column away where another index that begins with the column gets its name.
+
+    SQLAlchemy names an index that was given no name after its first column. That one serves the searches as well.
+    """
+    if not isinstance(table, Table) or index.name is None:
+        return
+    for other in [one for one in table.indexes if one is not index and one.name == index.name]:
+        made = next((one for one in (other, index) if _is_automatic(one)), None)
+        if made is None:
+            continue
+        given = index if made is other else other
+        # What is reflected has options that say nothing.
+        if any(isinstance(value, ClauseElement) or value for value in given.dialect_kwargs.values()):
+            type_: Any = next(iter(made.columns)).type
+            raise DeclarationError(
+                f"{type_.column_id}: an index without a name of its own gets that of the column's search hashes, "
+                f"{made.name!r}; give it one",
+                column=type_.column_id,
+            )
+        table.indexes.discard(made)
+
+
+def _is_automatic(index: Index) -> bool:
+    columns = list(index.columns)
+    return len(columns) == 1 and isinstance(columns[0].type, SearchHash) and not index.unique
 
 
 def _is_narrowed(index: Index, column: Column[Any]) -> bool:

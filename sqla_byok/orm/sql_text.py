@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-__all__ = ["Name", "Syntax", "columns_in", "tables_in", "written_in"]
+__all__ = [
+    "Listed",
+    "Name",
+    "Syntax",
+    "columns_in",
+    "computes",
+    "explains",
+    "lists_columns",
+    "name_alone",
+    "positions_in",
+    "rows_in",
+    "tables_in",
+    "without_parameters",
+    "written_in",
+]
 
 
 class Syntax(NamedTuple):
@@ -21,8 +36,15 @@ class Syntax(NamedTuple):
     mysql: bool = False  # backslashes in strings, and # comments
     ansi_quotes: bool = True  # "x" is a name; to MySQL a string, but where its mode says so
     brackets: bool = False  # [x] is a name
-    dollars: bool = False  # $$x$$ is a string
-    folds: bool = False  # a name without quotes is one in lower case
+    postgresql: bool = (
+        False  # $$x$$ is a string, x::y converts, U&"x" is a name, and a table's name stands for its row
+    )
+    sqlite: bool = False  # 'x' is a name where only a name can stand
+
+    @property
+    def folds(self) -> bool:
+        """Whether a name without quotes is one in lower case."""
+        return self.postgresql
 
     @classmethod
     def of(cls, dialect: Any) -> Syntax:
@@ -33,8 +55,8 @@ class Syntax(NamedTuple):
             mysql=mysql,
             ansi_quotes=not mysql or dialect.identifier_preparer.initial_quote == '"',
             brackets=name in ("sqlite", "mssql"),
-            dollars=name == "postgresql",
-            folds=name == "postgresql",
+            postgresql=name == "postgresql",
+            sqlite=name == "sqlite",
         )
 
 
@@ -47,11 +69,12 @@ class Name(NamedTuple):
 
 class _Token(NamedTuple):
     text: str  # of a name: without its quotes
-    kind: str  # "word", "quoted", "double" (a string to MySQL, but where a table stands), "literal"; else a sign
+    kind: str  # "word", "quoted", "string", "number", "parameter", "cast"; else a sign
+    names: bool = False  # a string that is a name where only a name can stand
 
     @property
     def is_name(self) -> bool:
-        return self.kind in ("word", "quoted", "double")
+        return self.names or self.kind in ("word", "quoted")
 
     @property
     def word(self) -> str:
@@ -64,24 +87,28 @@ _NONE = _Token("", "")
 
 @lru_cache(maxsize=16)
 def _pattern(syntax: Syntax, backslashes: bool) -> re.Pattern[str]:
-    escaped = r"'(?:[^'\\]|''|\\.)*'"
-    literals = (
-        [escaped] if backslashes else [f"[eE]{escaped}" if syntax.dollars else escaped[:0], r"'(?:[^']|'')*'"]
-    )
+    escaped, plain = r"'(?:[^'\\]|''|\\.)*'", r"'(?:[^']|'')*'"
+    strings = [escaped] if backslashes else [plain]
     quoted = [r"`(?:[^`]|``)+`"]
     double = r'"(?:[^"\\]|""|\\.)*"' if backslashes else r'"(?:[^"]|"")*"'
+    parameters, casts = [r"%\(\w+\)s", r":\w+"], [r"::\s*\w+"]
     if syntax.brackets:
         quoted.append(r"\[[^\]]+\]")
-    if syntax.dollars:
-        literals.append(r"(?<!\w)\$(?P<tag>\w*)\$.*?\$(?P=tag)\$")
-    literals += [r"%\(\w+\)s", r"(?<![\w.])\d[\w.]*", r"[:@]+\w+"]
+    if syntax.postgresql:
+        strings = [f"[eE]{escaped}", f"[uU]&{plain}", plain, r"(?<!\w)\$(?P<tag>\w*)\$.*?\$(?P=tag)\$"]
+        quoted.insert(0, rf"[uU]&{double}(?:\s*[uU][eE][sS][cC][aA][pP][eE]\s*'.')?")
+    else:
+        parameters.append(r"@+\w+")
     if syntax.mysql:  # what it executes in a comment is no comment
         skipped = [r"--(?=\s|$)[^\n]*", r"\#[^\n]*", r"/\*(?!M?!).*?\*/", r"/\*M?!\d*", r"\*/"]
     else:
         skipped = [r"--[^\n]*", r"/\*.*?\*/"]
     kinds = {
         "skipped": [r"\s+", *skipped],
-        "literal": [one for one in literals if one],
+        "string": strings,
+        "cast": casts,
+        "parameter": parameters,
+        "number": [r"(?<![\w.])\d[\w.]*"],
         "quoted": quoted,
         "double": [double],
         "word": [r"[^\W\d][\w$]*"],
@@ -93,26 +120,47 @@ def _pattern(syntax: Syntax, backslashes: bool) -> re.Pattern[str]:
 def _tokens(text: str, syntax: Syntax, backslashes: bool) -> list[_Token]:
     found = []
     for match in _pattern(syntax, backslashes).finditer(text):
-        whole = match[0]
-        if match["quoted"] or match["double"]:
-            kind = "quoted" if match["quoted"] or syntax.ansi_quotes else "double"
-            found.append(_Token(whole[1:-1].replace(whole[-1] * 2, whole[-1]), kind))
-        elif match["literal"]:
-            found.append(_Token("", "literal"))
-        elif match["word"]:
-            found.append(_Token(whole, "word"))
-        elif match["sign"]:
-            found.append(_Token(whole, whole))
+        kind, whole = match.lastgroup or "", match[0]
+        if kind == "double":
+            names = syntax.ansi_quotes
+            found.append(_Token(_unquoted(whole), "quoted" if names else "string", names=True))
+        elif kind == "quoted":
+            found.append(_Token(_unescaped(whole) if whole[0] in "uU" else _unquoted(whole), kind))
+        elif kind == "string":
+            found.append(_Token(_unquoted(whole) if syntax.sqlite else "", kind, names=syntax.sqlite))
+        elif kind != "skipped":
+            found.append(_Token(whole, whole if kind == "sign" else kind))
     return found
+
+
+def _unquoted(whole: str) -> str:
+    return whole[1:-1].replace(whole[-1] * 2, whole[-1])
+
+
+def _unescaped(whole: str) -> str:
+    r"""The name that PostgreSQL reads in U&"d\0061ta" UESCAPE '\'."""
+    end = whole.rindex('"')
+    escape = re.escape(whole[-2] if end < len(whole) - 1 else "\\")
+    code = rf"{escape}(?:(?P<same>{escape})|\+(?P<long>[0-9a-fA-F]{{6}})|(?P<short>[0-9a-fA-F]{{4}}))"
+    return re.sub(code, _character, whole[3:end].replace('""', '"'))
+
+
+def _character(match: re.Match[str]) -> str:
+    number = int(match["long"] or match["short"] or "0", 16)
+    return match["same"] or (chr(number) if number < 0x110000 else match[0])
 
 
 def _readings(text: str, syntax: Syntax) -> Iterator[list[_Token]]:
     """The text's tokens; on MySQL in both ways, where there is a backslash: the server's mode says what that is."""
-    if syntax.dollars and re.match(r"\s*do\b", text, re.IGNORECASE):
+    if syntax.postgresql and re.match(r"\s*do\b", text, re.IGNORECASE):
         text = re.sub(r"\$\w*\$", " ", text)  # a block, which is executed
     yield _tokens(text, syntax, backslashes=syntax.mysql)
     if syntax.mysql and "\\" in text:
         yield _tokens(text, syntax, backslashes=False)
+
+
+def _at(tokens: Sequence[_Token], index: int) -> _Token:
+    return tokens[index] if 0 <= index < len(tokens) else _NONE
 
 
 def _spelled(token: _Token, syntax: Syntax) -> str:
@@ -131,28 +179,189 @@ _RESERVED = frozenset((
 ))  # fmt: skip
 
 
-def columns_in(text: str, syntax: Syntax) -> set[Name]:
-    """The names in a text that may be those of columns, each with the table or alias before it."""
+# The words that PostgreSQL takes for a value of its own where they have no quotes: no table has such a name.
+_VALUES = frozenset((
+    "current_catalog", "current_date", "current_role", "current_time", "current_timestamp", "current_user", "false",
+    "localtime", "localtimestamp", "session_user", "system_user", "true", "user",
+))  # fmt: skip
+# What makes something else of a string behind it: date '2000-01-01'. Behind anything else MySQL and SQLite take a
+# string for an alias.
+_TYPED = frozenset(("b", "date", "interval", "n", "time", "timestamp", "x"))
+
+
+def columns_in(text: str, syntax: Syntax, *, in_from: bool = False) -> set[Name]:
+    """The names in a text that may be those of columns, each with the table or alias before it.
+
+    :param in_from: it is a part of a FROM, which may begin with a table.
+    """
     found: set[Name] = set()
     for tokens in _readings(text, syntax):
-        padded = [_NONE, _NONE, *tokens, _NONE]
-        for first, before, token, after in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
-            if token.kind not in ("word", "quoted") or after.kind in (".", "("):
-                continue  # a table or a schema, or a function
-            if before.kind == ".":
-                found.add(Name(_spelled(token, syntax), _spelled(first, syntax)))
-            elif not _is_no_column(before, token, after):
-                found.add(Name(_spelled(token, syntax)))
+        for place in _columns(tokens, syntax, in_from):
+            dotted = _at(tokens, place - 1).kind == "."
+            table = _spelled(_at(tokens, place - 2), syntax) if dotted else None
+            found.add(Name(_spelled(tokens[place], syntax), table))
     return found
 
 
-def _is_no_column(before: _Token, token: _Token, after: _Token) -> bool:
+def _columns(tokens: Sequence[_Token], syntax: Syntax, in_from: bool) -> Iterator[int]:
+    tables = _Tables(tokens, syntax, fragment=True, in_from=in_from).places()
+    for place, token in enumerate(tokens):
+        if place in tables or _at(tokens, place + 1).kind in (".", "("):
+            continue  # a table or a schema, or a function
+        if _at(tokens, place - 1).kind == ".":
+            if token.is_name:
+                yield place
+        elif token.kind in ("word", "quoted") and not _is_no_column(tokens, place, syntax):
+            yield place
+
+
+def _is_no_column(tokens: Sequence[_Token], place: int, syntax: Syntax) -> bool:
     """Whether a name without a table before it is a keyword, an alias, a unit or a type."""
-    if before.word == "as" or (before.kind in ("literal", "double") and token.kind == "word"):
+    before, token, after = (_at(tokens, each) for each in (place - 1, place, place + 1))
+    if before.word == "as" or (before.kind in ("string", "number", "parameter") and token.kind == "word"):
         return True  # 1 AS mrn, INTERVAL 1 year
     if token.kind == "quoted":
         return False
-    return token.word in _RESERVED or after.kind == "literal" or (before.kind == "(" and after.word == "from")
+    if before.kind == "(" and after.word == "from":  # EXTRACT(year FROM x)
+        return _at(tokens, place - 2).word == "extract" or token.word in ("both", "leading", "trailing")
+    if after.kind == "number":
+        return True
+    if after.kind in ("string", "parameter"):
+        return syntax.postgresql or token.word in _TYPED or token.word in _RESERVED
+    return token.word in _RESERVED
+
+
+def rows_in(text: str, syntax: Syntax, *, in_from: bool = False) -> dict[str, bool]:
+    """The names in a text that may be those of tables, aliases or subqueries and then stand for whole rows.
+
+    :returns: by name, whether it can be nothing else: a name without ``.*`` may be a column's.
+    """
+    found: dict[str, bool] = {}
+    for tokens in _readings(text, syntax):
+        for place in _columns(tokens, syntax, in_from) if syntax.postgresql else ():
+            if _at(tokens, place - 1).kind != "." and tokens[place].word not in _VALUES:
+                found.setdefault(_spelled(tokens[place], syntax), False)
+        for place, token in enumerate(tokens):
+            if token.is_name and [_at(tokens, place + step).kind for step in (1, 2)] == [".", "*"]:
+                found[_spelled(token, syntax)] = True
+    return found
+
+
+class Listed(NamedTuple):
+    """What a text that is selected stands for.
+
+    :ivar every: all columns there are.
+    :ivar several: more than one column.
+    """
+
+    every: bool
+    several: bool
+
+
+def lists_columns(text: str, syntax: Syntax) -> Listed:
+    """What a text stands for where it is selected."""
+    every = several = False
+    for tokens in _readings(text, syntax):
+        depth = 0
+        for place, token in enumerate(tokens):
+            depth += {"(": 1, ")": -1}.get(token.kind, 0)
+            before, after = _at(tokens, place - 1), _at(tokens, place + 1)
+            several = several or (token.kind == "," and depth == 0) or (token.kind, before.kind) == ("*", ".")
+            starts = before.kind in ("", ",") or before.word in ("select", "distinct", "all")
+            every = every or (token.kind == "*" and starts and after.kind in ("", ",", ")", "word"))
+    return Listed(every, every or several)
+
+
+def name_alone(text: str, syntax: Syntax) -> str | None:
+    """The name, where an ORDER BY consists of a name and how to sort by it; else None."""
+    for tokens in _readings(text, syntax):
+        rest = {token.word for token in tokens[1:]}
+        if (
+            tokens
+            and tokens[0].kind in ("word", "quoted")
+            and rest <= {"asc", "desc", "nulls", "first", "last"}
+        ):
+            return _spelled(tokens[0], syntax)
+    return None
+
+
+# The words by which a text does more than to say what is to be done with the one statement within it.
+_COMPUTING = frozenset((
+    "as", "by", "create", "delete", "distinct", "except", "insert", "intersect", "into", "join", "merge", "order",
+    "over", "replace", "select", "set", "union", "update", "values", "where", "with",
+))  # fmt: skip
+_EXPLAINING = frozenset(("analyze", "desc", "describe", "explain"))
+
+
+def computes(text: str, syntax: Syntax) -> bool:
+    """Whether what stands before or behind a statement makes something else of its rows."""
+    return any(token.word in _COMPUTING for tokens in _readings(text, syntax) for token in tokens)
+
+
+def explains(text: str, syntax: Syntax) -> bool:
+    """Whether a statement asks how another one would run: it does not return that one's rows."""
+    return any(tokens[0].word in _EXPLAINING for tokens in _readings(text, syntax) if tokens)
+
+
+# -- positions -------------------------------------------------------------------------------------------------------
+
+_PARAMETER = re.compile(r"%\(\w+\)s|%s|\$\d+|\?|__\[POSTCOMPILE_.*?\]")
+# What a position may stand in: SQLite looks through likely() and its like, PostgreSQL groups by ROLLUP (1, 2).
+_AROUND_POSITIONS = frozenset(("cube", "likelihood", "likely", "rollup", "sets", "unlikely"))
+
+
+def without_parameters(rendered: str) -> str:
+    """A text that was rendered for a driver, with its parameters in a form that is told from all else."""
+    return _PARAMETER.sub(" :p ", rendered)
+
+
+def positions_in(text: str, syntax: Syntax, *, clause: bool = False) -> list[int | None]:
+    """The positions of result columns that an ORDER BY, GROUP BY or DISTINCT ON may be by; None for an unknown one.
+
+    :param clause: the text is no list of what to sort or group by, but may have one: behind ORDER BY, say.
+    """
+    return [place for tokens in _readings(text, syntax) for place in _positions(tokens, clause)]
+
+
+def _positions(tokens: Sequence[_Token], clause: bool) -> Iterator[int | None]:
+    levels = [not clause]  # whether items of a list stand here, by the parentheses that are open
+    starts = True  # an item begins here
+    for place, token in enumerate(tokens):
+        after = _at(tokens, place + 1).kind
+        if token.kind == "(":
+            levels.append(_is_list(tokens, place, levels[-1], starts))
+            starts = True
+        elif token.kind == ")":
+            levels = levels[:-1] or [False]
+            starts = False
+        elif clause and len(levels) == 1 and token.word in {"by", *_ENDING}:
+            levels[0] = starts = token.word == "by" and _at(tokens, place - 1).word in ("order", "group")
+        elif token.kind in (",", "+", "-"):
+            starts = starts or token.kind == ","
+        else:
+            if starts and levels[-1] and after in ("", ",", ")", "word", "cast", ";"):
+                yield from _position(token)
+            starts = False
+
+
+def _is_list(tokens: Sequence[_Token], place: int, listed: bool, starts: bool) -> bool:
+    """Whether the parenthesis at a place has positions within, as that around it has them."""
+    word = _at(tokens, place - 1).word
+    if (word, _at(tokens, place - 2).word) == ("on", "distinct"):
+        return True
+    return listed and (starts or word in _AROUND_POSITIONS)
+
+
+def _position(token: _Token) -> Iterator[int | None]:
+    if token.kind == "parameter":
+        yield None
+    elif token.word == "true":  # MariaDB takes it for 1
+        yield 1
+    elif token.kind == "number":
+        for base in (10, 0):  # 02, and 0x2
+            with suppress(ValueError):
+                yield int(token.text, base)
+                break
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -234,10 +443,17 @@ class _Tables:
         self.written: dict[Name, bool] = {}
 
     def _at(self, index: int) -> _Token:
-        return self._tokens[index] if 0 <= index < len(self._tokens) else _NONE
+        return _at(self._tokens, index)
+
+    def places(self) -> set[int]:
+        """Where the tables stand, by the place of the last part of their names."""
+        return {index for index, _ in self._read()}
 
     def read(self) -> Iterator[Name]:
         """The tables."""
+        return (name for _, name in self._read())
+
+    def _read(self) -> Iterator[tuple[int, Name]]:
         index = 0
         while index < len(self._tokens):
             token, level = self._tokens[index], self._levels[-1]
@@ -255,7 +471,7 @@ class _Tables:
             elif token.is_name and level.expects:
                 index, name = self._table(index)
                 if name is not None:
-                    yield name
+                    yield index, name
             index += 1
 
     def _behind(self, index: int) -> int:
@@ -299,18 +515,34 @@ class _Tables:
         if word == "with":
             level.names, level.recursive = "name", self._at(index + 1).word == "recursive"
         elif self._opens(index, word):
-            level.expects, level.lists, level.names, level.opened = True, True, "", word
+            level.expects, level.lists, level.names, level.opened = (
+                True,
+                level.lists or word != "in",
+                "",
+                word,
+            )
         elif word in _ENDING:
             level.expects = False
             level.lists = level.lists and word == "on"
             level.names = "" if level.names != "body" else "body"
         else:
-            return word in _PASSED and level.expects and self._at(index + 1).is_name
+            return level.expects and self._is_passed(index, word)
         return True
+
+    def _is_passed(self, index: int, word: str) -> bool:
+        """Whether a word that stands before a table is no table itself."""
+        after = self._at(index + 1)
+        if self._at(index - 1).kind == "{":  # MySQL's {oj patient LEFT JOIN …}
+            return True
+        if word == "only" and self._syntax.postgresql:
+            return True  # also before a parenthesis; it is no function's name
+        return word in _PASSED and after.is_name
 
     def _opens(self, index: int, word: str) -> bool:
         """Whether a table comes next."""
         before, after = self._at(index - 1), self._at(index + 1)
+        if word == "in":
+            return self._syntax.sqlite and after.is_name
         if word in _FIRST:
             return word == self._first and before.kind in ("", ";") and after.kind != "("
         if word not in _OPENING or before.kind == "." or after.kind in (".", ","):

@@ -24,9 +24,10 @@ from sqlalchemy.sql.selectable import SelectBase
 from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.searchable import NOTHING, Written, refuse_unseen
+from sqla_byok.keys.searchable import NOTHING, HashSpec, Written, refuse_unseen
 from sqla_byok.orm import direct, kept, tenant_column, upstream
 from sqla_byok.orm.binary import ask_for_binary, learn_of_binary
+from sqla_byok.orm.constructs import is_own
 from sqla_byok.orm.current import RUNNING, Attachment, Turn, attachment_of
 from sqla_byok.orm.earlier import EarlierRows
 from sqla_byok.orm.fetches import Columns, Fetch, Reader
@@ -34,11 +35,19 @@ from sqla_byok.orm.guard import Guard
 from sqla_byok.orm.needs import Need, Needs, needs_of
 from sqla_byok.orm.rings import SEALED, Across, AcrossRing, SealedRing, StatementRing, singles
 from sqla_byok.orm.sessions import meet, of_unit
+from sqla_byok.orm.sql_text import Syntax, explains
 from sqla_byok.orm.tenant_column import Database
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
-from sqla_byok.orm.writes import fill, known_as, refuse_compiled
+from sqla_byok.orm.writes import (
+    fill,
+    hashed_table,
+    made_known,
+    refuse_compiled,
+    sources_in,
+    written_table,
+)
 
 __all__ = ["attach"]
 
@@ -127,6 +136,8 @@ class Statements:
         upstream.forget_metadata(
             compiled
         )  # of a cache of the application's, from before the engine was attached
+        if is_own(compiled.statement) and explains(compiled.string, Syntax.of(compiled.dialect)):
+            upstream.forget_columns(compiled)
         needs = compiled.__dict__[kept.NEEDS] = needs_of(compiled, self._guard)
         return needs
 
@@ -154,7 +165,7 @@ class Statements:
             if ring is None:
                 ring = self._ring(conn, taker)
             if need.hashes and ring.searchable is not need.allowed_by:
-                ring = self._ready(conn, ring, need, owner)
+                ring = self._ready(conn, ring, need)
             if need.salts and need.salts != len(ring.live_salts):
                 fits = False
             rings[owner] = ring
@@ -166,6 +177,8 @@ class Statements:
         """The statement compiled for as many search salts as there are."""
         if call.clause is None:
             _refuse_precompiled(turn)
+        if is_own(call.clause) and not isinstance(call.clause, SelectBase | UpdateBase):
+            _refuse_within_own(turn)
         live = {owner: len(turn.rings[owner].live_salts) for owner, need in needs.of.items() if need.salts}
         statement = upstream.inside(call.clause).options(upstream.FanOut(tuple(live.items())))
         clause = upstream.instead(call.clause, statement)
@@ -193,35 +206,37 @@ class Statements:
             )
         return ring
 
-    def _ready(self, conn: Any, ring: StatementRing, need: Need, owner: str | None) -> StatementRing:
+    def _ready(self, conn: Any, ring: StatementRing, need: Need) -> StatementRing:
         """The keyring, once the keystore allows what the statement does with hashes."""
         self._check_current(ring, need)
         if isinstance(ring, Keyring):
             for written in need.written:
-                ring = self._noted(conn, ring, written, owner)
+                ring = self._noted(conn, ring, written)
         if ring is SEALED and (need.salts or need.grouped):
             SEALED.search()
         if need.grouped:
             _refuse_groups(ring, need)
-        known = [self._check_hashes(conn, each, need, owner) for each in singles(ring)]
+        known = [self._check_hashes(conn, each, need) for each in singles(ring)]
         if isinstance(ring, Keyring) and all(known) and not need.grouped:
             need.allowed_by = ring.searchable
         return ring
 
-    def _noted(self, conn: Any, ring: Keyring, written: Written, owner: str | None) -> Keyring:
+    def _noted(self, conn: Any, ring: Keyring, written: Written) -> Keyring:
         """The tenant's keyring, once the keystore knows of a table that is about to be written.
 
         :raises NotSearchableError: rows from before are there, which a unique index of it does not see.
         """
         if not ring.searchable.knows(written):
-            late = self._earlier.are_in(conn, ring, written.table, owner)
+            table = written_table(written)
+            sources = () if table is None else sources_in(table, written.specs)
+            late = table is not None and self._earlier.are_in(conn, ring, table, sources)
             ring = self._look(ring, written, late)
             if late and written.unique:
                 refuse_unseen(ring.tenant, min(written.unique))
         ring.searchable.check_write(ring.tenant, written)
         return ring
 
-    def _check_hashes(self, conn: Any, ring: Keyring, need: Need, owner: str | None) -> bool:
+    def _check_hashes(self, conn: Any, ring: Keyring, need: Need) -> bool:
         """Refuse what is hashed in another way than the tenant's stored hashes, or cannot be searched.
 
         :returns: whether all that is compared was hashed before. Where not, somebody may do so at any time.
@@ -230,18 +245,22 @@ class Statements:
         known = ring.searchable.knows_all(compared)
         if not known:
             ring = self._look(ring, NOTHING)  # a look whether somebody has written it since
-            for table in {spec.table for spec in compared if spec.column not in ring.searchable.specs}:
-                ring = self._known(conn, ring, table, owner)
+            for spec in compared:
+                if spec.column not in ring.searchable.specs and spec.table not in ring.searchable.tables:
+                    ring = self._known(conn, ring, spec)
         ring.searchable.check(ring.tenant, need.hashed, compared)
         return known
 
-    def _known(self, conn: Any, ring: Keyring, table: str, owner: str | None) -> Keyring:
+    def _known(self, conn: Any, ring: Keyring, spec: HashSpec) -> Keyring:
         """The tenant's keyring, once it is known whether rows from before are in a table that is searched first."""
-        if ring.searchable.tables and table not in ring.searchable.tables:
-            self._earlier.refuse_plaintext(conn, table)
-        if self._earlier.are_in(conn, ring, table, owner):
-            for written in known_as(table, owner):
-                ring = self._look(ring, written, late=True)
+        table = hashed_table(spec)
+        if table is None or not ring.searchable.tables:
+            return ring
+        sources = sources_in(table, [spec.column])
+        self._earlier.refuse_plaintext(conn, table, sources)
+        if self._earlier.are_in(conn, ring, table, sources):
+            of_column = next(each for each in made_known(table).values() if spec.column in each.specs)
+            ring = self._look(ring, of_column, late=True)
         return ring
 
     def _look(self, ring: Keyring, written: Written, late: bool = False) -> Keyring:
@@ -421,11 +440,21 @@ def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence
 
 
 def _refuse_precompiled(turn: Turn) -> NoReturn:
-    tenants = ", ".join(sorted(str(ring.tenant) for ring in turn.rings.values()))
     raise UnsupportedQueryError(
-        f"the search salts of tenant {tenants!r} are being rotated, and this statement was compiled beforehand for "
-        "another number of them; execute the statement itself"
+        f"the search salts of tenant {_names(turn)!r} are being rotated, and this statement was compiled beforehand "
+        "for another number of them; execute the statement itself"
     )
+
+
+def _refuse_within_own(turn: Turn) -> NoReturn:
+    raise UnsupportedQueryError(
+        f"the search salts of tenant {_names(turn)!r} are being rotated, and this statement is a construct of "
+        "somebody's own, in which a search is for one of them only; execute the statement within it"
+    )
+
+
+def _names(turn: Turn) -> str:
+    return ", ".join(sorted(str(ring.tenant) for ring in turn.rings.values()))
 
 
 def _refuse_nobody(need: Need) -> None:

@@ -42,10 +42,10 @@ from sqla_byok.keys.searchable import ON
 from sqla_byok.orm.current import RUNNING, Turn, attachment_of
 from sqla_byok.orm.namesakes import Stored
 from sqla_byok.orm.plain import codec_of, driver_binary, driver_bytes
-from sqla_byok.orm.schema import INDEX, SOURCE
+from sqla_byok.orm.schema import sources_of
 from sqla_byok.orm.types import Encrypted, SearchHash
 
-__all__ = ["Change", "Processors", "StoredRow", "StoredTable", "UnderKeys", "key_id", "sources_of"]
+__all__ = ["Change", "Processors", "StoredRow", "StoredTable", "UnderKeys", "key_id"]
 
 
 class Bytes(TypeDecorator[bytes]):
@@ -412,12 +412,6 @@ class UnderKeys:
             return blob
         cell = direct.Cell(type_.column_id or "", blob)
         return direct.decrypt(self._processors.keyrings, self.rings[type_.owner], [cell])[0]
-
-
-def sources_of(hash_column: Column[Any]) -> tuple[str, ...]:
-    """The keys of the encrypted columns that a hash column follows."""
-    index = hash_column.info.get(INDEX)
-    return (hash_column.info[SOURCE],) if index is None else tuple(index.sources)
 
 
 def key_id(blob: bytes) -> bytes | None:

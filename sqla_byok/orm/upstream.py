@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
-from sqlalchemy import Engine, Table, UniqueConstraint, and_, case
+from sqlalchemy import Engine, Select, Table, UniqueConstraint, and_, case
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.orm.context import FromStatement
@@ -80,6 +80,7 @@ __all__ = [
     "excluded",
     "executed",
     "fanned_out",
+    "forget_columns",
     "forget_metadata",
     "given_property",
     "has_rows",
@@ -92,6 +93,7 @@ __all__ = [
     "is_made_up",
     "json_functions",
     "made_by",
+    "may_become",
     "multi_values",
     "named_in_compound",
     "named_in_order_by",
@@ -108,6 +110,7 @@ __all__ = [
     "reads_early",
     "referred",
     "render_again",
+    "renders_itself",
     "resolved",
     "restated",
     "result_types",
@@ -118,7 +121,7 @@ __all__ = [
     "run_or_await",
     "select_names",
     "selected_by",
-    "set_default",
+    "selected_columns",
     "show_in_subqueries",
     "step_in",
     "tables_of",
@@ -135,6 +138,7 @@ __all__ = [
     "with_criterion",
     "with_multi_values",
     "with_returned",
+    "with_selected",
     "with_target",
     "with_values",
     "without_entity",
@@ -319,11 +323,6 @@ def pending_columns(constraint: Any) -> list[Any]:
     return found
 
 
-def set_default(default: Any, column: Any) -> None:
-    """Make a default or onupdate that of a column."""
-    default._set_parent_with_dispatch(column)
-
-
 def engine_of(engine: Engine) -> Engine:
     """The engine itself, of a view made by ``execution_options()``."""
     return getattr(engine, "_proxied", engine)
@@ -348,6 +347,22 @@ def plain_table(table: Table) -> Table:
 def select_names(clause: Any) -> Sequence[str]:
     """The target columns of an INSERT FROM SELECT; empty for any other."""
     return clause._select_names or () if clause.is_insert and clause.select is not None else ()
+
+
+def selected_columns(insert: Any) -> Sequence[Any]:
+    """What an INSERT FROM SELECT selects for its columns, in order; nothing where that cannot be told."""
+    selected = inside(insert.select)
+    return list(selected.selected_columns) if isinstance(selected, Select) else []
+
+
+def with_selected(insert: Any, names: Sequence[str], value: Any) -> Any:
+    """A copy of an INSERT FROM SELECT that gives further columns this value."""
+    if not names:
+        return insert
+    new = insert._generate()
+    new._select_names = [*insert._select_names, *names]
+    new.select = insert.select.add_columns(*(value.label(name) for name in names))
+    return new
 
 
 def values(clause: Any) -> list[Item]:
@@ -699,6 +714,18 @@ def forget_metadata(compiled: Any) -> None:
     compiled._cached_metadata = None
 
 
+def renders_itself(element: Any) -> bool:
+    """Whether the class of a construct, of somebody's own, was given a way to be rendered: by ``@compiles``."""
+    cls: Any = type(element)
+    own = [one for one in cls.__mro__ if not one.__module__.startswith("sqlalchemy.")]
+    return any("_compiler_dispatch" in vars(one) for one in own)
+
+
+def forget_columns(compiled: Any) -> None:
+    """Have the columns of a compiled statement's result be only what the database says of them."""
+    compiled._result_columns = []
+
+
 def driver_cursor(context: Any) -> Any:
     """The driver's own cursor of an execution, also under asyncio."""
     return getattr(context.cursor, "_cursor", context.cursor)
@@ -805,6 +832,7 @@ class Parts(NamedTuple):
     froms: Sequence[Any]
     named: Callable[[str], Named]
     criteria: Sequence[Any]
+    having: Sequence[Any]
     group_by: Sequence[Any]
     order_by: Sequence[Any]
     distinct: bool
@@ -834,7 +862,8 @@ def parts(select: Any, enclosing: Enclosing, in_from: Any = None) -> Parts:
         froms=enclosing.froms(state, in_from),
         state=state,
         named=lambda name: _named(state, name),
-        criteria=(*select._where_criteria, *select._having_criteria),
+        criteria=select._where_criteria,
+        having=select._having_criteria,
         group_by=select._group_by_clauses,
         order_by=select._order_by_clauses,
         distinct=bool(select._distinct) or any("DISTINCT" in str(text_of(text)).upper() for text in texts),
@@ -938,6 +967,12 @@ def proxied(column: Any) -> Sequence[Any]:
 def is_made_up(name: Any) -> bool:
     """Whether SQLAlchemy gives the FROM its name when it is compiled."""
     return name is None or isinstance(name, _anonymous_label)
+
+
+def may_become(name: Any, called: str) -> bool:
+    """Whether SQLAlchemy may give a FROM this name when it is compiled: ``patient_1``, or ``anon_1``."""
+    base = re.fullmatch(r"%\(\S+ (.*)\)s", str(name))
+    return re.fullmatch(rf"{re.escape(base[1] if base else 'anon')}_\d+", called, re.IGNORECASE) is not None
 
 
 def has_rows(element: Any) -> bool:

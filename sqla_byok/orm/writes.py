@@ -8,27 +8,36 @@ the database in the clear. What cannot be kept in step is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Alias, Column, Join, MetaData, Table, event, null
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.sql.elements import BindParameter, Cast, ClauseElement, ColumnClause, Label, Null, TypeCoerce
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import NullType
 
 from sqla_byok.errors import EncodeError, UnsupportedQueryError
-from sqla_byok.keys.searchable import Written
+from sqla_byok.keys.searchable import HashSpec, Written
 from sqla_byok.orm import upstream
 from sqla_byok.orm.comparator import hash_column_of
 from sqla_byok.orm.namesakes import declared_tables
-from sqla_byok.orm.schema import IndexOf, indexes_of, is_unique
+from sqla_byok.orm.schema import IndexOf, indexes_of, is_unique, sources_of
 from sqla_byok.orm.sealed import Sealed
 from sqla_byok.orm.types import Digest, Encrypted, SearchHash
 from sqla_byok.orm.upstream import Item
 
-__all__ = ["embedded", "fill", "known_as", "made_known", "refuse_compiled", "written"]
+__all__ = [
+    "embedded",
+    "fill",
+    "hashed_table",
+    "made_known",
+    "refuse_compiled",
+    "sources_in",
+    "written",
+    "written_table",
+]
 
 Row = Mapping[str, Any]
 # Parameters that are needed under another name too: what their values are, out of a row; KeyError where it has none.
@@ -53,12 +62,8 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
         items = [(key, value) for key, value in items if key.table == table]
     if not (plan.encrypted or any(isinstance(getattr(key, "type", None), _OURS) for key, _ in items)):
         return None
-    for name in given.select_names:
-        if isinstance(table.c[name].type, _OURS):
-            _refuse(
-                table.c[name],
-                "INSERT FROM SELECT cannot encrypt what the database selects; read and insert rows",
-            )
+    if given.select_names:
+        clause = _fill_select(clause, table, plan, given.select_names)
     if plan.compounds and items and rows:
         _refuse_mixed(table, plan, items, rows[0])
     copied: Copies = {}
@@ -77,6 +82,27 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
     if given.returns and clause.is_insert:
         clause = upstream.with_returned(clause, lambda one: _is_hash_of(table, one))
     return clause, rows
+
+
+def _fill_select(clause: Any, table: Any, plan: _Plan, names: Sequence[str]) -> Any:
+    """An INSERT FROM SELECT, which may give an encrypted column nothing but NULL; its hashes are then NULL too."""
+    selected = upstream.selected_columns(clause)
+    nulls = {name for name, column in zip(names, selected, strict=False) if _is_null(column)}
+    for name in names:
+        if isinstance(table.c[name].type, _OURS) and name not in nulls:
+            _refuse(
+                table.c[name],
+                "INSERT FROM SELECT cannot encrypt what the database selects; read and insert rows",
+            )
+    hashes = {key: None for source, key in plan.pairs if source in nulls}
+    hashes |= {key: None for key, index in plan.compounds.items() if not nulls.isdisjoint(index.sources)}
+    return upstream.with_selected(clause, [key for key in hashes if key not in names], null())
+
+
+def _is_null(element: Any) -> bool:
+    while isinstance(element, Label | Cast | TypeCoerce):
+        element = element.clause if isinstance(element, Cast | TypeCoerce) else element.element
+    return isinstance(element, Null)
 
 
 def _is_hash_of(table: Any, element: Any) -> bool:
@@ -99,13 +125,27 @@ def made_known(table: Any) -> Mapping[str | None, Written]:
     return _plan_of(table).written
 
 
-def known_as(name: str, owner: str | None) -> list[Written]:
-    """What a write to the declared tables of a name makes known, of one owner's columns."""
-    return [
-        made_known(table)[owner]
-        for table in declared_tables()
-        if table.fullname == name and owner in made_known(table)
+def written_table(written: Written) -> Table | None:
+    """The table that makes this known when it is written."""
+    return next((table for table in declared_tables() if written in _known_by(table)), None)
+
+
+def hashed_table(spec: HashSpec) -> Table | None:
+    """The table with a column that is hashed in this way."""
+    found = (table for table in declared_tables() if table.fullname == spec.table)
+    return next((t for t in found if any(spec in known.specs.values() for known in _known_by(t))), None)
+
+
+def sources_in(table: Table, columns: Collection[str]) -> list[str]:
+    """The keys of the encrypted columns that these hash columns follow, given by their column ids."""
+    hashes = [
+        each for each in table.c if isinstance(each.type, SearchHash) and each.type.column_id in columns
     ]
+    return list(dict.fromkeys(key for each in hashes for key in sources_of(each)))
+
+
+def _known_by(table: Table) -> list[Written]:
+    return list(made_known(table).values())
 
 
 def _first(table: Any) -> Any:
@@ -154,7 +194,7 @@ def refuse_compiled(compiled: Any) -> None:
 class _Plan:
     """The keys of a table's columns that concern us. It holds no column, which would keep the table alive."""
 
-    __slots__ = ("compounds", "defaults", "encrypted", "hashes", "pairs", "searchable", "written")
+    __slots__ = ("compounds", "encrypted", "followed", "hashes", "pairs", "searchable", "written")
 
     def __init__(self, table: Table) -> None:
         encrypted = [column for column in table.c if isinstance(column.type, Encrypted)]
@@ -171,9 +211,7 @@ class _Plan:
         for source, hash_key in self.pairs:
             self.hashes.setdefault(source, []).append(hash_key)
         followed = {*self.hashes, *(key for index in self.compounds.values() for key in index.sources)}
-        self.defaults = tuple(
-            column.key for column in encrypted if column.key in followed and column.default is not None
-        )
+        self.followed = tuple(column.key for column in encrypted if column.key in followed)
         hashes = [column for column in table.c if isinstance(column.type, SearchHash)]
         self.searchable = bool(hashes)
         self.written = _written(table.fullname, hashes, [column.type for column in encrypted])
@@ -328,13 +366,18 @@ def _given(clause: Any, table: Any, plan: _Plan, given: Any) -> dict[Any, Any]:
     for key, value in given.items():
         column = _target(clause, table, key)
         row[key if column is None else column.key] = value
-    for key in plan.defaults:
-        if key not in row:
+    for key in plan.followed:
+        if key not in row and table.c[key].default is not None:
             row[key] = _default_of(table.c[key])
     return row
 
 
 def _default_of(column: Any) -> Any:
+    if not (column.default.is_scalar or column.default.is_callable):
+        _refuse(
+            column,
+            "its default is a SQL expression, which cannot be encrypted; give it a Python value or function",
+        )
     return column.default.arg if column.default.is_scalar else column.default.arg(_NoContext(column))
 
 

@@ -22,6 +22,7 @@ from sqlalchemy import (
     ForeignKey,
     Identity,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -951,6 +952,23 @@ def update_of_an_encrypted_table_beside_a_plain_one(run: Run) -> list[Row]:
 def insert_from_select_of_plain_columns(run: Run) -> list[Row]:
     run.c.execute(patient.insert().from_select(["n"], select(patient.c.n)))
     return [A, B, new(None, n=1), new(None, n=2)]
+
+
+@form("core")
+def insert_from_select_of_null(run: Run) -> list[Row]:
+    nothing = select(patient.c.n, null(), cast(null(), LargeBinary), null().label("x"))
+    run.c.execute(patient.insert().from_select(["n", "mrn", "name", "email_db"], nothing))
+    nothing = select(func.count()).where(patient.c.mrn.is_(None), patient.c.mrn_hash.is_(None))
+    assert run.s.scalar(nothing) == 2
+    return [A, B, new(None, n=1), new(None, n=2)]
+
+
+@form("core")
+def insert_from_select_of_null_beside_a_default(run: Run) -> list[Row]:
+    run.c.execute(defaulted.insert().from_select(["n", "constant"], select(patient.c.n, null())))
+    nothing = (defaulted.c.constant.is_(None), defaulted.c.constant_hash.is_(None))
+    assert run.s.scalar(select(func.count()).select_from(defaulted).where(*nothing)) == 2
+    return [A, B]
 
 
 @form("core")

@@ -67,6 +67,66 @@ def over(table: Any) -> tuple[list[list[str]], list[tuple[list[str], bool]]]:
 
 PLAIN = (["mrn_hash"], False)
 
+
+def _two(*more: Any, convention: dict[str, str] | None = None) -> Table:
+    metadata = MetaData(naming_convention=convention) if convention else MetaData()
+    return patient(Column("mrn", searchable()), Column("tax", searchable()), *more, metadata=metadata)
+
+
+def _beside(index: Callable[[Table], Index]) -> Callable[..., Table]:
+    def made(**options: Any) -> Table:
+        table = _two(**options)
+        index(table)
+        return table
+
+    return made
+
+
+SAME_NAME: dict[str, Callable[..., Table]] = {
+    "by names": lambda **options: _two(Index(None, "mrn", "tax"), **options),
+    "unique": lambda **options: _two(Index(None, "mrn", "tax", unique=True), **options),
+    "with a plain column": lambda **options: _two(Index(None, "mrn", "org"), **options),
+    "alone": lambda **options: _two(Index(None, "mrn"), **options),
+    "by columns": _beside(lambda table: Index(None, table.c.mrn, table.c.tax)),
+    "by the hash columns": _beside(lambda table: Index(None, table.c.mrn_hash, table.c.tax_hash)),
+    "behind a plain column": lambda **options: _two(Index(None, "org", "mrn"), **options),
+    "with a name": lambda **options: _two(Index("by_both", "mrn", "tax"), **options),
+}
+
+
+@pytest.mark.parametrize(
+    "convention", [None, {"ix": "ix_%(table_name)s_%(column_0_name)s"}, {"ix": "%(column_0_label)s"}]
+)
+@pytest.mark.parametrize("case", SAME_NAME)
+def test_an_index_without_a_name_takes_the_place_of_the_hash_columns(
+    byok: Byok, engine: Engine, case: str, convention: Any
+) -> None:
+    """SQLAlchemy gives both one name; a copy of the table is made in the same way, and the search has an index."""
+    table = SAME_NAME[case](convention=convention)
+    for each in (table, table.to_metadata(MetaData())):
+        each.metadata.create_all(engine)
+        found = inspect(engine).get_indexes(each.name)
+        assert sorted(str(one["name"]) for one in found) == sorted(str(index.name) for index in each.indexes)
+        first = [next(iter(index.columns)).name for index in each.indexes]
+        assert {"mrn_hash", "tax_hash"} <= set(first)
+        with byok.session("t1", engine) as session:
+            session.execute(insert(each), [{"mrn": "a", "tax": "b"}])
+            assert session.scalars(select(each.c.id).where(each.c.mrn == "a", each.c.tax == "b")).all() == [1]
+        each.metadata.drop_all(engine)
+    by_convention = _two(convention=convention).indexes
+    named = {"behind a plain column": 1, "with a name": 1}.get(case, 0)
+    assert len(table.indexes) == len(by_convention) + named
+
+
+def test_an_index_of_some_rows_does_not_serve_the_search() -> None:
+    """It cannot take the place: it needs a name."""
+    for columns in (["mrn", "tax"], ["mrn"]):
+        for option in ({"postgresql_where": text("org = 'x'")}, {"sqlite_where": text("org = 'x'")}):
+            with pytest.raises(DeclarationError, match="give it one"):
+                _two(Index(None, *columns, **option))
+    assert len(_two(Index("some", "mrn", "tax", postgresql_where=text("org = 'x'"))).indexes) == 3
+
+
 # -- what moves ------------------------------------------------------------------------------------------------------
 
 

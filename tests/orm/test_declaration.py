@@ -14,20 +14,27 @@ from sqlalchemy import (
     BINARY,
     JSON,
     Column,
+    ColumnDefault,
+    Computed,
+    DefaultClause,
     Engine,
     Enum,
+    Identity,
     Index,
     Integer,
     LargeBinary,
     MetaData,
+    Sequence,
     String,
     Table,
     UniqueConstraint,
+    distinct,
     event,
     func,
     insert,
     inspect,
     join,
+    literal,
     select,
     text,
     type_coerce,
@@ -51,7 +58,9 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
 from sqla_byok import Byok, Encrypted, search_hash
-from sqla_byok.errors import DeclarationError, TamperedError
+from sqla_byok.errors import DeclarationError, TamperedError, UnsupportedQueryError
+from sqla_byok.normalize import named
+from sqla_byok.orm.schema import IndexOf, add_index
 from sqla_byok.orm.types import Digest, SearchHash
 
 on_sqlite = pytest.mark.parametrize("sync_url", ["sqlite"], indirect=True)
@@ -70,6 +79,11 @@ class Code(Encrypted[str]):
 
 def searchable(**options: Any) -> Encrypted[str]:
     return Encrypted(String(20), searchable=True, **options)
+
+
+@named("first-of", version=1)
+def first_of(*values: str) -> str:
+    return "/".join(values)
 
 
 def with_id(*columns: Any, name: str = "patient", metadata: MetaData | None = None, **options: Any) -> Table:
@@ -126,7 +140,7 @@ def test_only_searchable_makes_a_hash_column() -> None:
     [
         (sqlite.dialect(), "mrn BLOB", "mrn_hash BLOB"),
         (postgresql.dialect(), "mrn BYTEA", "mrn_hash BYTEA"),
-        (mysql.dialect(), "mrn BLOB(126)", "mrn_hash BINARY(32)"),
+        (mysql.dialect(), "mrn BLOB", "mrn_hash BINARY(32)"),
     ],
     ids=["sqlite", "postgresql", "mariadb"],
 )
@@ -554,6 +568,123 @@ def test_hash_follows_python_side_defaults(byok: Byok, engine: Engine) -> None:
         assert ids(session, table.c.status == "new") == [1, 2, 4]
 
 
+def _late(table: Table) -> None:
+    """Change defaults after the table was made."""
+    numbers = iter([f"D-{number}" for number in range(1, 9)])
+    table.c.mrn.default = ColumnDefault(lambda: next(numbers))
+    table.c.status.default = ColumnDefault("new")
+    table.c.tax.default = None
+
+
+@pytest.mark.parametrize("way", ["Core", "rows", "multi-VALUES", "ORM", "a copy"])
+def test_hash_follows_defaults_that_are_given_later(byok: Byok, engine: Engine, way: str) -> None:
+    """A default that is assigned, or taken away, when the table is made: the row is found by what it gave."""
+    table = with_id(
+        Column("mrn", searchable()),
+        Column("status", searchable()),
+        Column("tax", searchable(), default="none"),
+        Column("city", String(20)),
+    )
+
+    add_index(table, IndexOf("both", ("mrn", "status"), first_of), unique=False)
+    table.metadata.create_all(engine)
+    _late(table)
+    if way == "a copy":
+        table = table.to_metadata(MetaData())
+    with byok.session("t1", engine) as session:
+        if way == "rows":
+            session.execute(insert(table), [{"city": "Bern"}, {"city": "Genf"}])
+        elif way == "multi-VALUES":
+            session.execute(insert(table).values([{"city": "Bern"}, {"city": "Genf"}]))
+        elif way == "ORM":
+            mapped = type("Patient", (), {})
+            registry().map_imperatively(mapped, table)
+            session.add_all([mapped(), mapped()])
+            session.flush()
+        else:
+            session.execute(insert(table).values(city="Bern"))
+            session.execute(insert(table).values(city="Genf"))
+        rows = session.execute(select(table.c.mrn, table.c.status, table.c.tax).order_by(table.c.id)).all()
+        assert rows == [("D-1", "new", None), ("D-2", "new", None)]
+        found = select(table.c.id).order_by(table.c.id)
+        assert session.scalars(found.where(table.c.mrn == "D-2")).all() == [2]
+        assert session.scalars(found.where(table.c.status == "new")).all() == [1, 2]
+        both = table.c.both_hash
+        assert session.scalar(select(func.count(distinct(both)))) == 2
+        update = table.update().where(table.c.id == 1)
+        if way != "a copy":
+            with pytest.raises(UnsupportedQueryError, match="only some"):
+                session.execute(update.values(mrn="x"))
+        session.execute(update.values(city="Chur", mrn="x", status="y"))
+        assert session.scalars(found.where(table.c.status == "y")).all() == [1]
+
+
+def test_late_onupdate_reaches_the_hash(byok: Byok, engine: Engine) -> None:
+    """One that is assigned when the table is made; where several columns are hashed together it is refused."""
+    table = with_id(Column("mrn", searchable()), Column("city", String(20)))
+    table.metadata.create_all(engine)
+    table.c.mrn.onupdate = ColumnDefault("changed", for_update=True)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table).values(mrn="a", city="Bern"))
+        session.execute(table.update().values(city="Genf"))
+        assert session.scalars(select(table.c.mrn).where(table.c.mrn == "changed")).all() == ["changed"]
+    add_index(
+        both := with_id(Column("a", searchable()), Column("b", searchable())),
+        IndexOf("ab", ("a", "b"), first_of),
+        False,
+    )
+    both.c.a.onupdate = ColumnDefault("changed", for_update=True)
+    with byok.session("t1", engine) as session, pytest.raises(UnsupportedQueryError, match="onupdate"):
+        session.execute(both.update().values(id=2))
+
+
+@pytest.mark.parametrize("late", [literal("S3CRET"), text("'S3CRET'"), func.lower("S3CRET"), Sequence("s")])
+def test_late_sql_defaults_are_refused(byok: Byok, engine: Engine, late: Any) -> None:
+    """What is refused where a column is declared is refused when it would be sent, too."""
+    table = with_id(
+        Column("mrn", searchable()), Column("name", Encrypted(String(20))), Column("city", String(20))
+    )
+    table.metadata.create_all(engine)
+    for column in (table.c.mrn, table.c.name):
+        made = late if isinstance(late, Sequence) else ColumnDefault(late)
+        with byok.session("t1", engine) as session:
+            column.default = made
+            for statement in (
+                insert(table).values(city="x"),
+                insert(table),
+                table.insert().values([{"city": "x"}]),
+            ):
+                with statements(engine) as sent, pytest.raises(UnsupportedQueryError, match="SQL expression"):
+                    session.execute(statement)
+                assert sent == []
+            column.default, column.onupdate = None, made
+            with statements(engine) as sent, pytest.raises(UnsupportedQueryError, match="SQL expression"):
+                session.execute(table.update().values(city="x"))
+            assert sent == []
+            column.onupdate = None
+
+
+@pytest.mark.parametrize("late", ["server_default", "server_onupdate", "computed", "identity"])
+@pytest.mark.parametrize("name", ["mrn", "name", "mrn_hash"])
+def test_late_server_defaults_are_refused_in_ddl(byok: Byok, engine: Engine, late: str, name: str) -> None:
+    """Assigned when the table is made, a value would stand in CREATE TABLE in the clear."""
+    given = {"computed": Computed("'S3CRET'"), "identity": Identity()}.get(late, DefaultClause("S3CRET"))
+    table = with_id(Column("mrn", searchable()), Column("name", Encrypted(String(20))))
+    setattr(table.c[name], late, given)
+    if name == "mrn_hash" and late != "server_default":
+        pytest.skip("nothing that is rendered; try server_default")
+    with statements(engine) as sent:
+        for create in (
+            lambda: table.metadata.create_all(engine),
+            lambda: str(CreateTable(table)),
+            lambda: str(CreateColumn(table.c[name]).compile(dialect=engine.dialect)),
+        ):
+            with pytest.raises(DeclarationError, match=r"patient\.") as raised:
+                create()
+            assert "S3CRET" not in str(raised.value)
+    assert not [one for one in sent if "CREATE" in one]
+
+
 # -- names, schemas, copies ------------------------------------------------------------------------------------------
 
 
@@ -976,3 +1107,41 @@ def test_own_column_with_the_name_of_the_hash_is_refused(type_: Any) -> None:
     with_id(Column("mrn_hash", type_), metadata=metadata)
     with pytest.raises(DeclarationError, match="mrn_hash"):
         Table("patient", metadata, Column("mrn", searchable()), extend_existing=True)
+
+
+@pytest.mark.parametrize("own", ["MRN_hash", "mrn_HASH", "Mrn_Hash"])
+def test_names_that_differ_in_case_are_one(own: str) -> None:
+    """SQLite and MariaDB would refuse the table, or keep hashes in a column of the application's own."""
+    for columns in (
+        lambda: (Column(own, String(20)), Column("mrn", searchable())),
+        lambda: (Column("mrn", searchable()), Column(own, String(20))),
+        lambda: (
+            Column("other", String(20), key="x"),
+            Column(own, LargeBinary, key="y"),
+            Column("mrn", searchable()),
+        ),
+    ):
+        with pytest.raises(
+            DeclarationError, match=r"patient\.mrn: the table has a column 'mrn_hash' of its own"
+        ):
+            with_id(*columns())
+    table = with_id(Column("mrn", searchable()), Column("FIRST_hash", String(20)))
+    with pytest.raises(DeclarationError, match="give it another name="):
+        add_index(table, IndexOf("first", ("mrn",), first_of), unique=False)
+
+
+def test_a_name_that_is_too_long_for_its_hash_column_raises_in_ddl(byok: Byok, engine: Engine) -> None:
+    """Typed, before the database refuses or cuts it; the longest name that it takes works."""
+    longest = {"sqlite": 90, "postgresql": 62}.get(engine.dialect.name, 59)
+    table = with_id(Column("m" * longest, searchable()))
+    table.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.execute(insert(table), [{"m" * longest: "A-1"}])
+        assert session.scalars(select(table.c.id).where(table.c["m" * longest] == "A-1")).all() == [1]
+    table.metadata.drop_all(engine)
+    table = with_id(Column("m" * (longest + 1), searchable()))
+    if engine.dialect.name == "sqlite":
+        table.metadata.create_all(engine)
+        return
+    with pytest.raises(DeclarationError, match="too long"):
+        table.metadata.create_all(engine)

@@ -21,10 +21,12 @@ from sqlalchemy import (
     String,
     Table,
     bindparam,
+    case,
     cast,
     column,
     create_engine,
     event,
+    exists,
     func,
     insert,
     inspect,
@@ -328,6 +330,89 @@ def test_without_a_tenant_the_guard_is_there_too(engine: Engine, byok: Byok) -> 
     """A statement that neither encrypts nor decrypts is walked, though it needs no tenant."""
     with engine.connect() as connection, pytest.raises(UnsupportedQueryError):
         connection.execute(select(P.id).order_by(P.mrn))
+
+
+# -- look-ups beside GROUP BY ----------------------------------------------------------------------------------------
+
+
+def _grouped(entity: Any) -> dict[str, Any]:
+    """Look-ups in a statement that groups by the key and by what is looked up."""
+    found, key = entity.mrn == "b", (entity.id, entity.mrn)
+    return {
+        "HAVING": select(entity.id).group_by(*key).having(found),
+        "HAVING, in an expression": select(entity.id).group_by(*key).having(case((found, 1), else_=0) == 1),
+        "HAVING, negated": select(entity.id).group_by(*key).having(~(entity.mrn != "b")),
+        "HAVING, in a list": select(entity.id).group_by(*key).having(entity.mrn.in_(["b", "x"])),
+        "HAVING, correlated": (
+            select(entity.id)
+            .group_by(*key)
+            .having(exists(select(R.id).where(R.mrn == entity.mrn, R.id == 2)))
+        ),
+        "columns": select(entity.id, found).group_by(*key).order_by(found.desc()).limit(1),
+        "ORDER BY": select(entity.id).group_by(*key).order_by(case((found, 0), else_=1)).limit(1),
+    }
+
+
+def _entity(kind: str) -> Any:
+    if kind == "a class":
+        return P
+    if kind == "an alias":
+        return aliased(P)
+    return aliased(P, select(P).subquery() if kind == "a subquery" else select(P).cte())
+
+
+def _said(session: Any, statement: Any) -> str | None:
+    try:
+        session.execute(statement)
+    except UnsupportedQueryError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["a class", "an alias", "a subquery", "a CTE"])
+def test_a_look_up_beside_group_by_is_right_or_refused(engine: Engine, byok: Byok, kind: str) -> None:
+    """Where the database would not know the hash it says what to group by, and by that the statement works."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    entity = _entity(kind)
+    refused = []
+    with byok.session("t1", engine) as session:
+        session.add_all(rows(ENCRYPTED))
+        session.commit()
+        for name, statement in _grouped(entity).items():
+            with_hash = session.execute(statement.group_by(search_hash(entity.mrn))).all()
+            assert [row[0] for row in with_hash] == [2], name
+            if (why := _said(session, statement)) is None:
+                assert [row[0] for row in session.execute(statement).all()] == [2], name
+            else:
+                assert why.startswith(f"{MRN}: "), why
+                assert why.endswith("add search_hash(column) to group_by()"), why
+                refused.append(name)
+    having = [name for name in _grouped(entity) if name.startswith("HAVING")]
+    derived = kind in ("a subquery", "a CTE")
+    expected = {"sqlite": [], "postgresql": list(_grouped(entity)) if derived else []}.get(
+        engine.dialect.name, having
+    )
+    if engine.dialect.name == "postgresql" and derived:
+        expected.remove("HAVING, correlated")
+        refused = [name for name in refused if name != "HAVING, correlated"]
+    assert refused == expected
+
+
+def test_what_an_aggregate_is_over_needs_no_group(engine: Engine, byok: Byok) -> None:
+    """Look-ups within aggregate functions, in WHERE, and of tables in subqueries of HAVING are as they were."""
+    ENCRYPTED.Base.metadata.create_all(engine)
+    inner = aliased(P, select(P).subquery())
+    with byok.session("t1", engine) as session:
+        session.add_all(rows(ENCRYPTED))
+        session.commit()
+        for statement in (
+            select(P.n).group_by(P.n).having(func.max(case((P.mrn == "b", 1), else_=0)) == 1),
+            select(inner.n).group_by(inner.n).having(func.sum(case((inner.mrn == "b", 1), else_=0)) == 1),
+            select(P.n).where(P.mrn == "b").group_by(P.n),
+            select(P.n).group_by(P.n).having(exists(select(R.id).where(R.mrn == "b"))).order_by(P.n).limit(1),
+            select(P.n, func.count(case((P.mrn == "b", 1)))).group_by(P.n).order_by(P.n).limit(1),
+        ):
+            assert [row[0] for row in session.execute(statement).all()] == [1]
 
 
 # -- guard="report" --------------------------------------------------------------------------------------------------
