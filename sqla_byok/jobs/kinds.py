@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from sqlalchemy import Engine, Table, create_engine
 from typing_extensions import Unpack
 
+from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
 from sqla_byok.errors import ConfigurationError
 from sqla_byok.jobs.rows import DARK, FAILED, Rework, Verify, Work
 from sqla_byok.jobs.runner import (
@@ -109,7 +110,7 @@ def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How])
     """
     over = chosen(what)
     entries = {
-        table.fullname: {"seals": [], "hashes": hashes_in(table, keys)}
+        table.fullname: {"seals": [], "hashes": hashes_in(table, keys), "specs": _specs(table, keys)}
         for table, keys in over.items()
         if hashes_in(table, keys)
     }
@@ -139,7 +140,12 @@ def verify(
     over = chosen(what)
     mode = {"repair": repair, "open": open_search}
     entries = {
-        table.fullname: {"verify": mode, "seals": values_in(table, keys), "hashes": hashes_in(table, keys)}
+        table.fullname: {
+            "verify": mode,
+            "seals": values_in(table, keys),
+            "hashes": hashes_in(table, keys),
+            "specs": _specs(table, keys),
+        }
         for table, keys in over.items()
     }
     return _Run(byok, engine, VERIFY, _plan(entries, how), how, over).go()
@@ -160,10 +166,16 @@ def cancel(byok: Byok, job: str) -> None:
     if found.state in (CANCELLED, DONE):
         raise ConfigurationError(f"the job {job!r} is {found.state} already")
     byok._jobs.set_state(found, CANCELLED)
-    works = _works(found.plan, declared_tables()).values()
-    hashed = [each for work in works for each in Hashed.in_table(work.table, work.table.hashes)]
     if found.kind in (REHASH, VERIFY):
+        works = _works(found.plan, declared_tables()).values()
+        hashed = [each for work in works for each in Hashed.in_table(work.table, work.table.hashes)]
         Searching(byok, hashed, found.plan["tenants"]).give_up()
+
+
+def _specs(table: Table, keys: Iterable[str]) -> dict[str, str]:
+    """How the hash columns among these are hashed: a release that does so otherwise has a job of its own."""
+    types: dict[str, Any] = {key: table.c[key].type for key in hashes_in(table, keys)}
+    return {key: type_.spec.digest for key, type_ in types.items()}
 
 
 def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
@@ -180,6 +192,11 @@ def _works(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work]:
         if table is None:
             raise ConfigurationError(
                 f"the job is over the table {name!r}, which no model of this process declares"
+            )
+        if _specs(table, entry["hashes"]) != entry.get("specs", {}):
+            raise ConfigurationError(
+                f"the job hashes {name!r} in another way than this release's models declare; run it with those that it "
+                "was begun with, or cancel it and begin another"
             )
         sources = [source for key in entry["hashes"] for source in sources_of(table.c[key])]
         stored = StoredTable(table, tenant_key(table), [*entry["seals"], *entry["hashes"], *sources])
@@ -223,22 +240,43 @@ class _Run:
                 job = jobs.start(
                     self._kind, self._plan, planned_shards(conn, self._tables(), self._tenants, SHARD_ROWS)
                 )
-        else:
-            jobs.begin_again(job.id)
-        self._prepare(job)
-        job = jobs.set_state(job, RUNNING)
+        job = self._begun(job)
         self._work(job)
         return self._ended(job)
 
     def _tables(self) -> list[StoredTable]:
         return [work.table for work in self._works.values()]
 
-    def _prepare(self, job: Job) -> None:
-        settled = self._searching is not None and self._searching.close()
-        if job.state == PREPARING and not settled and self._kind != VERIFY:
+    def _begun(self, job: Job) -> Job:
+        """The job, running; from its beginning again where what it has done is out of date.
+
+        So it is where its search had to be closed anew, since rows were written otherwise meanwhile, and where a tenant
+        has other keys than when it began.
+        """
+        jobs, is_new, now = self._byok._jobs, job.state == PREPARING, self._generations()
+        looks_only = self._kind == VERIFY and self._searching is None
+        outdated = not looks_only and _differ(job.began, now, 0 if self._kind == REENCRYPT else 1)
+        closed = self._searching is not None and self._searching.close()
+        if (is_new or outdated) and not closed and not looks_only:
             self._byok._generations.settle()
-        if self._searching is not None:
-            self._searching.remember_salts()
+        if is_new or closed or outdated:
+            # Looked up before it settled: whoever rotates meanwhile is not taken for having been waited for.
+            return jobs.begin(job, now, anew=not is_new)
+        jobs.begin_again(job.id)
+        return jobs.begin(job, job.began, anew=False)
+
+    def _generations(self) -> dict[str, list[int]]:
+        """The active generations of its tenants, and of its columns' owners: of the data key and of the search salt."""
+        mine = None if self._tenants is None else {*self._tenants, *self._owners()}
+        return {
+            tenant: [of[DATA_KEY], of[SEARCH_SALT]]
+            for tenant, of in self._byok._keystore.active_generations().items()
+            if mine is None or tenant in mine
+        }
+
+    def _owners(self) -> set[str]:
+        owners = {owner for table in self._tables() for owner in table.owners.values()}
+        return {owner for owner in owners if owner is not None}
 
     def _work(self, job: Job) -> None:
         executor, workers, app = self._how.get("executor"), self._how.get("workers", 1), self._how.get("app")
@@ -306,7 +344,8 @@ class _Run:
                 finished = all(s.state != "open" and not s.counts.get(FAILED) for s in mine)
                 return finished and all(s.content["tenant"] is None or not s.counts.get(DARK) for s in mine)
 
-            self._searching.open(is_done, job.id)
+            salts = {tenant: began[1] for tenant, began in job.began.items()}
+            self._searching.open(is_done, salts, job.id)
         if not any(shard.state == "dark" for shard in shards):
             jobs.set_state(job, DONE)
         return replace(report, state=jobs.get(job.id).state)
@@ -321,6 +360,10 @@ class _Run:
             for name, number in page.counts.items():
                 counts[name] = counts.get(name, 0) + number
         return made_report("", self._kind, "dry run", counts, failures)
+
+
+def _differ(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]], place: int) -> bool:
+    return any(tenant in now and now[tenant][place] != of[place] for tenant, of in before.items())
 
 
 def work_as_one(app: str, place: int, url: str, job: str, pace: Pace) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from sqla_byok.crypto.formats import ACTIVE, SEARCH_SALT
 from sqla_byok.errors import ConfigurationError, KmsError, UnknownTenantError
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.searchable import NOTHING, OFF, ON, HashSpec, Searchable
@@ -55,7 +54,6 @@ class Searching:
 
     def __init__(self, byok: Byok, columns: Sequence[Hashed], tenants: Sequence[str] | None) -> None:
         self._byok, self._columns, self._given = byok, columns, tenants
-        self._salts: dict[str, int] = {}
 
     def close(self) -> bool:
         """Close the search of what is not hashed as the models say, and let nobody write it in another way.
@@ -78,29 +76,18 @@ class Searching:
                 if ring is not None:
                     ring = self._byok._keyrings.revise(ring, _once(_given_up, each.spec))
 
-    def remember_salts(self) -> None:
-        """Note by which salt each tenant hashes now: every row that is read from here on is hashed by it or a newer."""
-        for tenant in self._tenants():
-            ring = self._ring(tenant)
-            if ring is not None:
-                row = self._byok._keystore.row(tenant)
-                self._salts[tenant] = next(
-                    each.generation
-                    for each in row.generations
-                    if (each.kind, each.state) == (SEARCH_SALT, ACTIVE)
-                )
-
-    def open(self, is_done: Callable[[str, str], bool], job: str) -> list[str]:
+    def open(self, is_done: Callable[[str, str], bool], salts: Mapping[str, int], job: str) -> list[str]:
         """Open the search of what was hashed, and keep by which salt it was.
 
         :param is_done: tells of a tenant and a table whether all its rows were.
+        :param salts: by which salt each tenant hashed when the first row was read: each is by that or a newer one.
         :returns: the column ids that some tenant cannot be searched by yet.
         """
         left = set()
         for tenant in self._tenants():
             ring = self._ring(tenant)
             for each in self._of(tenant):
-                if ring is None or tenant not in self._salts or not is_done(tenant, each.table):
+                if ring is None or tenant not in salts or not is_done(tenant, each.table):
                     left.add(each.spec.column)
                     continue
                 if ring.searchable.state(each.spec.column) == OFF:
@@ -111,7 +98,7 @@ class Searching:
                 ):  # it was closed anew meanwhile, for another release
                     left.add(each.spec.column)
                     continue
-                content = {"salt": self._salts[tenant], "job": job}
+                content = {"salt": salts[tenant], "job": job}
                 self._byok._jobs.note(tenant, hashed_note(each.spec.column), content)
         return sorted(left)
 
@@ -130,7 +117,7 @@ class Searching:
         return found
 
     def _is_open(self, now: Searchable, each: Hashed) -> bool:
-        """Whether nothing has to be closed: it is hashed as the model says, never was, or is off."""
+        """Whether nothing has to be closed: it is hashed as the model says, is being so, never was, or is off."""
         column, known = each.spec.column, now.specs.get(each.spec.column)
         if now.state(column) == OFF or each.table not in now.tables:
             return True
@@ -141,7 +128,7 @@ class Searching:
                 "second index, hash_index(…, unique=True) under another name, re-hash that, and drop this one",
                 column=column,
             )
-        return now.state(column) == ON and known == each.spec.digest
+        return now.is_hashing(each.spec) or (now.state(column) == ON and known == each.spec.digest)
 
     def _of(self, tenant: str) -> list[Hashed]:
         return [each for each in self._columns if each.owner == tenant or each.owner is None]

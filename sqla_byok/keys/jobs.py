@@ -82,6 +82,7 @@ _job = Table(
     Column("job", String(32), primary_key=True),
     Column("kind", String(20), nullable=False),
     Column("plan", _long(), nullable=False),
+    Column("began", _long(), nullable=False),
     Column("state", String(20), nullable=False),
     Column("begun_at", DateTime(timezone=True), nullable=False),
     Column("ended_at", DateTime(timezone=True), nullable=True),
@@ -138,6 +139,7 @@ class Job:
     :ivar id: 32 hexadecimal digits.
     :ivar kind: what it does: ``"rehash"`` and the like.
     :ivar plan: over what, and how; JSON of texts, numbers and lists.
+    :ivar began: the active generations with which it began, by tenant: of the data key and of the search salt.
     :ivar state: ``"preparing"``, ``"running"`` (both also where nobody does so just now), ``"paused"``,
         ``"cancelled"`` or ``"done"``.
     """
@@ -148,6 +150,7 @@ class Job:
     state: str
     begun_at: datetime
     ended_at: datetime | None
+    began: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +205,7 @@ class Jobs:
                     job=job.id,
                     kind=kind,
                     plan=_json(plan),
+                    began=_json({}),
                     state=PREPARING,
                     begun_at=job.begun_at,
                     tag=self._tag(job),
@@ -251,6 +255,27 @@ class Jobs:
         )
         return new
 
+    def begin(self, job: Job, began: Mapping[str, Sequence[int]], *, anew: bool) -> Job:
+        """Let a job run from now on.
+
+        :param began: the active generations of its tenants.
+        :param anew: whether all its shards are to be worked on from their beginnings, whatever was done.
+        """
+        if anew:
+            for shard in self.shards(job.id):
+                self._forget_failures(shard)
+                with suppress(LostShardError):
+                    self.save(shard, holder=None, state=OPEN, at=None, counts={})
+        new = replace(job, state=RUNNING, began=dict(began))
+        self._database.write(
+            lambda connection: connection.execute(
+                update(_job)
+                .where(_job.c.job == job.id)
+                .values(state=RUNNING, began=_json(new.began), tag=self._tag(new))
+            )
+        )
+        return new
+
     def _jobs(self, statement: Any) -> list[Job]:
         rows = self._database.read(lambda connection: connection.execute(statement).all())
         found = []
@@ -258,7 +283,13 @@ class Jobs:
             job = None
             with suppress(ValueError):
                 job = Job(
-                    row.job, row.kind, json.loads(row.plan), row.state, _utc(row.begun_at), _utc(row.ended_at)
+                    row.job,
+                    row.kind,
+                    json.loads(row.plan),
+                    row.state,
+                    _utc(row.begun_at),
+                    _utc(row.ended_at),
+                    json.loads(row.began),
                 )
             self._authenticate(row.job, row.tag, None if job is None else self._tag(job))
             assert job is not None  # noqa: S101 - refused above
@@ -428,7 +459,9 @@ class Jobs:
 
     def _tag(self, job: Job) -> bytes | None:
         ended = "" if job.ended_at is None else "ended"
-        return self._keystore.mac("sqla-byok/1/job", job.id, job.kind, _json(job.plan), job.state, ended)
+        return self._keystore.mac(
+            "sqla-byok/1/job", job.id, job.kind, _json(job.plan), _json(job.began), job.state, ended
+        )
 
     def _shard_tag(self, shard: Shard) -> bytes | None:
         return self._keystore.mac(

@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 
-from sqla_byok.crypto.formats import DATA_KEY, ID_SIZE, RETIRED, Secret, check_tenant, enc, kdf
+from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, ID_SIZE, RETIRED, Secret, check_tenant, enc, kdf
 from sqla_byok.errors import (
     ConfigurationError,
     KeystoreConflictError,
@@ -410,6 +410,17 @@ class Keystore(Secret):
     def seen(self, tenant: str) -> State | None:
         """The newest state of the tenant that this process has seen."""
         return self._seen.get(tenant)
+
+    def active_generations(self) -> dict[str, dict[str, int]]:
+        """The active generation of each kind, by tenant, in one query. Not authenticated: to see what has changed."""
+        columns = _generation.c.tenant, _generation.c.kind, _generation.c.generation
+        rows = self.database.read(
+            lambda connection: connection.execute(select(*columns).where(_generation.c.state == ACTIVE)).all()
+        )
+        found: dict[str, dict[str, int]] = {}
+        for tenant, kind, generation in rows:
+            found.setdefault(tenant, {})[kind] = generation
+        return found
 
     def states(self, tenants: Sequence[str]) -> dict[str, State]:
         """The states of those tenants that are there, in one query. Not authenticated: to see whether to load."""

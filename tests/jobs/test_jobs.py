@@ -694,6 +694,76 @@ def test_a_release_that_comes_back_during_the_job_keeps_it_closed(byok: Byok, en
     assert byok._jobs.noted("t1", "hashed jb_member.mail") is None
 
 
+def _pausing(byok: Byok, rows: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Pauses a job after its first batch, of so many rows."""
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", rows)
+    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", rows)
+    return lambda _: byok._jobs.set_state(byok._jobs.all()[0], "paused")
+
+
+def test_what_was_rotated_while_a_job_was_paused(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins anew, or the rows that it has done would be under keys that are old by now, and nobody would know."""
+    fill(byok, engine)
+    byok.rotate_salt("t1")
+    byok.rotate_data_key("t1")
+    pause = _pausing(byok, 4, monkeypatch)
+    for job in (rehash, reencrypt):
+        assert job(byok, engine, Visit, on_progress=pause).state == "paused"
+    byok.rotate_salt("t1")
+    byok.rotate_data_key("t1")
+    for job in (rehash, reencrypt):
+        report = job(byok, engine, Visit)
+        assert (report.state, report.rows, report.counts["changed"]) == ("done", VISITS, VISITS // 2)
+    noted = byok._jobs.noted("t1", "hashed jb_visit.note")
+    assert noted is not None
+    assert noted["salt"] == 3
+    assert reencrypt(byok, engine, Visit).counts["changed"] == 0
+
+
+def test_a_release_that_wrote_while_a_job_was_paused(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the job's back there are rows of another specification: it begins anew."""
+    old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
+    old.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([old(id=n, mail=f"M{n}") for n in range(10, 20)])
+        session.commit()
+    pause = _pausing(byok, 4, monkeypatch)
+    assert rehash(byok, engine, new.mail, on_progress=pause).state == "paused"
+    byok.check(old, prepare=True)
+    with byok.session("t1", engine) as session:
+        session.add(old(id=1, mail="M1"))
+        session.commit()
+    assert rehash(byok, engine, new.mail).state == "done"
+    with byok.session("t1", engine) as session:
+        for n in (1, 10, 19):
+            assert session.scalars(select(new.id).where(new.mail == f"m{n}")).all() == [n]
+
+
+def test_another_release_does_not_go_on_with_a_job(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hashes otherwise begins one of its own."""
+    releases = [_release(searchable=True, normalize=casefold), _release(searchable=True, hash="hmac-sha256")]
+    first = _release(searchable=True)
+    first.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([first(id=n, mail=f"M{n}") for n in range(10, 20)])
+        session.commit()
+    pause = _pausing(byok, 4, monkeypatch)
+    begun = rehash(byok, engine, releases[0].mail, on_progress=pause)
+    monkeypatch.setattr("sqla_byok.jobs.kinds.declared_tables", lambda: [releases[1].__table__])
+    with pytest.raises(ConfigurationError, match="another way"):
+        resume(byok, engine, begun.job)
+    report = rehash(byok, engine, releases[1].mail)
+    assert (report.job != begun.job, report.state, report.rows) == (True, "done", 10)
+    with byok.session("t1", engine) as session:
+        assert session.scalars(select(releases[1].id).where(releases[1].mail == "M12")).all() == [12]
+
+
 def test_what_holds_a_job_back(
     byok: Byok, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
