@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy import (
     Column,
@@ -83,6 +83,7 @@ _job = Table(
     Column("kind", String(20), nullable=False),
     Column("plan", _long(), nullable=False),
     Column("began", _long(), nullable=False),
+    Column("shards", Integer, nullable=False),
     Column("state", String(20), nullable=False),
     Column("begun_at", DateTime(timezone=True), nullable=False),
     Column("ended_at", DateTime(timezone=True), nullable=True),
@@ -140,6 +141,7 @@ class Job:
     :ivar kind: what it does: ``"rehash"`` and the like.
     :ivar plan: over what, and how; JSON of texts, numbers and lists.
     :ivar began: the active generations with which it began, by tenant: of the data key and of the search salt.
+    :ivar shards: how many it has.
     :ivar state: ``"preparing"``, ``"running"`` (both also where nobody does so just now), ``"paused"``,
         ``"cancelled"`` or ``"done"``.
     """
@@ -151,6 +153,7 @@ class Job:
     begun_at: datetime
     ended_at: datetime | None
     began: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    shards: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +199,9 @@ class Jobs:
 
     def start(self, kind: str, plan: Mapping[str, Any], shards: Iterable[Mapping[str, Any]]) -> Job:
         """Store a new job with its shards, of which nothing is done."""
-        job = Job(secrets.token_hex(16), kind, plan, PREPARING, datetime.now(timezone.utc), None)
-        made = [Shard(job.id, number, content) for number, content in enumerate(shards)]
+        job_id, begun = secrets.token_hex(16), datetime.now(timezone.utc)
+        made = [Shard(job_id, number, content) for number, content in enumerate(shards)]
+        job = Job(job_id, kind, plan, PREPARING, begun, None, shards=len(made))
 
         def work(connection: Connection) -> None:
             connection.execute(
@@ -206,6 +210,7 @@ class Jobs:
                     kind=kind,
                     plan=_json(plan),
                     began=_json({}),
+                    shards=job.shards,
                     state=PREPARING,
                     begun_at=job.begun_at,
                     tag=self._tag(job),
@@ -290,6 +295,7 @@ class Jobs:
                     _utc(row.begun_at),
                     _utc(row.ended_at),
                     json.loads(row.began),
+                    row.shards,
                 )
             self._authenticate(row.job, row.tag, None if job is None else self._tag(job))
             assert job is not None  # noqa: S101 - refused above
@@ -299,8 +305,14 @@ class Jobs:
     # -- shards ----------------------------------------------------------------------------------------------------
 
     def shards(self, job: str) -> list[Shard]:
-        """All shards of a job."""
-        return self._shards(lambda _: select(_shard).where(_shard.c.job == job).order_by(_shard.c.number))
+        """All shards of a job.
+
+        :raises KeystoreTamperedError: some were altered, or taken away.
+        """
+        found = self._shards(lambda _: select(_shard).where(_shard.c.job == job).order_by(_shard.c.number))
+        if len(found) != self.get(job).shards:
+            self._refuse(job)
+        return found
 
     def claim(self, job: str, holder: str) -> Shard | None:
         """Take the next shard that nobody works on; None where there is none just now."""
@@ -313,6 +325,7 @@ class Jobs:
                         _shard.c.state == OPEN,
                         or_(
                             _shard.c.holder.is_(None),
+                            _shard.c.held_until.is_(None),
                             _shard.c.held_until < _now(connection),
                             _shard.c.holder.in_(self._dead(connection, job)),
                         ),
@@ -477,10 +490,14 @@ class Jobs:
         if wanted is None and not self._keystore.authenticates and found is None:
             return
         if wanted is None or not isinstance(found, bytes) or not hmac.compare_digest(found, wanted):
-            raise KeystoreTamperedError(
-                f"what the keystore holds of job {job!r} does not authenticate: it was altered, or written under "
-                "another keystore key. Nothing of it was used; start the job anew"
-            )
+            self._refuse(job)
+
+    @staticmethod
+    def _refuse(job: str) -> NoReturn:
+        raise KeystoreTamperedError(
+            f"what the keystore holds of job {job!r} does not authenticate: it was altered, or written under another "
+            "keystore key. Nothing of it was used; start the job anew"
+        )
 
 
 def _short_name(name: str) -> str:

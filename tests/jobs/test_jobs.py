@@ -37,6 +37,7 @@ from sqla_byok import (
     NotSearchableError,
     SettlingError,
     hash_index,
+    keystore_metadata,
 )
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
 from sqla_byok.jobs import (
@@ -787,15 +788,60 @@ def test_what_holds_a_job_back(
 # -- a hostile keystore ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "forged",
-    [
-        "UPDATE byok_job_shard SET state = 'done'",
-        "UPDATE byok_job_shard SET progress = '{\"at\":null,\"counts\":{}}', state = 'open', content = '{}'",
-        "UPDATE byok_job SET state = 'done'",
-        "UPDATE byok_job_shard SET tag = NULL",
-    ],
-)
+# Each column that somebody who can write to the keystore may change: whether it is noticed. Where it is not, it says
+# who works on a shard and when, no more.
+JOB_COLUMNS = {
+    "byok_job.job": True,
+    "byok_job.kind": True,
+    "byok_job.plan": True,
+    "byok_job.began": True,
+    "byok_job.shards": True,
+    "byok_job.state": True,
+    "byok_job.begun_at": False,
+    "byok_job.ended_at": True,
+    "byok_job.tag": True,
+    "byok_job_shard.job": True,
+    "byok_job_shard.number": True,
+    "byok_job_shard.content": True,
+    "byok_job_shard.progress": True,
+    "byok_job_shard.state": True,
+    "byok_job_shard.version": False,
+    "byok_job_shard.holder": False,
+    "byok_job_shard.held_until": False,
+    "byok_job_shard.tag": True,
+    "byok_note.tenant": True,
+    "byok_note.name": True,
+    "byok_note.content": True,
+    "byok_note.tag": True,
+}
+FORGED = {
+    "job": "'00000000000000000000000000000000'",
+    "number": "number + 7",
+    "version": "version + 1",
+    "content": "replace(content, '0', '1')",
+    "plan": "replace(plan, 'null', '[\"t1\"]')",
+    "began": "'{}'",
+    "shards": "shards - 1",
+    "progress": "replace(progress, '5', '6')",
+    "state": "'done'",
+    "ended_at": "'2026-01-01 00:00:00.000000'",
+    "begun_at": "'2026-01-01 00:00:00.000000'",
+    "holder": "'nobody'",
+    "held_until": "1.0",
+    "kind": "'rehash'",
+    "tag": "NULL",
+    "tenant": "'t2'",
+    "name": "replace(name, '1', '2')",
+}
+
+
+def test_no_column_of_jobs_is_left_out() -> None:
+    told = {"byok_job", "byok_job_shard", "byok_note"}
+    there = {f"{t.name}.{c.name}" for t in keystore_metadata.tables.values() for c in t.c if t.name in told}
+    assert set(JOB_COLUMNS) == there
+
+
+@pytest.mark.parametrize("forged", [column for column in JOB_COLUMNS if not column.startswith("byok_note")])
 def test_nobody_ends_a_job_by_hand(
     tmp_path: Path, keystore_key: str, forged: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -817,12 +863,21 @@ def test_nobody_ends_a_job_by_hand(
         Person.__table__,
         on_progress=lambda _: byok._jobs.set_state(byok._jobs.all()[0], "paused"),
     )
-    hand = hand_in(keystore)
+    hand, (name, _, column_) = hand_in(keystore), forged.partition(".")
     with hand.begin() as connection:
-        connection.exec_driver_sql(forged)
-    with pytest.raises(KeystoreTamperedError):
-        resume(byok, engine, report.job)
+        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        changed = connection.exec_driver_sql(f"UPDATE {name} SET {column_} = {FORGED[column_]}").rowcount
+    assert changed
     hand.dispose()
+    if not JOB_COLUMNS[forged]:
+        done = resume(byok, engine, report.job)
+        assert (done.state, done.rows) == ("done", PERSONS)
+    elif forged == "byok_job.job":
+        with pytest.raises(KeystoreTamperedError):
+            byok._jobs.all()
+    else:
+        with pytest.raises(KeystoreTamperedError):
+            resume(byok, engine, report.job)
     byok.close()
     engine.dispose()
 

@@ -153,6 +153,9 @@ COLUMNS: dict[str, tuple[str, type[ByokError] | None]] = {
     "byok_claim.of": (UNREAD, None),
 }
 
+# Nobody reads these to open a tenant; what becomes of a job where they were changed is tested with the jobs.
+OF_JOBS = ("byok_job", "byok_job_shard", "byok_job_failure", "byok_note")
+
 # A look at the keystore every few seconds reads these; what else was changed shows when the keys are renewed.
 POLLED = {"byok_tenant.tenant", "byok_tenant.epoch", "byok_tenant.manifest_tag"}
 
@@ -161,7 +164,8 @@ AUTHENTICATED = [column for column, (when, _) in COLUMNS.items() if when != UNRE
 
 def test_no_column_is_left_out() -> None:
     """A column that is added to the keystore has to be thought of here."""
-    assert set(COLUMNS) == {f"{t.name}.{c.name}" for t in keystore_metadata.tables.values() for c in t.c}
+    tables = [table for name, table in keystore_metadata.tables.items() if name not in OF_JOBS]
+    assert set(COLUMNS) == {f"{table.name}.{column.name}" for table in tables for column in table.c}
 
 
 def changes(deployment: Deployment, column: str, tenant: str, every: int = 1) -> Iterator[Any]:
@@ -828,6 +832,5 @@ def test_a_generation_number_that_is_taken_stops_a_rotation_only(deployment: Dep
 
 def test_tables_are_all_there() -> None:
     """The hand reaches every table of the keystore."""
-    assert set(TABLES) == {
-        f"byok_{name}" for name in ("format", "tenant", "wrapping", "generation", "searchable", "claim")
-    }
+    mine = {f"byok_{name}" for name in ("format", "tenant", "wrapping", "generation", "searchable", "claim")}
+    assert set(TABLES) == {*mine, *OF_JOBS}
