@@ -23,7 +23,7 @@ comma := ,
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kms test-sqlalchemy test-2.0 oracle check format bench bench-kms walk plots docs \
+.PHONY: help demo test test-kms test-sqlalchemy test-2.0 oracle check format bench bench-kms bench-jobs walk plots docs \
 	smoke clean
 
 help: ## show this list
@@ -70,6 +70,9 @@ bench: $(VENV)/test.stamp ## measure, side by side with plain SQLAlchemy
 
 bench-kms: $(VENV)/test.stamp ## count KMS calls and their time, envelope beside direct mode
 	$(VENV)/bin/python benchmarks/kms.py $(ARGS)
+
+bench-jobs: $(VENV)/test.stamp ## measure jobs beside a bare UPDATE of the same bytes, on PostgreSQL
+	$(VENV)/bin/python benchmarks/jobs.py $(ARGS)
 
 walk: $(VENV)/test.stamp $(VENV)/check.stamp ## count how a statement walks through the code, and the code's size
 	$(VENV)/bin/python benchmarks/walk.py $(ARGS)

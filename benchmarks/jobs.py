@@ -144,7 +144,10 @@ def main() -> None:
             for rows in options.rows or [100_000]:
                 for workers in options.workers or [1, 2]:
                     measure(report, rows, workers, options.rounds if rows < 1_000_000 else 1)
-            print(report.as_json()) if options.json else report.show()
+            if options.json:
+                print(report.as_json())
+            else:
+                report.show()
             job_application.byok.close()
             job_application.engine.dispose()
         finally:

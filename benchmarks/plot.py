@@ -1,7 +1,10 @@
-"""Draws the plots of docs/capacity.md from the capacity plan. ``make plots`` runs it."""
+"""Draws the plots of docs/capacity.md from the capacity plan, and of docs/performance.md from jobs.json, which
+``make -s bench-jobs ARGS="--json …"`` has printed. ``make plots`` runs it.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib as mpl
@@ -60,6 +63,30 @@ def draw_vault(axes: Axes) -> None:
     )
 
 
+def draw_jobs(axes: Axes) -> None:
+    """How long each job takes, beside the bare UPDATE of the same bytes."""
+    figures = json.loads((Path(__file__).parent / "jobs.json").read_text())["figures"]
+    times: dict[str, list[tuple[int, float]]] = {}
+    for figure in figures:
+        job, rows, workers = figure["what"].split(", ")
+        number = int(rows.split()[0].replace(",", ""))
+        times.setdefault(f"{job}, {workers}", []).append((number, number / _rate(figure["encrypted"])))
+        if figure["plain"] and workers == "1 worker":
+            times.setdefault(f"bare UPDATE for {job}", []).append((number, number / _rate(figure["plain"])))
+    for label, points in sorted(times.items()):
+        style = "--" if label.startswith("bare") else "-"
+        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, label=label)
+    axes.axvline(300_000, color="black", linewidth=0.8, linestyle=":")
+    axes.set(
+        xscale="log", yscale="log", xlabel="rows", ylabel="seconds", title="Jobs on PostgreSQL, two cores"
+    )
+    axes.legend(fontsize=8)
+
+
+def _rate(shown: str) -> float:
+    return float(shown.split()[0].replace(",", ""))
+
+
 def main() -> None:
     # with the salt, and without a date, the same figures give the same bytes
     mpl.rcParams.update({"svg.hashsalt": "sqla-byok", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
@@ -68,6 +95,9 @@ def main() -> None:
     draw_vault(right)
     IMAGES.mkdir(exist_ok=True)
     figure.savefig(IMAGES / "capacity.svg", metadata={"Date": None})
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    draw_jobs(axes)
+    figure.savefig(IMAGES / "jobs.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
