@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -115,6 +116,9 @@ def measure(report: Report, rows: int, workers: int, rounds: int) -> None:
             report.add(Figure(what, min(mine) / min(theirs), "×", rate, bare, budget))
         else:
             report.add(Figure(what, rows / min(mine), "rows/s", rate))
+    if workers == 1:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        report.add(Figure(f"peak memory of the process, after {rows:,} rows", peak, "MB"))
     with engine.connect() as connection:
         assert connection.scalar(select(func.count()).select_from(text("bare"))) == rows
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NoReturn
@@ -196,16 +196,23 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Store nothing.")]
 
 
 def _run(
-    of: _Context, job: Callable[..., jobs.Report], what: list[str] | None, how: Mapping[str, Any], **more: Any
+    of: _Context,
+    job: Callable[..., jobs.Report],
+    what: list[str] | None,
+    tenants: list[str] | None,
+    workers: int,
+    pace: jobs.Pace,
+    **options: Any,
 ) -> None:
-    pace = jobs.Pace(how.get("rate"), how.get("pause_file"), how.get("below"))
-    options: dict[str, Any] = {"workers": how["workers"], "pace": pace, "dry_run": how["dry_run"], **more}
-    if how.get("tenants"):
-        options["tenants"] = how["tenants"]
-    if how["workers"] > 1:
+    if tenants:
+        options["tenants"] = tenants
+    if workers > 1:
         options["app"] = of.app
     with _told(of) as tell:
-        report = job(of.byok, of.engine, *(what or ()), on_progress=tell or (lambda _: None), **options)
+        tell = tell or (lambda _: None)
+        report = job(
+            of.byok, of.engine, *(what or ()), workers=workers, pace=pace, on_progress=tell, **options
+        )
     _reported(of, report)
 
 
@@ -224,11 +231,8 @@ def reencrypt(
 
     Example: byok --app shop.db:byok reencrypt --tenant org-42
     """
-    how = {
-        "tenants": tenant, "workers": workers, "rate": rate, "pause_file": pause_file, "below": below,
-        "dry_run": dry_run,
-    }  # fmt: skip
-    _run(context.obj, jobs.reencrypt, what, how)
+    pace = jobs.Pace(rate, pause_file, below)
+    _run(context.obj, jobs.reencrypt, what, tenant, workers, pace, dry_run=dry_run)
 
 
 @app.command()
@@ -246,11 +250,8 @@ def rehash(
 
     Example: byok --app shop.db:byok rehash patient.mrn
     """
-    how = {
-        "tenants": tenant, "workers": workers, "rate": rate, "pause_file": pause_file, "below": below,
-        "dry_run": dry_run,
-    }  # fmt: skip
-    _run(context.obj, jobs.rehash, what, how)
+    pace = jobs.Pace(rate, pause_file, below)
+    _run(context.obj, jobs.rehash, what, tenant, workers, pace, dry_run=dry_run)
 
 
 @app.command()
@@ -273,11 +274,18 @@ def verify(
 
     Example: byok --app shop.db:byok verify patient
     """
-    how = {
-        "tenants": tenant, "workers": workers, "rate": rate, "pause_file": pause_file, "below": below,
-        "dry_run": dry_run,
-    }  # fmt: skip
-    _run(context.obj, jobs.verify, what, how, repair=repair, open_search=open_search)
+    pace = jobs.Pace(rate, pause_file, below)
+    _run(
+        context.obj,
+        jobs.verify,
+        what,
+        tenant,
+        workers,
+        pace,
+        dry_run=dry_run,
+        repair=repair,
+        open_search=open_search,
+    )
 
 
 @app.command()
