@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
 from sqla_byok.errors import ConfigurationError
-from sqla_byok.jobs.rows import DARK, FAILED, Rework, Verify, Work
+from sqla_byok.jobs.rows import DARK, FAILED, OTHERS, Rework, Verify, Work
 from sqla_byok.jobs.runner import (
     SHARD_ROWS,
     Pace,
@@ -26,8 +26,9 @@ from sqla_byok.jobs.runner import (
     report_of,
     run_workers,
 )
-from sqla_byok.jobs.searching import Hashed, Searching
-from sqla_byok.keys.jobs import CANCELLED, DONE, PREPARING, RUNNING, Job
+from sqla_byok.jobs.searching import Hashed, Searching, give_up
+from sqla_byok.keys.jobs import CANCELLED, DONE, OPEN, PREPARING, RUNNING, Job
+from sqla_byok.keys.jobs import DARK as DARK_ROWS
 from sqla_byok.orm.chosen import chosen, hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
 from sqla_byok.orm.schema import sources_of
@@ -166,10 +167,7 @@ def cancel(byok: Byok, job: str) -> None:
     if found.state in (CANCELLED, DONE):
         raise ConfigurationError(f"the job {job!r} is {found.state} already")
     byok._jobs.set_state(found, CANCELLED)
-    if found.kind in (REHASH, VERIFY):
-        works = _works(found.plan, declared_tables()).values()
-        hashed = [each for work in works for each in Hashed.in_table(work.table, work.table.hashes)]
-        Searching(byok, hashed, found.plan["tenants"]).give_up()
+    give_up(byok, job)
 
 
 def _specs(table: Table, keys: Iterable[str]) -> dict[str, str]:
@@ -234,36 +232,45 @@ class _Run:
         if self._how.get("dry_run"):
             return self._tried()
         jobs = self._byok._jobs
+        if job is not None and job.state in (CANCELLED, DONE):
+            raise ConfigurationError(f"the job {job.id!r} is {job.state}; begin another")
         job = job or jobs.unfinished(self._kind, self._plan)
-        if job is None:
-            with self._engine.connect() as conn:
-                job = jobs.start(
-                    self._kind, self._plan, planned_shards(conn, self._tables(), self._tenants, SHARD_ROWS)
-                )
-        job = self._begun(job)
+        if job is not None and job.state != PREPARING and self._is_outdated(job):
+            jobs.set_state(job, CANCELLED)
+            job = None
+        job = job or jobs.start(self._kind, self._plan)
+        job = self._prepared(job) if job.state == PREPARING else self._resumed(job)
         self._work(job)
         return self._ended(job)
 
     def _tables(self) -> list[StoredTable]:
         return [work.table for work in self._works.values()]
 
-    def _begun(self, job: Job) -> Job:
-        """The job, running; from its beginning again where what it has done is out of date.
+    def _is_outdated(self, job: Job) -> bool:
+        """Whether what a job has done holds no more: it is begun anew then, with other shards.
 
-        So it is where its search had to be closed anew, since rows were written otherwise meanwhile, and where a tenant
-        has other keys than when it began.
+        So it is where somebody has closed the search of its columns for another release or job since, and where a
+        tenant has other keys than when it began.
         """
-        jobs, is_new, now = self._byok._jobs, job.state == PREPARING, self._generations()
+        if self._searching is not None and not self._searching.is_closed(job.id):
+            return True
         looks_only = self._kind == VERIFY and self._searching is None
-        outdated = not looks_only and _differ(job.began, now, 0 if self._kind == REENCRYPT else 1)
-        closed = self._searching is not None and self._searching.close()
-        if (is_new or outdated) and not closed and not looks_only:
+        return not looks_only and _differ(job.began, self._generations(), 0 if self._kind == REENCRYPT else 1)
+
+    def _prepared(self, job: Job) -> Job:
+        """The job, running. Its shards are planned last: whoever writes first rows later writes them right."""
+        # Looked up before it settles: whoever rotates meanwhile is not taken for having been waited for.
+        now = self._generations()
+        closed = self._searching is not None and self._searching.close(job.id)
+        if not closed and (self._kind != VERIFY or self._searching is not None):
             self._byok._generations.settle()
-        if is_new or closed or outdated:
-            # Looked up before it settled: whoever rotates meanwhile is not taken for having been waited for.
-            return jobs.begin(job, now, anew=not is_new)
-        jobs.begin_again(job.id)
-        return jobs.begin(job, job.began, anew=False)
+        with self._engine.connect() as conn:
+            shards = list(planned_shards(conn, self._tables(), self._tenants, SHARD_ROWS))
+        return self._byok._jobs.begin(job, now, shards)
+
+    def _resumed(self, job: Job) -> Job:
+        self._byok._jobs.begin_again(job.id)
+        return self._byok._jobs.set_state(job, RUNNING)
 
     def _generations(self) -> dict[str, list[int]]:
         """The active generations of its tenants, and of its columns' owners: of the data key and of the search salt."""
@@ -335,18 +342,21 @@ class _Run:
             return report
         if self._searching is not None:
 
-            def is_done(tenant: str, table: str) -> bool:
-                if tenant in report.dark:
+            def is_done(tenant: str, column: Hashed) -> bool:
+                mine = [each for each in shards if each.content["table"] == column.table]
+                if column.owner is not None:  # the rows of all tenants
+                    left = (FAILED, DARK, OTHERS)
+                    return all(each.state != OPEN and not any(map(each.counts.get, left)) for each in mine)
+                mine = [each for each in mine if each.content["tenant"] in (None, tenant)]
+                if tenant in report.dark or any(
+                    each.state == OPEN or each.counts.get(FAILED) for each in mine
+                ):
                     return False
-                mine = [
-                    s for s in shards if s.content["table"] == table and s.content["tenant"] in (None, tenant)
-                ]
-                finished = all(s.state != "open" and not s.counts.get(FAILED) for s in mine)
-                return finished and all(s.content["tenant"] is None or not s.counts.get(DARK) for s in mine)
+                return not any(each.content["tenant"] is not None and each.counts.get(DARK) for each in mine)
 
             salts = {tenant: began[1] for tenant, began in job.began.items()}
             self._searching.open(is_done, salts, job.id)
-        if not any(shard.state == "dark" for shard in shards):
+        if not any(shard.state == DARK_ROWS for shard in shards):
             jobs.set_state(job, DONE)
         return replace(report, state=jobs.get(job.id).state)
 

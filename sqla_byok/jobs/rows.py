@@ -184,10 +184,16 @@ class Rework:
             if blob is not None and keys is not None:
                 values[key] = keys.opened(key, blob)
         for key, sources in self._sources.items():
+            if keys is not None and all(values[source] is None for source in sources) and cells[key] is None:
+                continue
+            if keys is not None and not keys.may_hash(
+                key
+            ):  # its search was not closed, since the tenant was dark then
+                raise _LeftError(DARK)
             wanted = None if keys is None else keys.hashed(key, values)
             if wanted != cells[key]:
                 new[key] = wanted
-                held.update(dict.fromkeys(sources))
+                held.update(dict.fromkeys((*sources, key)))
         return Change(row, tuple(held), new) if new else None
 
 
@@ -213,6 +219,9 @@ class Verify:
         failures = len(page.failures)
         for key, sources in self.table.sources.items():
             stored, column = cells[key], self.table.hashes[key].column_id or ""
+            if keys is not None and stored is not None and (keys.is_off(key) or not keys.may_hash(key)):
+                page.count(f"{column} hashed otherwise, or off")
+                continue
             wanted = self._wanted(key, keys, values, stored)
             if wanted == stored:
                 continue
@@ -222,20 +231,19 @@ class Verify:
             reason = "it has no hash" if stored is None else "its hash is not that of its value"
             page.failures.append(Failure(self.table.name, row.key, column, reason))
             new[key] = wanted
-            held.update(dict.fromkeys(sources))
+            held.update(dict.fromkeys((*sources, key)))
         if new and not self._repair:
             raise _LeftError(FAILED)
         del page.failures[failures:]  # they are mended
         return Change(row, tuple(held), new) if new else None
 
-    @staticmethod
     def _wanted(
-        key: str, keys: UnderKeys | None, values: dict[str, Any], stored: bytes | None
+        self, key: str, keys: UnderKeys | None, values: dict[str, Any], stored: bytes | None
     ) -> bytes | None:
         """The hash that is stored if it is one that the values may have, else the one that is written now."""
         if keys is None:
             return None
-        found = [keys.hashed(key, values, nth) for nth in range(keys.salts(key))]
+        found = [keys.hashed(key, values, nth) for nth in range(1 if self._all_hashed else keys.salts(key))]
         return stored if stored in found else found[0]
 
 

@@ -41,7 +41,8 @@ __all__ = ["SHARD_ROWS", "Pace", "Progress", "Report", "Runner", "planned_shards
 # A batch takes about so long (seconds): its transaction holds up no writer for longer.
 _BATCH_TAKES = 0.5
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 200, 10, 5_000
-SHARD_ROWS = 20_000
+SHARD_ROWS = 50_000
+_OUT_OF_DATE = 2.0  # seconds that a page may wait to be stored
 _TRIES = 5  # of a batch that meets a deadlock, or a locked database
 
 
@@ -145,6 +146,7 @@ class Runner:
         self._byok, self._engine, self._works, self._pace, self._tell = byok, engine, works, pace, tell
         self._jobs: Jobs = byok._jobs
         self._only = tenants
+        self._limit: int | None = None  # of a page, as it went with the shards before
 
     def work(self, job: str) -> None:
         """Work until no shard is left, or the job is paused or cancelled."""
@@ -190,8 +192,10 @@ class Runner:
                     return
                 if self._jobs.get(shard.job).state != stored.RUNNING:
                     break
-                rows = sum(page.counts.get(outcome, 0) for outcome in OUTCOMES)
-                self._pace.wait(self._engine, rows, time.monotonic() - started)
+                rows, waits = sum(page.counts.get(outcome, 0) for outcome in OUTCOMES), time.monotonic()
+                self._pace.wait(self._engine, rows, waits - started)
+                if time.monotonic() > waits + _OUT_OF_DATE:
+                    break  # the next page was worked on before, and much may have changed
         finally:
             if shard.state == stored.OPEN:
                 with suppress(LostShardError):
@@ -213,7 +217,7 @@ class Runner:
         work, tenants = self._works[content["table"]], self._tenants(content)
         processors = Processors(work.table, self._engine.dialect, self._byok._keyrings)
         behind = key_from_json(at if at is not None else content["behind"])
-        up_to, limit = key_from_json(content["up_to"]), _FIRST_ROWS
+        up_to, limit = key_from_json(content["up_to"]), self._limit or _FIRST_ROWS
         while True:
             started = time.monotonic()
             with self._engine.connect() as conn:
@@ -229,6 +233,7 @@ class Runner:
                 return
             took = max(time.monotonic() - started, 0.001)
             limit = min(max(int(limit * min(_BATCH_TAKES / took, 4)), _FEWEST_ROWS), _MOST_ROWS)
+            self._limit = limit
 
     def _tenants(self, content: Mapping[str, Any]) -> Tenants:
         return Tenants(self._byok._keyrings, self._byok._keystore, self._only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from sqla_byok.errors import ConfigurationError, KmsError, UnknownTenantError
@@ -12,7 +13,7 @@ from sqla_byok.orm.schema import is_unique
 from sqla_byok.orm.stored import StoredTable
 from sqla_byok.runtime import Byok
 
-__all__ = ["Hashed", "Searching", "hashed_note"]
+__all__ = ["Hashed", "Searching", "give_up", "hashed_note"]
 
 
 class Hashed(NamedTuple):
@@ -55,31 +56,34 @@ class Searching:
     def __init__(self, byok: Byok, columns: Sequence[Hashed], tenants: Sequence[str] | None) -> None:
         self._byok, self._columns, self._given = byok, columns, tenants
 
-    def close(self) -> bool:
+    def close(self, job: str) -> bool:
         """Close the search of what is not hashed as the models say, and let nobody write it in another way.
 
+        :param job: for which; whoever closes it for something else ends that.
         :returns: whether anything was changed, and has settled. The tenants whose KMS says no are left.
         :raises ConfigurationError: a unique column is hashed in another way than its stored hashes.
         """
-        if not self._change(lambda now, spec: now.not_searched(spec.column)):
+        if not self._change(job, lambda now, spec: now.not_searched(spec.column)):
             return False
         self._byok._generations.settle()
-        self._change(lambda now, spec: now.rehashing(spec))
+        self._change(job, lambda now, spec: now.rehashing(spec, job))
         self._byok._generations.settle()
         return True
 
-    def give_up(self) -> None:
-        """Leave the columns pending whose hashes were being made: a release that is to have ended stays refused."""
-        for tenant in self._tenants():
-            ring = self._ring(tenant)
-            for each in self._of(tenant):
-                if ring is not None:
-                    ring = self._byok._keyrings.revise(ring, _once(_given_up, each.spec))
+    def is_closed(self, job: str) -> bool:
+        """Whether all is as :meth:`close` left it."""
+        rings = {tenant: self._ring(tenant) for tenant in self._tenants()}
+        return all(
+            self._is_open(ring.searchable, each, job)
+            for tenant, ring in rings.items()
+            if ring is not None
+            for each in self._of(tenant)
+        )
 
-    def open(self, is_done: Callable[[str, str], bool], salts: Mapping[str, int], job: str) -> list[str]:
+    def open(self, is_done: Callable[[str, Hashed], bool], salts: Mapping[str, int], job: str) -> list[str]:
         """Open the search of what was hashed, and keep by which salt it was.
 
-        :param is_done: tells of a tenant and a table whether all its rows were.
+        :param is_done: tells of a tenant and a column whether all its rows were.
         :param salts: by which salt each tenant hashed when the first row was read: each is by that or a newer one.
         :returns: the column ids that some tenant cannot be searched by yet.
         """
@@ -87,12 +91,12 @@ class Searching:
         for tenant in self._tenants():
             ring = self._ring(tenant)
             for each in self._of(tenant):
-                if ring is None or tenant not in salts or not is_done(tenant, each.table):
+                if ring is None or tenant not in salts or not is_done(tenant, each):
                     left.add(each.spec.column)
                     continue
                 if ring.searchable.state(each.spec.column) == OFF:
                     continue
-                ring = self._byok._keyrings.revise(ring, _once(_opened, each.spec))
+                ring = self._byok._keyrings.revise(ring, _once(_opened_by(job), each.spec))
                 if not _is_open(
                     ring.searchable, each.spec
                 ):  # it was closed anew meanwhile, for another release
@@ -102,7 +106,7 @@ class Searching:
                 self._byok._jobs.note(tenant, hashed_note(each.spec.column), content)
         return sorted(left)
 
-    def _change(self, change: Callable[[Searchable, HashSpec], Searchable]) -> bool:
+    def _change(self, job: str, change: Callable[[Searchable, HashSpec], Searchable]) -> bool:
         """Change what is not open as the models say; whether there was any."""
         found = False
         for tenant in self._tenants():
@@ -110,13 +114,13 @@ class Searching:
             if ring is None:
                 continue
             for each in self._of(tenant):
-                if self._is_open(ring.searchable, each):
+                if self._is_open(ring.searchable, each, job):
                     continue
                 found = True
                 ring = self._byok._keyrings.revise(ring, _once(change, each.spec))
         return found
 
-    def _is_open(self, now: Searchable, each: Hashed) -> bool:
+    def _is_open(self, now: Searchable, each: Hashed, job: str) -> bool:
         """Whether nothing has to be closed: it is hashed as the model says, is being so, never was, or is off."""
         column, known = each.spec.column, now.specs.get(each.spec.column)
         if now.state(column) == OFF or each.table not in now.tables:
@@ -128,15 +132,17 @@ class Searching:
                 "second index, hash_index(…, unique=True) under another name, re-hash that, and drop this one",
                 column=column,
             )
-        return now.is_hashing(each.spec) or (now.state(column) == ON and known == each.spec.digest)
+        return now.is_hashing(each.spec, job) or (now.state(column) == ON and known == each.spec.digest)
 
     def _of(self, tenant: str) -> list[Hashed]:
-        return [each for each in self._columns if each.owner == tenant or each.owner is None]
+        # An owner's columns are hashed for the rows of all, or not at all.
+        whole = self._given is None
+        return [each for each in self._columns if each.owner is None or (whole and each.owner == tenant)]
 
     def _tenants(self) -> list[str]:
         owners = {each.owner for each in self._columns if each.owner is not None}
         if self._given is not None:
-            return [*dict.fromkeys([*self._given, *sorted(owners)])]
+            return list(dict.fromkeys(self._given))
         tables = {each.table for each in self._columns}
         texts = self._byok._keystore.searchable_texts()
         return [
@@ -155,14 +161,23 @@ class Searching:
             return None
 
 
+def give_up(byok: Byok, job: str) -> None:
+    """Leave the columns pending whose hashes a job was making; a release that was to have ended stays refused."""
+    for tenant, text in byok._keystore.searchable_texts().items():
+        if job in text:
+            with suppress(KmsError):
+                ring = byok._keyrings.get(tenant, "job")
+                byok._keyrings.revise(ring, lambda now: now.without(job))
+
+
 def _once(
     change: Callable[[Searchable, HashSpec], Searchable], spec: HashSpec
 ) -> Callable[[Searchable], Searchable]:
     return lambda now: change(now, spec)
 
 
-def _opened(now: Searchable, spec: HashSpec) -> Searchable:
-    return now.rehashed(spec.column) if now.is_hashing(spec) else now
+def _opened_by(job: str) -> Callable[[Searchable, HashSpec], Searchable]:
+    return lambda now, spec: now.rehashed(spec.column) if now.is_hashing(spec, job) else now
 
 
 def _is_open(now: Searchable, spec: HashSpec) -> bool:
@@ -170,7 +185,3 @@ def _is_open(now: Searchable, spec: HashSpec) -> bool:
         ON,
         spec.digest,
     )
-
-
-def _given_up(now: Searchable, spec: HashSpec) -> Searchable:
-    return now.not_hashing(spec.column)

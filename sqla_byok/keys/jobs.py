@@ -197,11 +197,9 @@ class Jobs:
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
-    def start(self, kind: str, plan: Mapping[str, Any], shards: Iterable[Mapping[str, Any]]) -> Job:
-        """Store a new job with its shards, of which nothing is done."""
-        job_id, begun = secrets.token_hex(16), datetime.now(timezone.utc)
-        made = [Shard(job_id, number, content) for number, content in enumerate(shards)]
-        job = Job(job_id, kind, plan, PREPARING, begun, None, shards=len(made))
+    def start(self, kind: str, plan: Mapping[str, Any]) -> Job:
+        """Store a new job, which is to be prepared."""
+        job = Job(secrets.token_hex(16), kind, plan, PREPARING, datetime.now(timezone.utc), None)
 
         def work(connection: Connection) -> None:
             connection.execute(
@@ -216,12 +214,6 @@ class Jobs:
                     tag=self._tag(job),
                 )
             )
-            rows = [
-                self._row_of(shard, content=_json(shard.content), job=job.id, number=shard.number)
-                for shard in made
-            ]
-            if rows:
-                connection.execute(insert(_shard), rows)
 
         self._database.write(work)
         return job
@@ -260,26 +252,29 @@ class Jobs:
         )
         return new
 
-    def begin(self, job: Job, began: Mapping[str, Sequence[int]], *, anew: bool) -> Job:
-        """Let a job run from now on.
+    def begin(self, job: Job, began: Mapping[str, Sequence[int]], shards: Iterable[Mapping[str, Any]]) -> Job:
+        """Let a job that was prepared run; where another runner was faster, its shards hold.
 
         :param began: the active generations of its tenants.
-        :param anew: whether all its shards are to be worked on from their beginnings, whatever was done.
+        :param shards: which rows each of its shards has.
         """
-        if anew:
-            for shard in self.shards(job.id):
-                self._forget_failures(shard)
-                with suppress(LostShardError):
-                    self.save(shard, holder=None, state=OPEN, at=None, counts={})
-        new = replace(job, state=RUNNING, began=dict(began))
-        self._database.write(
-            lambda connection: connection.execute(
-                update(_job)
-                .where(_job.c.job == job.id)
-                .values(state=RUNNING, began=_json(new.began), tag=self._tag(new))
-            )
-        )
-        return new
+        made = [Shard(job.id, number, content) for number, content in enumerate(shards)]
+        new = replace(job, state=RUNNING, began=dict(began), shards=len(made))
+        values = {"state": RUNNING, "began": _json(new.began), "shards": new.shards, "tag": self._tag(new)}
+
+        def work(connection: Connection) -> None:
+            mine = _job.c.job == job.id, _job.c.state == PREPARING
+            if connection.execute(update(_job).where(*mine).values(**values)).rowcount != 1:
+                return
+            rows = [
+                self._row_of(shard, content=_json(shard.content), job=job.id, number=shard.number)
+                for shard in made
+            ]
+            if rows:
+                connection.execute(insert(_shard), rows)
+
+        self._database.write(work)
+        return self.get(job.id)
 
     def _jobs(self, statement: Any) -> list[Job]:
         rows = self._database.read(lambda connection: connection.execute(statement).all())

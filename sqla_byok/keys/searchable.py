@@ -111,7 +111,8 @@ class _Column(NamedTuple):
 
     :param spec: the digest of its specification; empty as long as no row was written.
     :param sources: of an index, the ids of the columns that it follows.
-    :param mark: of a pending one that is to become mixed, what tells this time from any other.
+    :param mark: of a pending one that is to become mixed, what tells this time from any other; of one that a job
+        hashes, the job.
     :param past: the specifications that re-hashes have replaced: releases that have them are to have ended.
     """
 
@@ -132,10 +133,10 @@ class _Column(NamedTuple):
         """The parts that are stored, those at the end only where they say something."""
         return self if self.past else self[: 4 if self.mark else 3]
 
-    def hashing(self, spec: HashSpec) -> _Column:
-        """Hashed by a specification from now on."""
+    def hashing(self, spec: HashSpec, job: str) -> _Column:
+        """Hashed by a specification from now on, and for a job."""
         replaced = [each for each in (*self.past, self.spec) if each not in ("", spec.digest)]
-        return _Column(spec.digest, _HASHING, spec.sources, "", tuple(dict.fromkeys(replaced))[-_PAST_KEPT:])
+        return _Column(spec.digest, _HASHING, spec.sources, job, tuple(dict.fromkeys(replaced))[-_PAST_KEPT:])
 
     def off(self) -> _Column:
         """Neither hashed nor searched."""
@@ -221,7 +222,7 @@ class Searchable:
     def mark(self, column: str) -> str:
         """Of a column whose search is being closed for another specification, what tells this time; else empty."""
         found = self._columns.get(column)
-        return "" if found is None else found.mark
+        return found.mark if found is not None and found.state == PENDING else ""
 
     def is_mixed(self, column: str) -> bool:
         """Whether releases of any specification write it, and nobody searches it."""
@@ -434,22 +435,30 @@ class Searchable:
             else self
         )
 
-    def rehashing(self, spec: HashSpec) -> Searchable:
-        """With a column hashed by this specification from now on, which was pending for the settle time."""
-        now = self.not_searched(spec.column)
-        return now._with({spec.column: now._columns[spec.column].hashing(spec)})
+    def rehashing(self, spec: HashSpec, job: str = "") -> Searchable:
+        """With a column hashed by this specification from now on, which was pending for the settle time.
 
-    def is_hashing(self, spec: HashSpec) -> bool:
+        :param job: the one that makes the hashes.
+        """
+        now = self.not_searched(spec.column)
+        return now._with({spec.column: now._columns[spec.column].hashing(spec, job)})
+
+    def is_hashing(self, spec: HashSpec, job: str) -> bool:
         """Whether a job makes the hashes of a column by this specification, and nobody has closed it anew since."""
         found = self._columns.get(spec.column)
-        return found is not None and found.state == _HASHING and found.spec == spec.digest
+        return found is not None and (found.state, found.spec, found.mark) == (_HASHING, spec.digest, job)
 
-    def not_hashing(self, column: str) -> Searchable:
-        """With a column pending whose hashes a job was making that is not to end."""
-        known = self._columns.get(column)
-        return (
-            self._with({column: known._replace(state=PENDING)}) if known and known.state == _HASHING else self
-        )
+    def may_hash(self, spec: HashSpec) -> bool:
+        """Whether a job may write hashes of this specification: nobody searches by, or makes, others."""
+        found = self._columns.get(spec.column)
+        return found is None or found.state == OFF or found.spec in ("", spec.digest)
+
+    def without(self, job: str) -> Searchable:
+        """With the columns pending whose hashes a job was making that is not to end."""
+        mine = {
+            name: each for name, each in self._columns.items() if each.state == _HASHING and each.mark == job
+        }
+        return self._with({name: each._replace(state=PENDING, mark="") for name, each in mine.items()})
 
     def rehashed(self, column: str) -> Searchable:
         """With a pending column that can be searched from now on."""

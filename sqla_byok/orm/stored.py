@@ -38,7 +38,7 @@ from sqla_byok.errors import ConfigurationError
 from sqla_byok.keys import direct
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
-from sqla_byok.keys.searchable import ON
+from sqla_byok.keys.searchable import OFF, ON
 from sqla_byok.orm.current import RUNNING, Turn, attachment_of
 from sqla_byok.orm.namesakes import Stored
 from sqla_byok.orm.plain import codec_of, driver_binary, driver_bytes
@@ -399,12 +399,28 @@ class UnderKeys:
 
     def is_searched(self, key: str) -> bool:
         """Whether the tenant can be searched by a hash column, so that each value needs its hash."""
-        type_ = self._processors.table.hashes[key]
-        return self.rings[type_.owner].searchable.state(type_.column_id or "") == ON
+        type_, ring = self._of(key)
+        return ring is not None and ring.searchable.state(type_.column_id or "") == ON
+
+    def may_hash(self, key: str) -> bool:
+        """Whether hashes of a column may be made as the model says: for this tenant nobody searches by others."""
+        type_, ring = self._of(key)
+        return ring is None or ring.searchable.may_hash(type_.spec)
+
+    def is_off(self, key: str) -> bool:
+        """Whether the tenant gets no hashes in a column."""
+        type_, ring = self._of(key)
+        return ring is not None and ring.searchable.state(type_.column_id or "") == OFF
 
     def salts(self, key: str) -> int:
         """By how many live search salts the hashes of a column may be made."""
-        return len(self.rings[self._processors.table.hashes[key].owner].live_salts)
+        _, ring = self._of(key)
+        return 1 if ring is None else len(ring.live_salts)
+
+    def _of(self, key: str) -> tuple[SearchHash, Keyring | None]:
+        """The type of a hash column, and whose keys it takes; None where all that those have in the row is NULL."""
+        type_ = self._processors.table.hashes[key]
+        return type_, self.rings.get(type_.owner)
 
     def _inner(self, type_: Encrypted[Any], blob: bytes) -> bytes:
         """The value that a direct one has inside, by one call to the tenant's KMS; others as they are."""

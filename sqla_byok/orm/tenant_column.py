@@ -658,12 +658,12 @@ def _replaces(target: _Target) -> bool:
 
 def _defaults(compiled: Any, database: Database) -> list[tuple[_Target, str]]:
     """What is written to where a default or onupdate in Python gives the tenant, with the parameter's name."""
-    given = upstream.prefetched(compiled)
-    if not given:
+    given, statement = upstream.prefetched(compiled), upstream.inside(compiled.statement)
+    if not given or not getattr(statement, "is_dml", False):  # a SELECT may have DML in a CTE
         return []
     return [
         (target, name)
-        for target in _written(upstream.inside(compiled.statement), database)
+        for target in _written(statement, database)
         if not target.inherits
         for column, name in given
         if target.column.shares_lineage(column)

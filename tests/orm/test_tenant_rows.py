@@ -638,3 +638,24 @@ async def test_objects_are_left_alone_under_asyncio(abyok: Byok, async_engine: A
             for one in found:
                 await session.refresh(one)
             assert [one.note for one in found] == [f"by {sync}", "old"]
+
+
+@pytest.mark.parametrize("sync_url", ["postgresql"], indirect=True)
+def test_a_select_of_a_statement_that_sets_defaults(engine: Engine, byok: Byok) -> None:
+    """DML in a CTE of a SELECT, with a default in Python, over a table that is nobody's: as without tenant tables."""
+    metadata = MetaData()
+    plain = Table(
+        "tr_plain", metadata, Column("id", Integer, primary_key=True), Column("n", Integer, default=7)
+    )
+    Table(
+        "tr_owned",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("org", String(9)),
+        info={"byok_tenant": "org"},
+    )
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        inner = insert(plain).values(id=1).returning(plain.c.id).cte("made")
+        assert connection.execute(select(inner.c.id)).all() == [(1,)]
+        assert connection.execute(select(plain.c.n)).all() == [(7,)]
