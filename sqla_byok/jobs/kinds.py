@@ -155,6 +155,8 @@ def verify(
 def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> Report:
     """Go on with a job by its id, whoever began it, also one that was paused."""
     found = byok._jobs.get(job)
+    if found.state in (CANCELLED, DONE):
+        raise ConfigurationError(f"the job {job!r} is {found.state}; begin another")
     return _Run(byok, engine, found.kind, found.plan, how, declared_tables()).go(found)
 
 
@@ -232,8 +234,6 @@ class _Run:
         if self._how.get("dry_run"):
             return self._tried()
         jobs = self._byok._jobs
-        if job is not None and job.state in (CANCELLED, DONE):
-            raise ConfigurationError(f"the job {job.id!r} is {job.state}; begin another")
         job = job or jobs.unfinished(self._kind, self._plan)
         if job is not None and job.state != PREPARING and self._is_outdated(job):
             jobs.set_state(job, CANCELLED)
