@@ -35,11 +35,11 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    extract,
     func,
     insert,
     or_,
     select,
-    text,
     update,
 )
 from sqlalchemy.dialects import mysql
@@ -292,8 +292,9 @@ class Jobs:
                     json.loads(row.began),
                     row.shards,
                 )
-            self._authenticate(row.job, row.tag, None if job is None else self._tag(job))
-            assert job is not None  # noqa: S101 - refused above
+            if job is None:
+                self._refuse(row.job)
+            self._authenticate(row.job, row.tag, self._tag(job))
             found.append(job)
         return found
 
@@ -373,14 +374,13 @@ class Jobs:
         self._database.write(work)
         return new
 
-    def begin_again(self, job: str) -> int:
-        """Open the shards anew in which rows of dark tenants were left; how many there are."""
-        dark = [shard for shard in self.shards(job) if shard.state == DARK]
-        for shard in dark:
-            self._forget_failures(shard)
-            with suppress(LostShardError):
-                self.save(shard, holder=None, state=OPEN, at=None, counts={})
-        return len(dark)
+    def begin_again(self, job: str) -> None:
+        """Open the shards anew in which rows of dark tenants were left."""
+        for shard in self.shards(job):
+            if shard.state == DARK:
+                self._forget_failures(shard)
+                with suppress(LostShardError):
+                    self.save(shard, holder=None, state=OPEN, at=None, counts={})
 
     def failures(self, job: str) -> list[Mapping[str, Any]]:
         """What could not be done, by row; between two checkpoints the first 1,000."""
@@ -410,8 +410,9 @@ class Jobs:
                     row.job, row.number, json.loads(row.content), progress["at"], progress["counts"],
                     row.state, row.version, row.holder,
                 )  # fmt: skip
-            self._authenticate(row.job, row.tag, None if shard is None else self._shard_tag(shard))
-            assert shard is not None  # noqa: S101 - refused above
+            if shard is None:
+                self._refuse(row.job)
+            self._authenticate(row.job, row.tag, self._shard_tag(shard))
             found.append(shard)
         return found
 
@@ -468,7 +469,14 @@ class Jobs:
     def _tag(self, job: Job) -> bytes | None:
         ended = "" if job.ended_at is None else "ended"
         return self._keystore.mac(
-            "sqla-byok/1/job", job.id, job.kind, _json(job.plan), _json(job.began), job.state, ended
+            "sqla-byok/1/job",
+            job.id,
+            job.kind,
+            _json(job.plan),
+            _json(job.began),
+            str(job.shards),
+            job.state,
+            ended,
         )
 
     def _shard_tag(self, shard: Shard) -> bytes | None:
@@ -524,11 +532,13 @@ def _started(pid: int) -> str:
 
 def _now(connection: Connection) -> float:
     """Seconds since the epoch, by the keystore's own clock: its workers' clocks need not agree."""
-    if connection.dialect.name == "postgresql":
-        return float(connection.scalar(select(func.extract(text("epoch"), func.clock_timestamp()))))  # type: ignore[arg-type]
-    if connection.dialect.name in ("mysql", "mariadb"):
-        return float(connection.scalar(select(func.unix_timestamp(func.now(6)))))  # type: ignore[arg-type]
-    return time.time()
+    clocks = {
+        "postgresql": extract("epoch", func.clock_timestamp()),
+        "mysql": func.unix_timestamp(func.now(6)),
+        "mariadb": func.unix_timestamp(func.now(6)),
+    }
+    clock = clocks.get(connection.dialect.name)
+    return time.time() if clock is None else float(connection.execute(select(clock)).scalar_one())
 
 
 def _utc(stored: datetime | None) -> Any:

@@ -841,14 +841,27 @@ def test_no_column_of_jobs_is_left_out() -> None:
     assert set(JOB_COLUMNS) == there
 
 
-@pytest.mark.parametrize("forged", [column for column in JOB_COLUMNS if not column.startswith("byok_note")])
-def test_nobody_ends_a_job_by_hand(
-    tmp_path: Path, keystore_key: str, forged: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 5)
-    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", 5)
-    engine = create_engine(f"sqlite:///{tmp_path / 'data.db'}")
-    keystore = f"sqlite:///{tmp_path / 'keystore.db'}"
+def _forgery(column: str) -> str:
+    name, _, column = column.partition(".")
+    return f"UPDATE {name} SET {column} = {FORGED[column]}"
+
+
+BY_HAND = {column: [_forgery(column)] for column in JOB_COLUMNS if not column.startswith("byok_note")} | {
+    "a shard is taken away": ["DELETE FROM byok_job_shard"],
+    "and no longer counted": ["DELETE FROM byok_job_shard", _forgery("byok_job.shards")],
+}
+
+
+Forge = Callable[..., None]
+
+
+@pytest.fixture
+def authenticated(tmp_path: Path, keystore_key: str) -> Iterator[tuple[Byok, Engine, Forge]]:
+    """With a keystore key and rows, and what changes the keystore by hand."""
+    engine, keystore = (
+        create_engine(f"sqlite:///{tmp_path / 'data.db'}"),
+        f"sqlite:///{tmp_path / 'keystore.db'}",
+    )
     byok = Byok(keystore, keystore_key=keystore_key, clock=TurnableClock())
     byok.create_keystore()
     byok.attach(engine)
@@ -856,6 +869,27 @@ def test_nobody_ends_a_job_by_hand(
         byok.onboard(tenant, FakeKms(f"forged-{tenant}-{uuid.uuid4().hex[:6]}"))
     Base.metadata.create_all(engine)
     fill(byok, engine)
+
+    def forge(*statements: str) -> None:
+        hand = hand_in(keystore)
+        with hand.begin() as connection:
+            connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+            changed = [connection.exec_driver_sql(statement).rowcount for statement in statements]
+        hand.dispose()
+        assert all(changed)
+
+    yield byok, engine, forge
+    byok.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("forged", BY_HAND)
+def test_nobody_ends_a_job_by_hand(
+    authenticated: tuple[Byok, Engine, Forge], forged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byok, engine, forge = authenticated
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 5)
+    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", 5)
     byok.rotate_data_key("t1")
     report = reencrypt(
         byok,
@@ -863,13 +897,8 @@ def test_nobody_ends_a_job_by_hand(
         Person.__table__,
         on_progress=lambda _: byok._jobs.set_state(byok._jobs.all()[0], "paused"),
     )
-    hand, (name, _, column_) = hand_in(keystore), forged.partition(".")
-    with hand.begin() as connection:
-        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-        changed = connection.exec_driver_sql(f"UPDATE {name} SET {column_} = {FORGED[column_]}").rowcount
-    assert changed
-    hand.dispose()
-    if not JOB_COLUMNS[forged]:
+    forge(*BY_HAND[forged])
+    if not JOB_COLUMNS.get(forged, True):
         done = resume(byok, engine, report.job)
         assert (done.state, done.rows) == ("done", PERSONS)
     elif forged == "byok_job.job":
@@ -878,8 +907,21 @@ def test_nobody_ends_a_job_by_hand(
     else:
         with pytest.raises(KeystoreTamperedError):
             resume(byok, engine, report.job)
-    byok.close()
-    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("forged", "tenant", "generation"),
+    [("tenant", "t2", 1), ("name", "t1", 2), ("content", "t1", 1), ("tag", "t1", 1)],
+)
+def test_nobody_forges_what_was_noted_of_a_tenant(
+    authenticated: tuple[Byok, Engine, Forge], forged: str, tenant: str, generation: int
+) -> None:
+    """When a generation was retired decides when it may be destroyed."""
+    byok, engine, forge = authenticated
+    rotate(byok, engine, "t1", Base)
+    forge(_forgery(f"byok_note.{forged}"))
+    with pytest.raises(KeystoreTamperedError):
+        destroy(byok, tenant, DATA_KEY, generation, backups_kept=30)
 
 
 def test_tables_without_a_primary_key_are_refused(byok: Byok, engine: Engine) -> None:
