@@ -28,7 +28,7 @@ from sqlalchemy import Engine, create_engine
 
 from sqla_byok import jobs
 from sqla_byok.errors import ByokError
-from sqla_byok.jobs.kinds import found_app
+from sqla_byok.jobs.kinds import DATABASE, found_app
 from sqla_byok.jobs.runner import progress_of, report_of
 from sqla_byok.keys.jobs import CANCELLED, PAUSED, RUNNING, Job
 from sqla_byok.runtime import Byok
@@ -66,6 +66,7 @@ class _Context:
             sys.path.insert(0, os.getcwd())  # as flask and alembic find an application
             self._byok = found_app(self.app)
             if self.database is not None:
+                os.environ[DATABASE] = self.database  # for workers: it does not stand among their arguments
                 self._engine = create_engine(self.database)
                 self._byok.attach(self._engine)
         return self._byok
@@ -90,7 +91,7 @@ def _all(
         str | None,
         typer.Option(
             "--database",
-            envvar="BYOK_DATABASE",
+            envvar=DATABASE,
             help="The database with the rows, by URL, where your application attaches none or several.",
         ),
     ] = None,
@@ -195,6 +196,15 @@ Below = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Store nothing.")]
 
 
+def _how(of: _Context, workers: int, tell: Callable[[jobs.Progress], None] | None) -> jobs.How:
+    how: jobs.How = {"workers": workers}
+    if tell is not None:
+        how["on_progress"] = tell
+    if workers > 1 and of.app is not None:
+        how["app"] = of.app
+    return how
+
+
 def _run(
     of: _Context,
     job: Callable[..., jobs.Report],
@@ -206,13 +216,9 @@ def _run(
 ) -> None:
     if tenants:
         options["tenants"] = tenants
-    if workers > 1:
-        options["app"] = of.app
     with _told(of) as tell:
-        tell = tell or (lambda _: None)
-        report = job(
-            of.byok, of.engine, *(what or ()), workers=workers, pace=pace, on_progress=tell, **options
-        )
+        options |= {**_how(of, workers, tell), "pace": pace}
+        report = job(of.byok, of.engine, *(what or ()), **options)
     _reported(of, report)
 
 
@@ -392,10 +398,8 @@ def resume(context: typer.Context, job: str, workers: Workers = 1) -> None:
     Example: byok --app shop.db:byok jobs resume 4b32595d2e96d15d3f50b9a9a5d5742e
     """
     of: _Context = context.obj
-    more = {"app": of.app} if workers > 1 and of.app else {}
     with _told(of) as tell:
-        tell = tell or (lambda _: None)
-        report = jobs.resume(of.byok, of.engine, job, workers=workers, on_progress=tell, **more)  # type: ignore[arg-type]
+        report = jobs.resume(of.byok, of.engine, job, **_how(of, workers, tell))
     _reported(of, report)
 
 
@@ -437,11 +441,8 @@ def rotate(context: typer.Context, tenant: str, what: What = None, workers: Work
     Example: byok --app shop.db:byok rotate org-42
     """
     of: _Context = context.obj
-    more = {"app": of.app} if workers > 1 and of.app else {}
     with _told(of) as tell:
-        done = jobs.rotate(
-            of.byok, of.engine, tenant, *(what or ()), workers=workers, on_progress=tell or (lambda _: None), **more  # type: ignore[arg-type]
-        )  # fmt: skip
+        done = jobs.rotate(of.byok, of.engine, tenant, *(what or ()), **_how(of, workers, tell))
 
     def show() -> None:
         for kind, generation in done.retired:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -24,7 +25,7 @@ from sqla_byok.jobs.runner import (
     planned_shards,
     progress_of,
     report_of,
-    run_workers,
+    summed,
 )
 from sqla_byok.jobs.searching import Hashed, Searching, give_up
 from sqla_byok.keys.jobs import CANCELLED, DONE, OPEN, PREPARING, RUNNING, Job
@@ -51,7 +52,7 @@ class How(TypedDict, total=False):
     :ivar executor: whose workers they are: any :class:`concurrent.futures.Executor`. One whose workers are other
         processes needs ``app``.
     :ivar app: where workers in other processes find the Byok, as ``"package.module:attribute"``; importing it has to
-        attach the engine and declare the models.
+        declare the models and attach the engine, or ``BYOK_DATABASE`` in their environment to be its URL.
     :ivar pace: what holds the job back.
     :ivar on_progress: called with a :class:`Progress` now and then.
     :ivar dry_run: whether nothing is stored, neither in the rows nor in the keystore.
@@ -227,8 +228,6 @@ class _Run:
         ]
         opens = any(entry.get("verify", {}).get("open") for entry in plan["tables"].values())
         self._searching = Searching(byok, hashed, self._tenants) if kind == REHASH or opens else None
-        self._told: dict[str, int] = {}
-        self._of = 0
 
     def go(self, job: Job | None = None) -> Report:
         if self._how.get("dry_run"):
@@ -286,53 +285,43 @@ class _Run:
         return {owner for owner in owners if owner is not None}
 
     def _work(self, job: Job) -> None:
-        executor, workers, app = self._how.get("executor"), self._how.get("workers", 1), self._how.get("app")
-        if executor is None and app is not None and workers > 1:
-            from concurrent.futures import ProcessPoolExecutor
-            from multiprocessing import get_context
-
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                self._in_processes(job, pool, workers, app)
-        elif executor is not None and not isinstance(executor, ThreadPoolExecutor):
-            if app is None:
-                raise ConfigurationError("workers in other processes need app='package.module:attribute'")
-            self._in_processes(job, executor, workers, app)
+        """Have it worked on: in this thread, in threads of its own or given ones, or in other processes."""
+        executor, workers = self._how.get("executor"), self._how.get("workers", 1)
+        if executor is not None:
+            self._work_by(executor, job)
+        elif workers == 1:
+            self._runner(lambda: self._tell(job)).work(job.id)
         else:
-            self._of = progress_of(self._byok._jobs, job.id).of
-            run_workers(lambda: self._runner().work(job.id), None, executor, workers, lambda: None)
+            with _own_workers(workers, in_processes="app" in self._how) as own:
+                self._work_by(own, job)
 
-    def _in_processes(self, job: Job, executor: Executor, workers: int, app: str) -> None:
-        pace = self._how.get("pace", Pace())
-        place, url = (
-            self._byok.engines.index(self._engine),
-            self._engine.url.render_as_string(hide_password=False),
-        )
-
-        def look() -> None:
-            tell = self._how.get("on_progress")
-            if tell is not None:
-                tell(progress_of(self._byok._jobs, job.id))
-
-        run_workers(
-            lambda: self._runner().work(job.id),
-            lambda pool: pool.submit(work_as_one, app, place, url, job.id, pace),
-            executor,
-            workers,
-            look,
-        )
+    def _work_by(self, executor: Executor, job: Job) -> None:
+        workers, app = self._how.get("workers", 1), self._how.get("app")
+        if isinstance(executor, ThreadPoolExecutor):
+            self._wait_for([executor.submit(self._runner().work, job.id) for _ in range(workers)], job)
+            return
+        if app is None:
+            raise ConfigurationError("workers in other processes need app='package.module:attribute'")
+        place, pace = self._byok.engines.index(self._engine), self._how.get("pace", Pace())
+        self._wait_for([executor.submit(work_as_one, app, place, job.id, pace) for _ in range(workers)], job)
         self._runner().work(job.id)  # what a worker that died has left
 
-    def _runner(self) -> Runner:
-        pace = self._how.get("pace", Pace())
-        return Runner(self._byok, self._engine, self._works, self._tenants, pace, self._tell)
+    def _wait_for(self, waiting: Iterable[Future[Any]], job: Job) -> None:
+        left = set(waiting)
+        while left:
+            done, left = wait(left, timeout=1)
+            self._tell(job)
+            for each in done:
+                each.result()
 
-    def _tell(self, counts: Mapping[str, int]) -> None:
+    def _runner(self, tell: Callable[[], object] = lambda: None) -> Runner:
+        pace = self._how.get("pace", Pace())
+        return Runner(self._byok, self._engine, self._works, self._tenants, pace, tell)
+
+    def _tell(self, job: Job) -> None:
         tell = self._how.get("on_progress")
         if tell is not None:
-            made = made_report("", self._kind, RUNNING, counts, ())
-            for outcome, number in made.counts.items():
-                self._told[outcome] = self._told.get(outcome, 0) + number
-            tell(Progress(sum(self._told.values()), self._of, dict(self._told)))
+            tell(progress_of(self._byok._jobs, job.id))
 
     def _ended(self, job: Job) -> Report:
         jobs = self._byok._jobs
@@ -367,8 +356,7 @@ class _Run:
             shards = list(planned_shards(conn, self._tables(), self._tenants, SHARD_ROWS))
         for page in self._runner().try_out(shards):
             failures += page.failures
-            for name, number in page.counts.items():
-                counts[name] = counts.get(name, 0) + number
+            counts = summed(counts, page.counts)
         return made_report("", self._kind, "dry run", counts, failures)
 
 
@@ -376,15 +364,38 @@ def _differ(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]
     return any(tenant in now and now[tenant][place] != of[place] for tenant, of in before.items())
 
 
-def work_as_one(app: str, place: int, url: str, job: str, pace: Pace) -> None:
+def _own_workers(workers: int, in_processes: bool) -> Executor:
+    if not in_processes:
+        return ThreadPoolExecutor(workers, thread_name_prefix="byok-job")
+    # Importing them makes a second __main__; only those who have workers in processes need it.
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+DATABASE = "BYOK_DATABASE"
+"""The environment's variable with the URL of the database, where importing the application does not attach it."""
+
+
+def work_as_one(app: str, place: int, job: str, pace: Pace) -> None:
     """Work on a job as one of its workers, in a process of its own.
 
+    What it is given may be seen by whoever sees an executor's tasks, so no URL with a password is among it.
+
     :param app: where the Byok is found.
-    :param place: of the engine among those that are attached; where importing the application attaches less, one is
-        made of its URL.
+    :param place: of the engine among those that are attached; where importing the application attaches less, it is
+        that of :data:`DATABASE`.
+    :raises ConfigurationError: it is in neither.
     """
     byok = found_app(app)
     if place >= len(byok.engines):
+        url = os.environ.get(DATABASE)
+        if url is None:
+            raise ConfigurationError(
+                f"importing {app} attaches no engine of the database that the job is over; attach it there, or set "
+                f"{DATABASE} to its URL"
+            )
         byok.attach(create_engine(url))
         place = -1
     plan = byok._jobs.get(job).plan

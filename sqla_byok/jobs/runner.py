@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +131,7 @@ class Runner:
     :param works: what is done with the rows of each table, by its name.
     :param tenants: those that the job works for; None: all.
     :param pace: what holds it back.
-    :param tell: called with the counts after each batch.
+    :param tell: called after each batch.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Runner:
         works: Mapping[str, Work],
         tenants: Sequence[str] | None,
         pace: Pace,
-        tell: Callable[[Mapping[str, int]], object] = lambda _: None,
+        tell: Callable[[], object] = lambda: None,
     ) -> None:
         self._byok, self._engine, self._works, self._pace, self._tell = byok, engine, works, pace, tell
         self._jobs: Jobs = byok._jobs
@@ -173,7 +173,7 @@ class Runner:
             for page, at, is_last in self._ahead(self._pages(shard.content, shard.at)):
                 started = time.monotonic()
                 self._store(self._works[shard.content["table"]].table, page)
-                counts = _sum(shard.counts, page.counts)
+                counts = summed(shard.counts, page.counts)
                 state = shard.state
                 if is_last:
                     state = stored.DARK if counts.get(DARK) else stored.DONE
@@ -187,7 +187,7 @@ class Runner:
                     counts=counts,
                     state=state,
                 )
-                self._tell(page.counts)
+                self._tell()
                 if is_last:
                     return
                 if self._jobs.get(shard.job).state != stored.RUNNING:
@@ -282,7 +282,8 @@ class Runner:
         return refused
 
 
-def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+def summed(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Counts as they are stored, of two pieces of work."""
     total = dict(counts)
     for name, number in more.items():
         total[name] = 1 if name.startswith(_DARK_TENANT) else total.get(name, 0) + number
@@ -319,43 +320,11 @@ def planned_shards(
                 behind = up_to
 
 
-def run_workers(
-    work: Callable[[], None],
-    submit: Callable[[Executor], Future[Any]] | None,
-    executor: Executor | None,
-    workers: int,
-    look: Callable[[], object],
-) -> None:
-    """Have a job worked on, here or by an executor's workers, and look at how far it is meanwhile.
-
-    :param work: works on it in this thread, until nothing is left.
-    :param submit: gives an executor one worker's work; where it is None they get ``work`` itself.
-    :param executor: whose workers; threads unless given, where there are several.
-    :param look: called now and then.
-    """
-    if executor is None and workers == 1:
-        work()
-        return
-    own = ThreadPoolExecutor(workers, thread_name_prefix="byok-job") if executor is None else None
-    pool = executor or own
-    assert pool is not None  # noqa: S101 - one of them
-    try:
-        waiting = {pool.submit(work) if submit is None else submit(pool) for _ in range(workers)}
-        while waiting:
-            done, waiting = wait(waiting, timeout=1)
-            look()
-            for each in done:
-                each.result()
-    finally:
-        if own is not None:
-            own.shutdown(cancel_futures=True)
-
-
 def report_of(jobs: Jobs, job: Job) -> Report:
     """What became of a job so far."""
     counts: dict[str, int] = {}
     for shard in jobs.shards(job.id):
-        counts = _sum(counts, shard.counts)
+        counts = summed(counts, shard.counts)
     failures = [
         Failure(each["table"], key_from_json(each["key"]) or (), each["column"], each["reason"])
         for each in jobs.failures(job.id)
@@ -388,6 +357,6 @@ def progress_of(jobs: Jobs, job: str) -> Progress:
     counts: dict[str, int] = {}
     of = 0
     for shard in jobs.shards(job):
-        counts, of = _sum(counts, shard.counts), of + shard.content["rows"]
+        counts, of = summed(counts, shard.counts), of + shard.content["rows"]
     outcomes = {outcome: counts.get(outcome, 0) for outcome in OUTCOMES}
     return Progress(sum(outcomes.values()), of, outcomes)

@@ -163,6 +163,15 @@ def test_two_processes_work_on_one_job(application: Application) -> None:
     assert (report["state"], report["counts"]["changed"]) == ("done", 300)
 
 
+def test_workers_find_the_database_that_the_command_was_given(application: Application) -> None:
+    """Where importing the application attaches none, as one with an async engine."""
+    application.python("from shop import *; byok.rotate_data_key('org')")
+    shop = application.folder / "shop.py"
+    shop.write_text(shop.read_text().replace("byok.attach(engine)", ""))
+    report = application.json("--database", application.parts["data"], "reencrypt", "--workers", "2")
+    assert (report["state"], report["counts"]["changed"]) == ("done", 300)
+
+
 # -- kill -9 ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from keys_tools import TurnableClock, hand_in
@@ -42,6 +45,7 @@ from sqla_byok import (
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
 from sqla_byok.jobs import (
     Pace,
+    Progress,
     Report,
     cancel,
     destroy,
@@ -575,6 +579,60 @@ def test_several_workers_share_the_shards(
     assert sum(report.counts["changed"] for report in {r.job: r for r in reports}.values()) == rows
     assert all(report.counts["failed"] == 0 for report in reports)
     assert first.all()[0].state == "done"
+
+
+class _Elsewhere(Executor):
+    """Runs a task as another process would, and shows what it was given, as a scheduler's page does."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.given += [*args, kwargs]
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except ConfigurationError as error:
+            done.set_exception(error)
+        return done
+
+
+def test_workers_elsewhere_are_given_no_password(
+    byok: Byok, engine: Engine, tmp_path: Path, clock: TurnableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing the application attaches the engine, or their environment says where the rows are."""
+    fill(byok, engine)
+    byok.rotate_data_key("t1")
+    theirs, elsewhere = Byok(f"sqlite:///{tmp_path / 'keystore.db'}", clock=clock), _Elsewhere()
+    monkeypatch.setitem(sys.modules, "jb_app", cast("ModuleType", SimpleNamespace(byok=theirs)))
+    monkeypatch.delenv("BYOK_DATABASE", raising=False)
+    with pytest.raises(ConfigurationError, match="BYOK_DATABASE"):
+        reencrypt(byok, engine, Visit, executor=elsewhere, app="jb_app:byok")
+    url = engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("BYOK_DATABASE", url)
+    seen: list[Progress] = []
+    report = reencrypt(
+        byok, engine, Visit, executor=elsewhere, app="jb_app:byok", workers=2, on_progress=seen.append
+    )
+    assert (report.state, report.counts["changed"]) == ("done", VISITS // 2)
+    assert (seen[-1].rows, seen[-1].of) == (VISITS, VISITS)
+    assert url not in repr(elsewhere.given)
+    (attached,) = theirs.engines
+    attached.dispose()
+    theirs.close()
+
+
+def test_how_far_a_job_is_that_goes_on(byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did before it was paused counts."""
+    pause = _pausing(byok, 15, monkeypatch)
+    fill(byok, engine)
+    begun = reencrypt(byok, engine, Visit, on_progress=pause)
+    seen: list[Progress] = []
+    resume(byok, engine, begun.job, on_progress=seen.append)
+    rows = [each.rows for each in seen]
+    assert (rows, {each.of for each in seen}) == (sorted(rows), {VISITS})
+    assert rows[0] > begun.rows > 0
+    assert rows[-1] == VISITS
 
 
 def test_a_dark_tenant_is_left_and_come_back_to(
