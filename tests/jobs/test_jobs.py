@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -841,6 +842,37 @@ def test_what_holds_a_job_back(
     pace = Pace(pause_file=file, below=("SELECT 0", 1))
     assert reencrypt(byok, engine, Person.__table__, pace=pace).state == "done"
     assert len(waits) >= 3
+
+
+def test_a_page_that_was_held_back_is_not_stored_over_another_release(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker had made ready before it waited is of no use afterwards: others have hashed the rows."""
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 10)
+    monkeypatch.setattr("sqla_byok.jobs.runner._MOST_ROWS", 10)
+    old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
+    old.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all([old(id=n, mail=f"M{n}") for n in range(1, 31)])
+        session.commit()
+    held: list[str] = []
+
+    class Held(Pace):
+        def wait(self, engine: Engine, rows: int, took: float) -> None:
+            if held:
+                return
+            time.sleep(0.3)  # the next page is made ready meanwhile, but on SQLite
+            held.append(byok._jobs.all()[0].id)
+            cancel(byok, held[0])
+            byok.check(old, prepare=True)
+            assert rehash(byok, engine, old.mail).state == "done"
+
+    monkeypatch.setattr("sqla_byok.jobs.runner._OUT_OF_DATE", 0.0)
+    monkeypatch.setattr("sqla_byok.jobs.kinds.declared_tables", lambda: [new.__table__])
+    assert rehash(byok, engine, new.mail, pace=Held()).state == "cancelled"
+    with byok.session("t1", engine) as session:
+        for n in range(1, 31):
+            assert session.scalars(select(old.id).where(old.mail == f"M{n}")).all() == [n]
 
 
 # -- a hostile keystore ----------------------------------------------------------------------------------------------
