@@ -15,8 +15,9 @@ from sqla_byok.errors import ConfigurationError
 from sqla_byok.jobs.kinds import How, engine_of, reencrypt, rehash
 from sqla_byok.jobs.runner import Report
 from sqla_byok.jobs.searching import hashed_note
+from sqla_byok.keys.rows import SealedRecord
 from sqla_byok.keys.searchable import NOTHING, OFF
-from sqla_byok.orm.chosen import chosen
+from sqla_byok.orm.chosen import chosen, hashes_in
 from sqla_byok.orm.stored import StoredTable
 from sqla_byok.runtime import Byok
 
@@ -58,7 +59,7 @@ def rotate(byok: Byok, engine: Engine | None, tenant: str, /, *what: Any, **how:
             (byok.rotate_data_key if kind == DATA_KEY else byok.rotate_salt)(tenant)
     how = {**how, "tenants": [tenant]}
     reencrypted = reencrypt(byok, engine, *what, **how)
-    has_hashes = any(keys for keys in _hashes(what))
+    has_hashes = any(hashes_in(table, keys) for table, keys in chosen(what).items())
     rehashed = rehash(byok, engine, *what, **how) if has_hashes else None
     retired = []
     for kind in KINDS:
@@ -142,25 +143,17 @@ def _retired_note(kind: str, generation: int) -> str:
 
 def _old(byok: Byok, tenant: str, kind: str) -> list[int]:
     """The generations that are read beside the active one."""
-    records = byok._keystore.row(tenant).generations
-    return sorted(each.generation for each in records if each.kind == kind and each.state == READABLE)
+    return sorted(n for n, each in _live(byok, tenant, kind).items() if each.state == READABLE)
 
 
-def _hashes(what: tuple[Any, ...]) -> Iterator[Any]:
-    for table, keys in chosen(what).items():
-        yield from StoredTable(table, keys=list(keys)).hashes
+def _live(byok: Byok, tenant: str, kind: str) -> dict[int, SealedRecord]:
+    """The generations that are not retired, by their numbers."""
+    return {each.generation: each for each in byok._keystore.row(tenant).generations if each.kind == kind}
 
 
 def _refuse_rows(byok: Byok, engine: Engine, tenant: str, generation: int, what: tuple[Any, ...]) -> None:
     """Refuse where rows are under a data key, or nobody can say."""
-    record = next(
-        (
-            each
-            for each in byok._keystore.row(tenant).generations
-            if (each.kind, each.generation) == (DATA_KEY, generation)
-        ),
-        None,
-    )
+    record = _live(byok, tenant, DATA_KEY).get(generation)
     if record is None:
         return  # Generations says what it is
     tables = {table.fullname: table for table in chosen(what)}
@@ -206,11 +199,7 @@ def _rows_under(engine: Engine, table: Table, key_id: bytes) -> Iterator[tuple[s
 def _refuse_hashes(byok: Byok, tenant: str, generation: int) -> None:
     """Refuse where hashes may be by a search salt."""
     ring = byok._keyrings.note(byok._keyrings.get(tenant, "job"), NOTHING)
-    active = next(
-        each.generation
-        for each in byok._keystore.row(tenant).generations
-        if (each.kind, each.state) == (SEARCH_SALT, ACTIVE)
-    )
+    active = next(n for n, each in _live(byok, tenant, SEARCH_SALT).items() if each.state == ACTIVE)
     left = []
     for column in sorted(ring.searchable.specs):
         if ring.searchable.state(column) == OFF:

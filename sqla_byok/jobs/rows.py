@@ -75,14 +75,14 @@ class Tenants:
     :param keyrings: all open tenants.
     :param keystore: says whose a data key is.
     :param only: the tenants that the job works for; None: all.
-    :ivar dark: those whose KMS said no, or did not answer, and why; each is asked once by a worker.
+    :ivar dark: those whose KMS said no, or did not answer; each is asked once by a worker.
     """
 
     def __init__(self, keyrings: Keyrings, keystore: Keystore, only: Collection[str] | None) -> None:
         self._keyrings, self._keystore = keyrings, keystore
         self._only = None if only is None else frozenset(only)
         self._by_id: dict[bytes, str | None] = {}
-        self.dark: dict[str, str] = {}
+        self.dark: set[str] = set()
 
     def ring(self, tenant: str) -> Keyring:
         """The tenant's keyring, which is current. Looks at both clocks."""
@@ -92,8 +92,8 @@ class Tenants:
                 ring = self._keyrings.get(tenant, "job")
                 if self._keyrings.clock.boot() >= ring.write_until:  # it took long
                     ring = self._keyrings.get(tenant, "job")
-            except (KmsError, UnknownTenantError) as error:
-                self.dark[tenant] = f"{type(error).__name__}: {error}"
+            except (KmsError, UnknownTenantError):
+                self.dark.add(tenant)
         if ring is None:
             raise _LeftError(DARK)
         if self._keyrings.clock.boot() >= ring.write_until:
@@ -186,10 +186,8 @@ class Rework:
         for key, sources in self._sources.items():
             if keys is not None and all(values[source] is None for source in sources) and cells[key] is None:
                 continue
-            if keys is not None and not keys.may_hash(
-                key
-            ):  # its search was not closed, since the tenant was dark then
-                raise _LeftError(DARK)
+            if keys is not None and not keys.may_hash(key):
+                raise _LeftError(DARK)  # it was so when searches were closed: its own is open still
             wanted = None if keys is None else keys.hashed(key, values)
             if wanted != cells[key]:
                 new[key] = wanted
@@ -275,7 +273,7 @@ def work_over(rows: Sequence[StoredRow], work: Work, tenants: Tenants, processor
             page.count(str(left))
         except (KmsError, KeysExpiredError) as error:
             if error.tenant is not None:
-                tenants.dark[error.tenant] = f"{type(error).__name__}: {error}"
+                tenants.dark.add(error.tenant)
             page.count(DARK)
         except KeystoreError:
             raise

@@ -74,37 +74,29 @@ class Searching:
         """Whether all is as :meth:`close` left it."""
         rings = {tenant: self._ring(tenant) for tenant in self._tenants()}
         return all(
-            self._is_open(ring.searchable, each, job)
+            self._needs_nothing(ring.searchable, each, job)
             for tenant, ring in rings.items()
             if ring is not None
             for each in self._of(tenant)
         )
 
-    def open(self, is_done: Callable[[str, Hashed], bool], salts: Mapping[str, int], job: str) -> list[str]:
+    def open(self, is_done: Callable[[str, Hashed], bool], salts: Mapping[str, int], job: str) -> None:
         """Open the search of what was hashed, and keep by which salt it was.
 
         :param is_done: tells of a tenant and a column whether all its rows were.
         :param salts: by which salt each tenant hashed when the first row was read: each is by that or a newer one.
-        :returns: the column ids that some tenant cannot be searched by yet.
         """
-        left = set()
         for tenant in self._tenants():
             ring = self._ring(tenant)
             for each in self._of(tenant):
                 if ring is None or tenant not in salts or not is_done(tenant, each):
-                    left.add(each.spec.column)
                     continue
                 if ring.searchable.state(each.spec.column) == OFF:
                     continue
                 ring = self._byok._keyrings.revise(ring, _once(_opened_by(job), each.spec))
-                if not _is_open(
-                    ring.searchable, each.spec
-                ):  # it was closed anew meanwhile, for another release
-                    left.add(each.spec.column)
-                    continue
-                content = {"salt": salts[tenant], "job": job}
-                self._byok._jobs.note(tenant, hashed_note(each.spec.column), content)
-        return sorted(left)
+                if _is_searched(ring.searchable, each.spec):  # else it was closed anew, for another release
+                    content = {"salt": salts[tenant], "job": job}
+                    self._byok._jobs.note(tenant, hashed_note(each.spec.column), content)
 
     def _change(self, job: str, change: Callable[[Searchable, HashSpec], Searchable]) -> bool:
         """Change what is not open as the models say; whether there was any."""
@@ -114,13 +106,13 @@ class Searching:
             if ring is None:
                 continue
             for each in self._of(tenant):
-                if self._is_open(ring.searchable, each, job):
+                if self._needs_nothing(ring.searchable, each, job):
                     continue
                 found = True
                 ring = self._byok._keyrings.revise(ring, _once(change, each.spec))
         return found
 
-    def _is_open(self, now: Searchable, each: Hashed, job: str) -> bool:
+    def _needs_nothing(self, now: Searchable, each: Hashed, job: str) -> bool:
         """Whether nothing has to be closed: it is hashed as the model says, is being so, never was, or is off."""
         column, known = each.spec.column, now.specs.get(each.spec.column)
         if now.state(column) == OFF or each.table not in now.tables:
@@ -132,7 +124,7 @@ class Searching:
                 "second index, hash_index(…, unique=True) under another name, re-hash that, and drop this one",
                 column=column,
             )
-        return now.is_hashing(each.spec, job) or (now.state(column) == ON and known == each.spec.digest)
+        return now.is_hashing(each.spec, job) or (known is not None and _is_searched(now, each.spec))
 
     def _of(self, tenant: str) -> list[Hashed]:
         # An owner's columns are hashed for the rows of all, or not at all.
@@ -180,8 +172,7 @@ def _opened_by(job: str) -> Callable[[Searchable, HashSpec], Searchable]:
     return lambda now, spec: now.rehashed(spec.column) if now.is_hashing(spec, job) else now
 
 
-def _is_open(now: Searchable, spec: HashSpec) -> bool:
-    return spec.column not in now.specs or (now.state(spec.column), now.specs[spec.column]) == (
-        ON,
-        spec.digest,
-    )
+def _is_searched(now: Searchable, spec: HashSpec) -> bool:
+    """Whether hashes are found as the model makes them. A column that nobody has written has none to miss."""
+    known = now.specs.get(spec.column)
+    return known is None or (known == spec.digest and now.state(spec.column) == ON)

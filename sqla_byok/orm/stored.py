@@ -6,7 +6,7 @@ where nobody else has changed them, and, under a tenant's keyring, how its value
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -116,7 +116,7 @@ class StoredTable:
     def __init__(
         self, table: Table, tenant_column: str | None = None, keys: Sequence[str] | None = None
     ) -> None:
-        self.declared, self.name = table, table.fullname
+        self.name = table.fullname
         if not table.primary_key.columns:
             raise ConfigurationError(
                 f"{table.fullname}: a table without a primary key cannot be worked on row by row; give it one"
@@ -156,9 +156,7 @@ class StoredTable:
         :param up_to: the key of the last row that belongs to them; None: to the end.
         :param tenant: only this tenant's rows.
         """
-        return self._read(conn, self._within(conn, behind, up_to, tenant), limit)
-
-    def _read(self, conn: Connection, where: Iterable[ColumnElement[bool]], limit: int) -> list[StoredRow]:
+        where = self._within(conn, behind, up_to, tenant)
         cells = [self.cell(key) for key in self.columns]
         plain = [*self.key, *(() if self.tenant is None else (self.tenant,))]
         statement = select(*plain, *cells).where(*where).order_by(*self.key).limit(limit)
@@ -173,14 +171,6 @@ class StoredTable:
             )
             for values in map(tuple, rows)
         ]
-
-    def rows(self, conn: Connection, keys: Sequence[tuple[Any, ...]]) -> list[StoredRow]:
-        """The rows with these keys that are there."""
-        found = []
-        for key in keys:
-            one = [mine == value for mine, value in zip(self.key, key, strict=True)]
-            found += self._read(conn, one, 1)
-        return found
 
     def boundary(self, conn: Connection, rows: int, *, behind: Any = None, tenant: str | None = None) -> Any:
         """The key of the row that stands so many rows behind another; None where there are not so many."""
