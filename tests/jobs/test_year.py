@@ -48,13 +48,14 @@ class World:
         self.twin: dict[int, str | None] = {}
         self.lost: list[str] = []
         self.counts: Counter[str] = Counter()
-        self._lock, self._open, self._turning = threading.Condition(), 0, 0
+        self._lock, self._open = threading.Condition(), 0
+        self._waiting, self._still = 0, False
         self.busy: set[int] = set()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         with self._lock:
-            self._lock.wait_for(lambda: not self._turning)
+            self._lock.wait_for(lambda: not self._waiting)
             self._open += 1
         try:
             yield
@@ -65,15 +66,17 @@ class World:
 
     @contextmanager
     def stillness(self) -> Iterator[None]:
-        """While no transaction is open."""
+        """While no transaction is open, and nobody else has the stillness: time is not turned in a comparison."""
         with self._lock:
-            self._turning += 1
-            self._lock.wait_for(lambda: not self._open)
+            self._waiting += 1
+            self._lock.wait_for(lambda: not self._open and not self._still)
+            self._still = True
         try:
             yield
         finally:
             with self._lock:
-                self._turning -= 1
+                self._still = False
+                self._waiting -= 1
                 self._lock.notify_all()
 
 
