@@ -29,7 +29,7 @@ from sqlalchemy import Engine, create_engine
 from sqla_byok import jobs
 from sqla_byok.errors import ByokError
 from sqla_byok.jobs.kinds import DATABASE, found_app
-from sqla_byok.jobs.runner import progress_of, report_of
+from sqla_byok.jobs.runner import report_of
 from sqla_byok.keys.jobs import CANCELLED, PAUSED, RUNNING, Job
 from sqla_byok.runtime import Byok
 
@@ -330,7 +330,7 @@ def list_jobs(context: typer.Context) -> None:
     Example: byok --app shop.db:byok jobs list
     """
     of: _Context = context.obj
-    found = [(job, progress_of(of.byok._jobs, job.id)) for job in of.byok._jobs.all()]
+    found = [(job, of.byok._jobs.progress(job.id)) for job in of.byok._jobs.all()]
     rows = [
         (
             job.id,
@@ -366,7 +366,7 @@ def watch(context: typer.Context, job: str) -> None:
     with _told(of) as tell:
         while stored.get(job).state in (RUNNING, "preparing"):
             if tell is not None:
-                tell(progress_of(stored, job))
+                tell(stored.progress(job))
             time.sleep(1)
     _reported(of, report_of(stored, stored.get(job)))
 

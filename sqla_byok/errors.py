@@ -165,7 +165,21 @@ class UnsupportedQueryError(ByokError):
 
 
 class NotSearchableError(ByokError):
-    """The tenant has not enabled the search of a column, or the column's rows are yet to be hashed."""
+    """The tenant has not enabled the search of a column, or the column's rows are yet to be hashed.
+
+    :ivar progress: how many rows the job has looked at that hashes them, and of how many; None where there is none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        tenant: str | None = None,
+        column: str | None = None,
+        progress: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(message, tenant=tenant, column=column)
+        self.progress = progress
 
 
 class SettlingError(ByokError):

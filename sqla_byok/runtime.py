@@ -237,7 +237,7 @@ class Byok(Secret):
         for engine in engines:
             sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
             judge = Guard(guard, raw_sql, self._findings, sync_engine.dialect)
-            attach(sync_engine, self._keyrings, self._blocks, judge)
+            attach(sync_engine, self._keyrings, self._jobs, self._blocks, judge)
             if sync_engine not in self._engines:
                 self._engines.append(sync_engine)
             self._dialect = self._dialect or type(sync_engine.dialect)()

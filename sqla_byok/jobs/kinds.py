@@ -18,23 +18,23 @@ from sqla_byok.jobs.rows import DARK, FAILED, OTHERS, Rework, Verify, Work
 from sqla_byok.jobs.runner import (
     SHARD_ROWS,
     Pace,
-    Progress,
     Report,
     Runner,
     made_report,
     planned_shards,
-    progress_of,
     report_of,
     summed,
 )
 from sqla_byok.jobs.searching import Hashed, Searching, give_up
-from sqla_byok.keys.jobs import CANCELLED, DONE, OPEN, PREPARING, RUNNING, Job
+from sqla_byok.keys.jobs import CANCELLED, DONE, OPEN, PREPARING, RUNNING, Job, Progress
 from sqla_byok.keys.jobs import DARK as DARK_ROWS
-from sqla_byok.orm.chosen import chosen, hashes_in, values_in
+from sqla_byok.orm.chosen import Chosen, chosen, hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
+from sqla_byok.orm.plain import codec_of
 from sqla_byok.orm.schema import sources_of
 from sqla_byok.orm.stored import StoredTable
 from sqla_byok.orm.tenant_column import tenant_key
+from sqla_byok.orm.types import Encrypted, SearchHash
 from sqla_byok.runtime import Byok
 
 __all__ = ["How", "cancel", "engine_of", "reencrypt", "rehash", "resume", "verify"]
@@ -84,9 +84,9 @@ def reencrypt(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[Ho
     :param how: see :class:`How`.
     :raises ConfigurationError: a table has no primary key; the engine is not attached; something is no model.
     """
-    over = chosen(what)
+    over = _over(what)
     entries = {
-        table.fullname: {"seals": values_in(table, keys), "hashes": []}
+        table.fullname: _entry(table, values_in(table, keys), [])
         for table, keys in over.items()
         if values_in(table, keys)
     }
@@ -110,9 +110,9 @@ def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How])
 
     :raises ConfigurationError: a unique column's hashes are made in another way than before; and as above.
     """
-    over = chosen(what)
+    over = _over(what)
     entries = {
-        table.fullname: {"seals": [], "hashes": hashes_in(table, keys), "specs": _specs(table, keys)}
+        table.fullname: _entry(table, [], hashes_in(table, keys))
         for table, keys in over.items()
         if hashes_in(table, keys)
     }
@@ -139,15 +139,10 @@ def verify(
     :param open_search: open the search of the columns, if all is as it should be: for whoever has hashed the rows by a
         program of his own. From its begin on models that hash them otherwise are refused, as by :func:`rehash`.
     """
-    over = chosen(what)
+    over = _over(what)
     mode = {"repair": repair, "open": open_search}
     entries = {
-        table.fullname: {
-            "verify": mode,
-            "seals": values_in(table, keys),
-            "hashes": hashes_in(table, keys),
-            "specs": _specs(table, keys),
-        }
+        table.fullname: {**_entry(table, values_in(table, keys), hashes_in(table, keys)), "verify": mode}
         for table, keys in over.items()
     }
     return _Run(byok, engine, VERIFY, _plan(entries, how), how, over).go()
@@ -173,10 +168,43 @@ def cancel(byok: Byok, job: str) -> None:
     give_up(byok, job)
 
 
-def _specs(table: Table, keys: Iterable[str]) -> dict[str, str]:
-    """How the hash columns among these are hashed: a release that does so otherwise has a job of its own."""
-    types: dict[str, Any] = {key: table.c[key].type for key in hashes_in(table, keys)}
-    return {key: type_.spec.digest for key, type_ in types.items()}
+def _over(what: Sequence[Any]) -> Chosen:
+    """The columns that a job is over: where several models declare a table, by the one that has them all.
+
+    :raises ConfigurationError: none has, or they declare a column in different ways.
+    """
+    by_name: dict[str, list[tuple[Table, set[str]]]] = {}
+    for table, keys in chosen(what).items():
+        by_name.setdefault(table.fullname, []).append((table, keys))
+    over: Chosen = {}
+    for name, declared in by_name.items():
+        widest, keys = max(declared, key=lambda each: len(each[1]))
+        if not all(
+            theirs <= keys and _made(each, theirs) == _made(widest, theirs) for each, theirs in declared
+        ):
+            raise ConfigurationError(
+                f"several models declare the table {name!r}, in different ways; give the one that the job is to go by"
+            )
+        over[widest] = keys
+    return over
+
+
+def _entry(table: Table, seals: Sequence[str], hashes: Sequence[str]) -> dict[str, Any]:
+    """What a plan has of a table."""
+    return {"seals": seals, "hashes": hashes, "made": _made(table, [*seals, *hashes])}
+
+
+def _made(table: Table, keys: Iterable[str]) -> dict[str, str]:
+    """How what stands in these columns is made: a release that does so otherwise has a job of its own."""
+    made = {"": tenant_key(table) or ""}
+    for key in keys:
+        type_ = table.c[key].type
+        if isinstance(type_, SearchHash):
+            made[key] = type_.spec.digest
+        elif isinstance(type_, Encrypted):
+            codec = codec_of(type_.type_).name
+            made[key] = f"{type_.column_id} {codec} {type_.mode} {type_.pad_to} {type_.owner}"
+    return made
 
 
 def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
@@ -186,19 +214,27 @@ def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
 
 def _works(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work]:
     """What is done with the rows of each table of a plan."""
-    declared = {table.fullname: table for table in tables}
+    declared: dict[str, list[Table]] = {}
+    for each in tables:
+        declared.setdefault(each.fullname, []).append(each)
     works: dict[str, Work] = {}
     for name, entry in plan["tables"].items():
-        table = declared.get(name)
-        if table is None:
+        if name not in declared:
             raise ConfigurationError(
                 f"the job is over the table {name!r}, which no model of this process declares"
             )
-        if _specs(table, entry["hashes"]) != entry.get("specs", {}):
+        keys = [*entry["seals"], *entry["hashes"]]
+        fitting = [
+            each
+            for each in declared[name]
+            if all(key in each.c for key in keys) and _made(each, keys) == entry["made"]
+        ]
+        if not fitting:
             raise ConfigurationError(
-                f"the job hashes {name!r} in another way than this release's models declare; run it with those that it "
-                "was begun with, or cancel it and begin another"
+                f"the job encrypts or hashes {name!r} in another way than this release's models declare; run it with "
+                "those that it was begun with, or cancel it and begin another"
             )
+        table = fitting[0]
         sources = [source for key in entry["hashes"] for source in sources_of(table.c[key])]
         stored = StoredTable(table, tenant_key(table), [*entry["seals"], *entry["hashes"], *sources])
         if "verify" in entry:
@@ -321,7 +357,7 @@ class _Run:
     def _tell(self, job: Job) -> None:
         tell = self._how.get("on_progress")
         if tell is not None:
-            tell(progress_of(self._byok._jobs, job.id))
+            tell(self._byok._jobs.progress(job.id))
 
     def _ended(self, job: Job) -> Report:
         jobs = self._byok._jobs

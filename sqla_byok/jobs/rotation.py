@@ -156,9 +156,9 @@ def _refuse_rows(byok: Byok, engine: Engine, tenant: str, generation: int, what:
     record = _live(byok, tenant, DATA_KEY).get(generation)
     if record is None:
         return  # Generations says what it is
-    tables = {table.fullname: table for table in chosen(what)}
+    tables = list(chosen(what))  # several may declare one, each with columns of its own
     noted = byok._keyrings.note(byok._keyrings.get(tenant, "job"), NOTHING).searchable.tables
-    unknown = sorted(noted - tables.keys())
+    unknown = sorted(noted - {table.fullname for table in tables})
     if unknown:
         raise ConfigurationError(
             f"tenant {tenant!r} has written to tables that no model here declares: {', '.join(unknown)}. Rows in them "
@@ -167,7 +167,7 @@ def _refuse_rows(byok: Byok, engine: Engine, tenant: str, generation: int, what:
         )
     left = {
         f"{table.fullname}.{key}": rows
-        for table in tables.values()
+        for table in tables
         for key, rows in _rows_under(engine, table, record.id)
         if rows
     }

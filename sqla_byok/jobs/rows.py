@@ -19,6 +19,7 @@ from sqla_byok.errors import (
     UnknownDataKeyError,
     UnknownTenantError,
 )
+from sqla_byok.keys.jobs import OUTCOMES
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import Keystore
@@ -30,7 +31,6 @@ __all__ = [
     "DARK",
     "FAILED",
     "OTHERS",
-    "OUTCOMES",
     "OVERTAKEN",
     "Failure",
     "Page",
@@ -41,10 +41,7 @@ __all__ = [
     "work_over",
 ]
 
-CHANGED, ALREADY, OVERTAKEN = "changed", "already", "overtaken"
-FAILED, DARK, OTHERS = "failed", "dark", "others"
-OUTCOMES = (CHANGED, ALREADY, OVERTAKEN, FAILED, DARK, OTHERS)
-"""What becomes of a row; each has exactly one."""
+CHANGED, ALREADY, OVERTAKEN, FAILED, DARK, OTHERS = OUTCOMES
 
 
 _AT_ONCE = 256  # values between two looks at the clocks

@@ -23,7 +23,6 @@ from sqla_byok.jobs.rows import (
     CHANGED,
     DARK,
     FAILED,
-    OUTCOMES,
     OVERTAKEN,
     Failure,
     Page,
@@ -32,11 +31,11 @@ from sqla_byok.jobs.rows import (
     work_over,
 )
 from sqla_byok.keys import jobs as stored
-from sqla_byok.keys.jobs import Job, Jobs, LostShardError, Shard
+from sqla_byok.keys.jobs import OUTCOMES, Job, Jobs, LostShardError, Shard
 from sqla_byok.orm.stored import Change, Prepared, Processors, StoredTable
 from sqla_byok.runtime import Byok
 
-__all__ = ["SHARD_ROWS", "Pace", "Progress", "Report", "Runner", "planned_shards"]
+__all__ = ["SHARD_ROWS", "Pace", "Report", "Runner", "planned_shards"]
 
 # A batch takes about so long (seconds): its transaction holds up no writer for longer.
 _BATCH_TAKES = 0.5
@@ -74,19 +73,6 @@ class Pace:
         with engine.connect() as conn:
             number = conn.scalar(text(query))
         return number is not None and float(number) >= bound
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a job is.
-
-    :ivar rows: how many rows were looked at; ``of``: how many there were when it began.
-    :ivar counts: rows by outcome.
-    """
-
-    rows: int
-    of: int
-    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,13 +336,3 @@ def made_report(
         failures,
         sorted(dark),
     )
-
-
-def progress_of(jobs: Jobs, job: str) -> Progress:
-    """How far a job is, by what its workers have stored."""
-    counts: dict[str, int] = {}
-    of = 0
-    for shard in jobs.shards(job):
-        counts, of = summed(counts, shard.counts), of + shard.content["rows"]
-    outcomes = {outcome: counts.get(outcome, 0) for outcome in OUTCOMES}
-    return Progress(sum(outcomes.values()), of, outcomes)

@@ -53,18 +53,23 @@ __all__ = [
     "DONE",
     "LEASE",
     "OPEN",
+    "OUTCOMES",
     "PAUSED",
     "PREPARING",
     "RUNNING",
     "Job",
     "Jobs",
     "LostShardError",
+    "Progress",
     "Shard",
     "holder_name",
 ]
 
 PREPARING, RUNNING, PAUSED, CANCELLED, DONE = "preparing", "running", "paused", "cancelled", "done"
 OPEN, DARK = "open", "dark"
+
+OUTCOMES = ("changed", "already", "overtaken", "failed", "dark", "others")
+"""What becomes of a row; each has exactly one."""
 
 LEASE = 30.0
 """How long (seconds) a worker may go without a checkpoint before its shard is another's."""
@@ -179,6 +184,19 @@ class Shard:
     def progress(self) -> str:
         """What is stored of how far it is."""
         return _json({"at": self.at, "counts": dict(self.counts)})
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is.
+
+    :ivar rows: how many rows were looked at; ``of``: how many there were when it began.
+    :ivar counts: rows by outcome.
+    """
+
+    rows: int
+    of: int
+    counts: Mapping[str, int]
 
 
 def _json(content: Any) -> str:
@@ -309,6 +327,12 @@ class Jobs:
         if len(found) != self.get(job).shards:
             self._refuse(job)
         return found
+
+    def progress(self, job: str) -> Progress:
+        """How far a job is, by what its workers have stored."""
+        shards = self.shards(job)
+        counts = {outcome: sum(shard.counts.get(outcome, 0) for shard in shards) for outcome in OUTCOMES}
+        return Progress(sum(counts.values()), sum(shard.content["rows"] for shard in shards), counts)
 
     def claim(self, job: str, holder: str) -> Shard | None:
         """Take the next shard that nobody works on; None where there is none just now."""

@@ -229,6 +229,11 @@ class Searchable:
         found = self._columns.get(column)
         return found is not None and found.state == _MIXED
 
+    def job(self, column: str) -> str:
+        """The job that makes a column's hashes just now; empty where there is none."""
+        found = self._columns.get(column)
+        return found.mark if found is not None and found.state == _HASHING else ""
+
     def _is_off(self, column: str) -> bool:
         return self.state(column) == OFF
 

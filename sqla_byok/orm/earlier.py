@@ -1,9 +1,10 @@
 """Rows from before: of a tenant, in a table that the keystore does not know for it.
 
-A table or schema that was renamed without ``column_id``, and plaintext from before a migration, leave rows behind that
-have no hash, or one that nobody looks for: a search would find nothing, and say nothing. So the first statement of a
-tenant in a table that is new to it looks whether any are there. A new tenant, which has written to no table, is not
-looked after; nor is one whose tables are all there still, unless a column says whose a row is: then an index answers.
+A table or schema that was renamed without ``column_id``, rows that were copied by SQL, and plaintext from before a
+migration leave rows behind that have no hash, or one that nobody looks for: a search would find nothing, and say
+nothing. So the first statement of a tenant in a table that is new to it looks whether any are there: by the column
+that says whose a row is, or else by the headers of the values, for which the table is read once to its end. A new
+tenant, which has written to no table, is not looked after.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, Table, func, inspect, or_, select
+from sqlalchemy import Connection, Table, func, or_, select
 
 from sqla_byok.crypto.formats import HEADER_SIZE, VALUE_MAGIC
 from sqla_byok.errors import NotEncryptedError
@@ -31,7 +32,6 @@ class EarlierRows:
     def __init__(self) -> None:
         self._asked: set[tuple[str, str]] = set()
         self._plain: dict[tuple[str, frozenset[str]], bool] = {}
-        self._gone: dict[str, bool] = {}
 
     def are_in(self, conn: Connection, ring: Keyring, table: Table, keys: Collection[str]) -> bool:
         """Whether a tenant has rows in a table that the keystore does not know for it.
@@ -47,9 +47,7 @@ class EarlierRows:
         stored = StoredTable(table, tenant_key(table), list(keys))
         if any(owner is not None for owner in stored.owners.values()):
             stored = StoredTable(table, None, list(keys))
-        found = False
-        if stored.tenant is not None or any(self._is_gone(conn, each) for each in known):
-            found = conn.scalar(_mine(stored, ring)) is not None
+        found = conn.scalar(_mine(stored, ring)) is not None
         if not found:
             self._asked.add((ring.tenant, name))
         return found
@@ -69,13 +67,6 @@ class EarlierRows:
                 "plaintext from before a migration, and no search finds them; encrypt them into a new column, or "
                 "remove them, and restart"
             )
-
-    def _is_gone(self, conn: Connection, name: str) -> bool:
-        """Whether a table that was written to is there no more: its rows may be under another name now."""
-        if name not in self._gone:
-            schema, _, table = name.rpartition(".")
-            self._gone[name] = not inspect(conn).has_table(table, schema=schema or None)
-        return self._gone[name]
 
 
 def _mine(table: StoredTable, ring: Keyring) -> Any:

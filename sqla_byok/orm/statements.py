@@ -21,7 +21,8 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import SelectBase
 
-from sqla_byok.errors import ConfigurationError, NoTenantError, UnsupportedQueryError
+from sqla_byok.errors import ConfigurationError, NoTenantError, NotSearchableError, UnsupportedQueryError
+from sqla_byok.keys.jobs import Jobs
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.searchable import NOTHING, HashSpec, Written, refuse_unseen
@@ -40,6 +41,7 @@ from sqla_byok.orm.tenant_column import Database
 from sqla_byok.orm.turns import TENANT_OPTION, Blocks, Whose, refuse_overruled, whose
 from sqla_byok.orm.types import SearchHash
 from sqla_byok.orm.upstream import Call
+from sqla_byok.orm.waiting import Waiting
 from sqla_byok.orm.writes import (
     fill,
     hashed_table,
@@ -52,10 +54,11 @@ from sqla_byok.orm.writes import (
 __all__ = ["attach"]
 
 
-def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> None:
+def attach(engine: Engine, keyrings: Keyrings, jobs: Jobs, blocks: Blocks, guard: Guard) -> None:
     """Have an engine's statements pass here. Their parameters are hidden from logs and exceptions.
 
     :param keyrings: where the tenants' keys are.
+    :param jobs: tell how far one is for which a search waits.
     :param blocks: tell whose turn it is in this thread or task, where no execution option says it.
     :param guard: judges each compiled statement, and text.
     :raises ConfigurationError: if the engine is attached to other keyrings already.
@@ -71,7 +74,7 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
             "this engine is attached to another Byok already; give each Byok engines of its own"
         )
     attachment.keyrings, attachment.blocks = keyrings, blocks
-    statements = Statements(attachment, keyrings, blocks, guard)
+    statements = Statements(attachment, keyrings, jobs, blocks, guard)
     event.listen(engine, "handle_error", _hide_parameters)
     binary = engine.dialect.driver in ("psycopg", "psycopg_async")
     upstream.step_in(engine, Execution, statements=statements, binary=binary)
@@ -84,9 +87,11 @@ def attach(engine: Engine, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> 
 class Statements:
     """What an attached engine does with each of its statements."""
 
-    def __init__(self, attachment: Attachment, keyrings: Keyrings, blocks: Blocks, guard: Guard) -> None:
+    def __init__(
+        self, attachment: Attachment, keyrings: Keyrings, jobs: Jobs, blocks: Blocks, guard: Guard
+    ) -> None:
         self._attachment, self._keyrings, self._blocks, self._guard = attachment, keyrings, blocks, guard
-        self._earlier = EarlierRows()
+        self._earlier, self._waiting = EarlierRows(), Waiting(jobs, keyrings.clock)
 
     # -- as it was given -------------------------------------------------------------------------------------------
 
@@ -248,8 +253,19 @@ class Statements:
             for spec in compared:
                 if spec.column not in ring.searchable.specs and spec.table not in ring.searchable.tables:
                     ring = self._known(conn, ring, spec)
-        ring.searchable.check(ring.tenant, need.hashed, compared)
+        try:
+            ring.searchable.check(ring.tenant, need.hashed, compared)
+        except NotSearchableError as error:
+            job = ring.searchable.job(error.column or "")
+            if not job:
+                raise
+            raise self._how_far(error, job) from None
         return known
+
+    def _how_far(self, error: NotSearchableError, job: str) -> NotSearchableError:
+        return upstream.run_or_await(
+            lambda: self._waiting.told(error, job), lambda: self._waiting.atold(error, job)
+        )
 
     def _known(self, conn: Any, ring: Keyring, spec: HashSpec) -> Keyring:
         """The tenant's keyring, once it is known whether rows from before are in a table that is searched first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
 import time
@@ -58,7 +59,7 @@ from sqla_byok.jobs import (
     rotate,
     verify,
 )
-from sqla_byok.jobs.rows import OUTCOMES
+from sqla_byok.keys.jobs import OUTCOMES
 from sqla_byok.normalize import casefold, last
 from sqla_byok.orm.stored import Bytes, StoredTable
 from sqla_byok.testing import FakeKms
@@ -357,6 +358,45 @@ def _release(**options: Any) -> Any:
     return Member
 
 
+def test_several_models_of_one_table(byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a report's light one beside the application's. None of its columns is left, nor one made in another way."""
+
+    class Wide(DeclarativeBase):
+        pass
+
+    class Member(Wide):
+        __tablename__ = "jb_member"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        mail: Mapped[str | None] = mapped_column(Encrypted(String(40)))
+        phone: Mapped[str | None] = mapped_column(Encrypted(String(40)))
+
+    light, padded = _release(), _release(pad_to=64)
+    Wide.metadata.create_all(engine)
+    with byok.session("t1", engine) as session:
+        session.add_all(Member(id=n, mail=f"m{n}", phone=f"p{n}") for n in range(1, 10))
+        session.commit()
+    byok.rotate_data_key("t1")
+    with pytest.raises(ConfigurationError, match="several models declare the table 'jb_member'"):
+        reencrypt(byok, engine, padded, Wide)
+    assert reencrypt(byok, engine, light).counts["changed"] == 9
+    for models in ((light, Wide), (Wide, light)):
+        with pytest.raises(ConfigurationError, match=r"9 in jb_member\.phone"):
+            retire(byok, engine, "t1", DATA_KEY, 1, *models)
+    pause = _pausing(byok, 4, monkeypatch)
+    begun = reencrypt(byok, engine, light, Member, on_progress=pause)
+    monkeypatch.undo()
+    assert (begun.state, begun.counts["changed"]) == ("paused", 4)
+    assert resume(byok, engine, begun.job).counts["changed"] == 9
+    retire(byok, engine, "t1", DATA_KEY, 1, Wide, light)
+    byok.rotate_data_key("t1")
+    begun = reencrypt(byok, engine, padded, on_progress=_pausing(byok, 4, monkeypatch))
+    monkeypatch.undo()
+    assert resume(byok, engine, begun.job).counts["changed"] == 9
+    with engine.connect() as connection:
+        lengths = {len(bytes(row[0])) for row in connection.exec_driver_sql("SELECT mail FROM jb_member")}
+    assert lengths == {46 + 64}, "the job goes on by the model that it was begun with"
+
+
 def test_a_column_that_becomes_searchable(byok: Byok, engine: Engine) -> None:
     plain, searchable = _release(), _release(searchable=True)
     searchable.metadata.create_all(engine)
@@ -634,6 +674,58 @@ def test_how_far_a_job_is_that_goes_on(byok: Byok, engine: Engine, monkeypatch: 
     assert (rows, {each.of for each in seen}) == (sorted(rows), {VISITS})
     assert rows[0] > begun.rows > 0
     assert rows[-1] == VISITS
+
+
+def test_a_search_that_waits_says_how_far_the_job_is(
+    byok: Byok, engine: Engine, clock: TurnableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For people and for programs; the keystore is asked once in three seconds, however many searches there are."""
+    monkeypatch.setattr("sqla_byok.jobs.runner._FIRST_ROWS", 10)
+    fill(byok, engine)
+    byok.set_searchable("t1", set())
+    byok.set_searchable("t1", None)
+
+    def refused() -> NotSearchableError:
+        with byok.session("t1", engine) as session, pytest.raises(NotSearchableError) as caught:
+            session.scalars(select(Visit.number).where(Visit.note == "note 3")).all()
+        return caught.value
+
+    assert (refused().progress, "Job" in str(refused())) == (None, False), "no job hashes them yet"
+    told: list[tuple[Progress, NotSearchableError, NotSearchableError]] = []
+
+    def tell(progress: Progress) -> None:
+        told.append((progress, refused(), refused()))
+        clock.turn(3.5)
+
+    report = rehash(byok, engine, Visit, on_progress=tell)
+    assert len(told) > 1
+    for progress, error, again in told:
+        assert error.progress == again.progress == (progress.rows, progress.of)
+        assert f"Job {report.job} is at {progress.rows} of {VISITS} rows" in str(error)
+        assert pickle.loads(pickle.dumps(error)).progress == error.progress  # noqa: S301 - our own
+
+
+def test_searches_that_wait_do_not_crowd_the_keystore(
+    byok: Byok, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(byok, engine)
+    byok.set_searchable("t1", set())
+    byok.set_searchable("t1", None)
+    asked, reading = list[int](), byok._jobs.progress
+
+    def progress(job: str) -> Progress:
+        asked.append(1)
+        return reading(job)
+
+    def tell(_: Progress) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(byok._jobs, "progress", progress)
+            for _ in range(5):
+                with byok.session("t1", engine) as session, pytest.raises(NotSearchableError):
+                    session.scalars(select(Visit.number).where(Visit.note == "note 3")).all()
+
+    rehash(byok, engine, Visit, on_progress=tell)
+    assert sum(asked) == 1
 
 
 def test_a_dark_tenant_is_left_and_come_back_to(

@@ -58,7 +58,7 @@ from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
 from sqla_byok import Byok, Encrypted, search_hash
-from sqla_byok.errors import DeclarationError, TamperedError, UnsupportedQueryError
+from sqla_byok.errors import DeclarationError, NotSearchableError, TamperedError, UnsupportedQueryError
 from sqla_byok.normalize import named
 from sqla_byok.orm.schema import IndexOf, add_index
 from sqla_byok.orm.types import Digest, SearchHash
@@ -727,7 +727,8 @@ def test_table_in_a_schema(byok: Byok, engine: Engine, tmp_path: Path) -> None:
         session.execute(insert(clinic), [{"mrn": "A-1"}])
         assert session.execute(select(clinic).where(clinic.c.mrn == "A-1")).one()[:2] == (1, "A-1")
         session.execute(text("INSERT INTO patient SELECT * FROM clinic.patient"))
-        assert session.scalars(select(plain.c.id).where(plain.c.mrn == "A-1")).all() == []
+        with pytest.raises(NotSearchableError):
+            session.scalars(select(plain.c.id).where(plain.c.mrn == "A-1")).all()
         with pytest.raises(TamperedError):
             session.scalars(select(plain.c.mrn)).all()
 

@@ -834,6 +834,35 @@ async def test_it_works_on_asyncio(async_engine: AsyncEngine, abyok: Byok) -> No
         assert len(await abyok.ahash(patient.phone, "12")) == 32
 
 
+async def test_a_search_that_waits_for_a_job_on_asyncio(async_engine: AsyncEngine, abyok: Byok) -> None:
+    """The keystore is asked in a thread how far the job is. One that is gone, or nobody tells of, is not told of."""
+    patient = model()
+    async with async_engine.begin() as connection:
+        await connection.run_sync(patient.metadata.create_all)
+    async with abyok.asession("t1", async_engine) as session:
+        session.add(patient(id=1, mrn="A-1"))
+        await session.commit()
+    spec = patient.__table__.c.mrn_hash.type.spec
+
+    async def waiting_for(job: str) -> NotSearchableError:
+        await asyncio.to_thread(
+            abyok._generations.search, "t1", lambda now: now.not_searched(spec.column).rehashing(spec, job)
+        )
+        abyok._keyrings.look_again("t1")
+        async with abyok.asession("t1", async_engine) as session:
+            with pytest.raises(NotSearchableError) as caught:
+                await session.scalars(select(patient).where(patient.mrn == "A-1"))
+        return caught.value
+
+    job = await asyncio.to_thread(abyok._jobs.start, "rehash", {})
+    error = await waiting_for(job.id)
+    assert (error.progress, str(error).endswith(f"Job {job.id} is preparing: at 0 of 0 rows")) == (
+        (0, 0),
+        True,
+    )
+    assert (await waiting_for("f" * 32)).progress is None
+
+
 def test_on_every_database(engine: Engine, byok: Byok) -> None:
     """The same holds on each database that the data may be in."""
     patient = model()
