@@ -539,9 +539,12 @@ def direct_value(inner: bytes, key_version: str, blob: bytes) -> bytes:
     return value_header(DIRECT, inner[2:HEADER_SIZE]) + bytes((len(version),)) + version + blob
 
 
+_DIRECT_BEGINS = bytes((VALUE_MAGIC, DIRECT))
+
+
 def is_direct(value: object) -> bool:
     """Whether a stored value says that the customer's KMS encrypted it."""
-    return isinstance(value, bytes) and len(value) > HEADER_SIZE and value[:2] == bytes((VALUE_MAGIC, DIRECT))
+    return isinstance(value, bytes) and value.startswith(_DIRECT_BEGINS) and len(value) > HEADER_SIZE
 
 
 def split_direct(value: bytes) -> tuple[bytes, str, bytes] | None:

@@ -23,6 +23,7 @@ from sqla_byok.keys.jobs import OUTCOMES
 from sqla_byok.keys.keyring import Keyring
 from sqla_byok.keys.keyrings import Keyrings
 from sqla_byok.keys.keystore import Keystore
+from sqla_byok.orm.current import running
 from sqla_byok.orm.stored import Change, Prepared, Processors, StoredRow, StoredTable, UnderKeys, key_id
 
 __all__ = [
@@ -45,6 +46,7 @@ CHANGED, ALREADY, OVERTAKEN, FAILED, DARK, OTHERS = OUTCOMES
 
 
 _AT_ONCE = 256  # values between two looks at the clocks
+_UNKNOWN: Any = object()
 
 
 class Failure(NamedTuple):
@@ -176,17 +178,20 @@ class Rework:
                 new[key] = sealed
                 held[key] = None
         values: dict[str, Any] = dict.fromkeys(self._opened)
-        for key in self._opened:
-            blob = cells[key]
-            if blob is not None and keys is not None:
-                values[key] = keys.opened(key, blob)
+        if keys is not None:
+            for key in self._opened:
+                blob = cells[key]
+                if blob is not None:
+                    values[key] = keys.opened(key, blob)
         for key, sources in self._sources.items():
-            if keys is not None and all(values[source] is None for source in sources) and cells[key] is None:
-                continue
-            if keys is not None and not keys.may_hash(key):
-                raise _LeftError(DARK)  # it was so when searches were closed: its own is open still
-            wanted = None if keys is None else keys.hashed(key, values)
-            if wanted != cells[key]:
+            stored, wanted = cells[key], None
+            if keys is not None:
+                if stored is None and all(values[source] is None for source in sources):
+                    continue
+                if not keys.may_hash(key):
+                    raise _LeftError(DARK)  # it was so when searches were closed: its own is open still
+                wanted = keys.hashed(key, values)
+            if wanted != stored:
                 new[key] = wanted
                 held.update(dict.fromkeys((*sources, key)))
         return Change(row, tuple(held), new) if new else None
@@ -248,12 +253,19 @@ def _hex(blob: bytes) -> str:
 
 def work_over(rows: Sequence[StoredRow], work: Work, tenants: Tenants, processors: Processors) -> Page:
     """Do a job's work over a page of rows; what is to be stored is not stored yet."""
-    page, values = Page(), tuple(work.table.values)
-    known: dict[Any, UnderKeys | None] = {}
-    every = max(1, _AT_ONCE // max(1, len(values)))
-    for number, row in enumerate(rows):
-        if number % every == 0:
-            known.clear()  # the clocks are looked at when a keyring is found
+    page, every = Page(), max(1, _AT_ONCE // max(1, len(work.table.values)))
+    with running(None):  # whoever begins, within it
+        for start in range(0, len(rows), every):
+            _work_over(rows[start : start + every], work, tenants, processors, page)
+    return page
+
+
+def _work_over(
+    rows: Sequence[StoredRow], work: Work, tenants: Tenants, processors: Processors, page: Page
+) -> None:
+    """The same with no more rows than take next to no time: the clocks are looked at when a keyring is found."""
+    values, known, begun = tuple(work.table.values), dict[Any, UnderKeys | None](), None
+    for row in rows:
         failures = len(page.failures)
         try:
             cells = row.cells
@@ -261,10 +273,12 @@ def work_over(rows: Sequence[StoredRow], work: Work, tenants: Tenants, processor
                 row.tenant,
                 *[None if (cell := cells[key]) is None else cell[:HEADER_SIZE] for key in values],
             )
-            if whose in known:
-                keys = known[whose]
-            else:
+            keys = known.get(whose, _UNKNOWN)
+            if keys is _UNKNOWN:
                 keys = known[whose] = _keys_of(row, work.table, tenants, processors)
+            if keys is not begun and keys is not None:
+                keys.begin()
+                begun = keys
             change = work.row(row, keys, page)
         except _LeftError as left:
             page.count(str(left))
@@ -284,7 +298,6 @@ def work_over(rows: Sequence[StoredRow], work: Work, tenants: Tenants, processor
                 page.count(ALREADY)
             else:
                 page.changes.append(change)
-    return page
 
 
 def _keys_of(

@@ -66,8 +66,8 @@ RUNNING: ContextVar[Turn | None] = ContextVar("byok_turn", default=None)
 
 
 @contextmanager
-def running(turn: Turn) -> Iterator[None]:
-    """Let processors work for a turn."""
+def running(turn: Turn | None) -> Iterator[None]:
+    """Let processors work for a turn; None: for those that are set within."""
     token = RUNNING.set(turn)
     try:
         yield
