@@ -16,6 +16,7 @@ from sqlalchemy import LargeBinary
 
 from sqla_byok.keys.keystore import keystore_metadata
 from sqla_byok.orm import upstream
+from sqla_byok.orm.tenant_column import TENANT_INFO
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 if TYPE_CHECKING:
@@ -70,12 +71,14 @@ def prepare(context: AutogenContext) -> Any:
 
 def look_over(context: AutogenContext, upgrade: UpgradeOps) -> Any:
     """After it: leave out what would drop the keystore, and tell of columns whose rows a migration cannot encrypt."""
-    from alembic.operations.ops import AlterColumnOp, ModifyTableOps
+    from alembic.operations.ops import AlterColumnOp, CreateTableOp, ModifyTableOps
     from alembic.util import PriorityDispatchResult
 
     declared = {table.name for table in context.sorted_tables}
     upgrade.ops[:] = [op for op in upgrade.ops if not _drops_keystore(op, declared)]
     for table in upgrade.ops:
+        if isinstance(table, CreateTableOp):  # what is ours there means nothing without the models
+            table.info = {name: value for name, value in table.info.items() if name not in TENANT_INFO}
         for op in table.ops if isinstance(table, ModifyTableOps) else ():
             if isinstance(op, AlterColumnOp) and _encrypts(op):
                 _log.warning(

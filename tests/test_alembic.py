@@ -247,6 +247,30 @@ def test_a_migration_needs_nothing_of_ours(environment: Environment, engine: Eng
     assert inspect(engine).get_table_names() == ["alembic_version"]
 
 
+TENANT = """
+class Cage(Base):
+    __tablename__ = "cage"
+    __byok_tenant__ = "org"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    org: Mapped[str] = mapped_column("org_id", String(40))
+    label: Mapped[str] = mapped_column(String(40), info={"of": "the application"})
+
+class Lion(Cage):
+    __tablename__ = "lion"
+    id: Mapped[int] = mapped_column(ForeignKey("cage.id"), primary_key=True)
+    roar: Mapped[str | None] = mapped_column(Encrypted(String(40)))
+"""
+
+
+def test_a_tenant_column_is_a_column_like_any_other(environment: Environment, engine: Engine) -> None:
+    """What the table's info says of it means something to models only, and the column's key is theirs too."""
+    environment.declare(FIRST.replace("import JSON", "import ForeignKey, JSON") + TENANT)
+    written = environment.revise("cages")
+    assert "info=" not in written
+    environment.run("check")
+    assert {column["name"] for column in inspect(engine).get_columns("cage")} == {"id", "org_id", "label"}
+
+
 def test_the_keystore_is_left_alone_unless_it_is_asked_for(environment: Environment, engine: Engine) -> None:
     """Its tables stand beside the application's and are not in its metadata; with it in the metadata they are whole."""
     # In a process of its own: packages that other tests import change how types are rendered.

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Column,
     Join,
     PrimaryKeyConstraint,
+    String,
     Table,
     UniqueConstraint,
     Uuid,
@@ -38,6 +39,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ClauseElement, ColumnClause, Null
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import TableClause
 from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
@@ -52,11 +54,14 @@ from sqla_byok.orm.types import Encrypted
 
 __all__ = [
     "TENANT_COLUMN",
+    "TENANT_INFO",
     "Database",
+    "Digits",
     "TenantRows",
     "check",
     "check_compiled",
     "check_defaults",
+    "exactly",
     "hold_conflicts",
     "refuse_compiled",
     "rows_of",
@@ -71,6 +76,7 @@ used: dict[str, WeakSet[Table]] = {}
 """The tables whose rows belong to tenants, by name; empty for most applications, which then pay nothing."""
 
 _HEIR = "byok_tenant_inherited"  # in the info of the table of a subclass, which copies of it carry along
+TENANT_INFO = (TENANT_COLUMN, _HEIR)
 _columns: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of a Table
 # Of the table of a subclass in joined inheritance: its mapper, which leads to the table with the column.
 _heirs: WeakKeyDictionary[Any, ref[Mapper[Any]]] = WeakKeyDictionary()
@@ -360,8 +366,11 @@ def _evaluated(session: Any, entity: Any, target: _Target, names: Mapping[str, A
 
 def _same(target: _Target, column: Any, value: Any) -> Any:
     """True where a column has this value."""
-    if _kind(target.type) is not str:
-        return column == value
+    return exactly(column, value) if _kind(target.type) is str else column == value
+
+
+def exactly(column: Any, value: Any) -> Exactly:
+    """True where a column of texts has this value, and not one that its collation takes for equal."""
     return Exactly(column, value, operators.eq, type_=Boolean())
 
 
@@ -388,6 +397,26 @@ _EXACTLY = {
     "postgresql": ('CAST({} AS TEXT) COLLATE "C"', "CAST({} AS TEXT)"),
     "mysql": (_BYTES, _BYTES),
     "mariadb": (_BYTES, _BYTES),
+}
+
+
+class Digits(FunctionElement[Any]):
+    """A text as hexadecimal digits, which no collation takes for others."""
+
+    inherit_cache = True
+    type = String()
+
+
+@compiles(Digits)
+def _compile_digits(element: Digits, compiler: Any, **kwargs: Any) -> str:
+    template = _DIGITS.get(compiler.dialect.name, "HEX({})")
+    return template.format(compiler.process(element.clauses, **kwargs))
+
+
+_DIGITS = {
+    "postgresql": "encode(convert_to(CAST({} AS TEXT), 'UTF8'), 'hex')",
+    "mysql": "HEX(CAST({} AS CHAR CHARACTER SET utf8mb4))",
+    "mariadb": "HEX(CAST({} AS CHAR CHARACTER SET utf8mb4))",
 }
 
 
