@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypedDict
 
-from sqlalchemy import Engine, Table, create_engine
+from sqlalchemy import Engine, Table, create_engine, inspect
 from typing_extensions import Unpack
 
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
-from sqla_byok.errors import ConfigurationError
+from sqla_byok.errors import ConfigurationError, UnknownTenantError
 from sqla_byok.jobs.rows import DARK, FAILED, OTHERS, Rework, Verify, Work
 from sqla_byok.jobs.runner import (
     SHARD_ROWS,
@@ -32,12 +33,12 @@ from sqla_byok.orm.chosen import Chosen, chosen, hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
 from sqla_byok.orm.plain import codec_of
 from sqla_byok.orm.schema import sources_of
-from sqla_byok.orm.stored import StoredTable
+from sqla_byok.orm.stored import NOBODY, StoredTable
 from sqla_byok.orm.tenant_column import tenant_key
 from sqla_byok.orm.types import Encrypted, SearchHash
 from sqla_byok.runtime import Byok
 
-__all__ = ["How", "cancel", "engine_of", "reencrypt", "rehash", "resume", "verify"]
+__all__ = ["How", "cancel", "databases_of", "engine_of", "reencrypt", "rehash", "resume", "verify"]
 
 REENCRYPT, REHASH, VERIFY = "reencrypt", "rehash", "verify"
 
@@ -84,16 +85,24 @@ def reencrypt(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[Ho
     :param how: see :class:`How`.
     :raises ConfigurationError: a table has no primary key; the engine is not attached; something is no model.
     """
-    over = _over(what)
+    engine = engine_of(byok, engine)
+    over = _without_views(engine, _over(what))
     entries = {
         table.fullname: _entry(table, values_in(table, keys), [])
         for table, keys in over.items()
         if values_in(table, keys)
     }
-    return _Run(byok, engine, REENCRYPT, _plan(entries, how), how, over).go()
+    return _Run(byok, engine, REENCRYPT, _plan(byok, engine, entries, how), how, over).go()
 
 
-def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How]) -> Report:
+def rehash(
+    byok: Byok,
+    engine: Engine | None,
+    /,
+    *what: Any,
+    open_search: bool | None = None,
+    **how: Unpack[How],
+) -> Report:
     """Hash the rows of searchable columns and hash indexes as the models declare, by the active search salt.
 
     ::
@@ -108,9 +117,13 @@ def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How])
 
     Takes, what :func:`reencrypt` takes; begins with 21 seconds, or twice as many where the search has to be closed.
 
-    :raises ConfigurationError: a unique column's hashes are made in another way than before; and as above.
+    :param open_search: whether the search is opened at the end, which is right where all rows were hashed. Where a
+        table is in several databases, give False for all of them but the last, and True for that.
+    :raises ConfigurationError: a unique column's hashes are made in another way than before; another attached
+        database has one of the tables too, and ``open_search`` is not given; and as above.
     """
-    over = _over(what)
+    engine = engine_of(byok, engine)
+    over = _without_views(engine, _over(what))
     entries = {
         table.fullname: _entry(table, [], hashes_in(table, keys))
         for table, keys in over.items()
@@ -118,7 +131,13 @@ def rehash(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[How])
     }
     if not entries:
         raise ConfigurationError("nothing of it has hashes; declare columns searchable, or a hash_index")
-    return _Run(byok, engine, REHASH, _plan(entries, how), how, over).go()
+    if open_search is None and (there := _elsewhere(byok, engine, over)) is not None:
+        raise ConfigurationError(
+            f"there is {there} too, and its rows are hashed by a job of their own: give open_search=False ('byok "
+            "rehash --leave-closed') for all databases but the last, and open_search=True (--open-search) for that one"
+        )
+    plan = _plan(byok, engine, entries, how, opens=open_search is not False)
+    return _Run(byok, engine, REHASH, plan, how, over).go()
 
 
 def verify(
@@ -139,13 +158,15 @@ def verify(
     :param open_search: open the search of the columns, if all is as it should be: for whoever has hashed the rows by a
         program of his own. From its begin on models that hash them otherwise are refused, as by :func:`rehash`.
     """
-    over = _over(what)
+    engine = engine_of(byok, engine)
+    over = _without_views(engine, _over(what))
     mode = {"repair": repair, "open": open_search}
     entries = {
         table.fullname: {**_entry(table, values_in(table, keys), hashes_in(table, keys)), "verify": mode}
         for table, keys in over.items()
     }
-    return _Run(byok, engine, VERIFY, _plan(entries, how), how, over).go()
+    plan = _plan(byok, engine, entries, how, opens=open_search)
+    return _Run(byok, engine, VERIFY, plan, how, over).go()
 
 
 def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> Report:
@@ -153,6 +174,12 @@ def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> R
     found = byok._jobs.get(job)
     if found.state in (CANCELLED, DONE):
         raise ConfigurationError(f"the job {job!r} is {found.state}; begin another")
+    engine = engine_of(byok, engine)
+    if found.plan["database"] != _database_of(engine):
+        raise ConfigurationError(
+            f"the job {job!r} is over the database {found.plan['database']!r}, and this is {_database_of(engine)!r}; "
+            "give that one's engine, by the same address, or cancel the job and begin another"
+        )
     return _Run(byok, engine, found.kind, found.plan, how, declared_tables()).go(found)
 
 
@@ -207,9 +234,65 @@ def _made(table: Table, keys: Iterable[str]) -> dict[str, str]:
     return made
 
 
-def _plan(entries: Mapping[str, Any], how: How) -> dict[str, Any]:
-    tenants = how.get("tenants")
-    return {"tables": dict(entries), "tenants": None if tenants is None else list(tenants)}
+def _plan(
+    byok: Byok, engine: Engine, entries: Mapping[str, Any], how: How, opens: bool = False
+) -> dict[str, Any]:
+    """What a job is over, and how; who calls it so again goes on with it.
+
+    :param opens: whether it opens the search of what it was over.
+    :raises UnknownTenantError: a tenant was never onboarded.
+    """
+    tenants = None if how.get("tenants") is None else list(dict.fromkeys(how["tenants"]))
+    for unknown in sorted({*(tenants or ())} - {*byok._keystore.tenants()}):
+        raise UnknownTenantError(f"tenant {unknown!r} was never onboarded", tenant=unknown)
+    return {"tables": dict(entries), "tenants": tenants, "database": _database_of(engine), "opens": opens}
+
+
+def _database_of(engine: Engine) -> str:
+    """Which database it is of, without user and password."""
+    url = engine.url
+    if url.get_backend_name() == "sqlite":
+        return f"sqlite {Path(url.database).absolute() if url.database else ''}"
+    return f"{url.get_backend_name()} {url.host or url.query.get('host', '')}:{url.port or ''} {url.database}"
+
+
+def _elsewhere(byok: Byok, engine: Engine, tables: Iterable[Table]) -> str | None:
+    """A table of these that another attached database has too."""
+    for other in databases_of(byok, engine)[1:]:
+        look = inspect(other)
+        for table in tables:
+            if look.has_table(table.name, schema=table.schema):
+                return f"{table.fullname} in {_database_of(other)}"
+    return None
+
+
+def databases_of(byok: Byok, engine: Engine) -> list[Engine]:
+    """The engine, and one of each other database that is attached by a sync engine."""
+    found = {_database_of(engine): engine}
+    for each in byok.engines:
+        if not each.dialect.is_async:
+            found.setdefault(_database_of(each), each)
+    return list(found.values())
+
+
+def _without_views(engine: Engine, over: Chosen) -> Chosen:
+    """Those that are no views: whose rows are those of tables.
+
+    :raises ConfigurationError: there is nothing else.
+    """
+    look, views = inspect(engine), set[tuple[str | None, str]]()
+    for schema in {table.schema for table in over}:
+        names = look.get_view_names(schema)
+        if engine.dialect.name == "postgresql":
+            names += look.get_materialized_view_names(schema)
+        views |= {(schema, name) for name in names}
+    found = {table: keys for table, keys in over.items() if (table.schema, table.name) not in views}
+    if over and not found:
+        raise ConfigurationError(
+            f"{', '.join(table.fullname for table in over)}: a view has no rows of its own; run the job over the "
+            "tables that it shows"
+        )
+    return found
 
 
 def _works(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work]:
@@ -250,26 +333,32 @@ class _Run:
     def __init__(
         self,
         byok: Byok,
-        engine: Engine | None,
+        engine: Engine,
         kind: str,
         plan: Mapping[str, Any],
         how: How,
         tables: Iterable[Table],
     ) -> None:
         self._byok, self._kind, self._plan, self._how = byok, kind, plan, how
-        self._engine = engine_of(byok, engine)
+        self._engine = engine
         self._works, self._tenants = _works(plan, tables), plan["tenants"]
         hashed = [
             each for work in self._works.values() for each in Hashed.in_table(work.table, work.table.hashes)
         ]
-        opens = any(entry.get("verify", {}).get("open") for entry in plan["tables"].values())
-        self._searching = Searching(byok, hashed, self._tenants) if kind == REHASH or opens else None
+        self._searching = Searching(byok, hashed, self._tenants) if kind == REHASH or plan["opens"] else None
 
     def go(self, job: Job | None = None) -> Report:
         if self._how.get("dry_run"):
             return self._tried()
+        with self._engine.connect() as conn:
+            for table in self._tables():
+                table.refuse_keys(conn)
+        if self._searching is not None:
+            self._searching.check()
         jobs = self._byok._jobs
         job = job or jobs.unfinished(self._kind, self._plan)
+        if job is not None and not job.shards:  # it was paused before it had any
+            job = jobs.set_state(job, PREPARING)
         if job is not None and job.state != PREPARING and self._is_outdated(job):
             jobs.set_state(job, CANCELLED)
             job = None
@@ -365,19 +454,19 @@ class _Run:
         report = report_of(jobs, job)
         if report.state != RUNNING:  # paused or cancelled
             return report
-        if self._searching is not None:
+        if self._searching is not None and self._plan["opens"]:
 
             def is_done(tenant: str, column: Hashed) -> bool:
                 mine = [each for each in shards if each.content["table"] == column.table]
                 if column.owner is not None:  # the rows of all tenants
                     left = (FAILED, DARK, OTHERS)
                     return all(each.state != OPEN and not any(map(each.counts.get, left)) for each in mine)
-                mine = [each for each in mine if each.content["tenant"] in (None, tenant)]
+                mine = [each for each in mine if each.content["tenant"] in (None, NOBODY, tenant)]
                 if tenant in report.dark or any(
                     each.state == OPEN or each.counts.get(FAILED) for each in mine
                 ):
                     return False
-                return not any(each.content["tenant"] is not None and each.counts.get(DARK) for each in mine)
+                return not any(each.content["tenant"] == tenant and each.counts.get(DARK) for each in mine)
 
             salts = {tenant: began[1] for tenant, began in job.began.items()}
             self._searching.open(is_done, salts, job.id)
@@ -444,6 +533,8 @@ def found_app(app: str) -> Byok:
     :raises ConfigurationError: there is none.
     """
     module, _, attribute = app.partition(":")
+    if not module or module.startswith("."):
+        raise ConfigurationError(f"{app}: give package.module:attribute, by its whole name")
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:

@@ -81,18 +81,27 @@ class Tenants:
         self._keyrings, self._keystore = keyrings, keystore
         self._only = None if only is None else frozenset(only)
         self._by_id: dict[bytes, str | None] = {}
+        self._unknown: set[str] = set()
         self.dark: set[str] = set()
 
     def ring(self, tenant: str) -> Keyring:
-        """The tenant's keyring, which is current. Looks at both clocks."""
+        """The tenant's keyring, which is current. Looks at both clocks.
+
+        :raises UnknownTenantError: it is in no row of the keystore.
+        """
         ring = None
+        if tenant in self._unknown:
+            raise UnknownTenantError(f"tenant {tenant!r} is not in the keystore", tenant=tenant)
         if tenant not in self.dark:
             try:
                 ring = self._keyrings.get(tenant, "job")
                 if self._keyrings.clock.boot() >= ring.write_until:  # it took long
                     ring = self._keyrings.get(tenant, "job")
-            except (KmsError, UnknownTenantError):
+            except KmsError:
                 self.dark.add(tenant)
+            except UnknownTenantError:
+                self._unknown.add(tenant)
+                raise
         if ring is None:
             raise _LeftError(DARK)
         if self._keyrings.clock.boot() >= ring.write_until:
@@ -124,12 +133,20 @@ class Page:
     :ivar changes: what is to be stored; ``prepared``: the statements that do it.
     :ivar counts: rows by outcome, but for those that are yet to be changed, and what else was counted.
     :ivar failures: by row.
+    :ivar behind, up_to: the keys between which its rows are, as those of :meth:`StoredTable.page`.
     """
 
     changes: list[Change] = field(default_factory=list)
     prepared: list[Prepared] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    behind: Any = None
+    up_to: Any = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows have their outcome."""
+        return sum(self.counts.get(outcome, 0) for outcome in OUTCOMES)
 
     def prepare(self, table: StoredTable, dialect: Dialect) -> None:
         """Make statements of the changes, one of those of equal columns."""

@@ -23,6 +23,7 @@ from sqla_byok.jobs.rows import (
     CHANGED,
     DARK,
     FAILED,
+    OTHERS,
     OVERTAKEN,
     Failure,
     Page,
@@ -32,7 +33,7 @@ from sqla_byok.jobs.rows import (
 )
 from sqla_byok.keys import jobs as stored
 from sqla_byok.keys.jobs import OUTCOMES, Job, Jobs, LostShardError, Shard
-from sqla_byok.orm.stored import Change, Prepared, Processors, StoredTable
+from sqla_byok.orm.stored import NOBODY, Change, Prepared, Processors, StoredTable
 from sqla_byok.runtime import Byok
 
 __all__ = ["SHARD_ROWS", "Pace", "Report", "Runner", "planned_shards"]
@@ -42,7 +43,10 @@ _BATCH_TAKES = 0.5
 _FIRST_ROWS, _FEWEST_ROWS, _MOST_ROWS = 200, 10, 5_000
 SHARD_ROWS = 50_000
 _OUT_OF_DATE = 2.0  # seconds that a page may wait to be stored
-_TRIES = 5  # of a batch that meets a deadlock, or a locked database
+_TRIES = 5  # of a batch that meets a deadlock, or a locked database; of rows that others go on changing
+_UNFOUND = (
+    "no UPDATE finds it as it was read: its key does not compare equal to itself, or others go on changing it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,7 @@ class Runner:
         try:
             for page, at, is_last in self._ahead(self._pages(shard.content, shard.at)):
                 started = time.monotonic()
-                self._store(self._works[shard.content["table"]].table, page)
+                self._store(shard.content, page)
                 counts = summed(shard.counts, page.counts)
                 state = shard.state
                 if is_last:
@@ -200,8 +204,8 @@ class Runner:
 
     def _pages(self, content: Mapping[str, Any], at: Any) -> Iterator[_Paged]:
         """What becomes of each page of a shard, with the key of its last row, and whether it is the last."""
-        work, tenants = self._works[content["table"]], self._tenants(content)
-        processors = Processors(work.table, self._engine.dialect, self._byok._keyrings)
+        work, tenants = self._works[content["table"]], self._tenants()
+        processors = self._processors(work.table)
         behind = key_from_json(at if at is not None else content["behind"])
         up_to, limit = key_from_json(content["up_to"]), self._limit or _FIRST_ROWS
         while True:
@@ -212,8 +216,8 @@ class Runner:
             page.prepare(work.table, self._engine.dialect)
             for tenant in tenants.dark:
                 page.counts[_DARK_TENANT + tenant] = 1
-            is_last = len(rows) < limit
-            behind = rows[-1].key if rows else behind
+            is_last, page.behind = len(rows) < limit, behind
+            behind = page.up_to = rows[-1].key if rows else behind
             yield page, key_to_json(behind), is_last
             if is_last:
                 return
@@ -221,21 +225,59 @@ class Runner:
             limit = min(max(int(limit * min(_BATCH_TAKES / took, 4)), _FEWEST_ROWS), _MOST_ROWS)
             self._limit = limit
 
-    def _tenants(self, content: Mapping[str, Any]) -> Tenants:
+    def _tenants(self) -> Tenants:
         return Tenants(self._byok._keyrings, self._byok._keystore, self._only)
+
+    def _processors(self, table: StoredTable) -> Processors:
+        return Processors(table, self._engine.dialect, self._byok._keyrings)
 
     # -- storing ---------------------------------------------------------------------------------------------------
 
-    def _store(self, table: StoredTable, page: Page) -> None:
-        """Store the changes of a page."""
-        refused = 0
-        for prepared in page.prepared:
+    def _store(self, content: Mapping[str, Any], page: Page) -> None:
+        """Store the changes of a page.
+
+        Rows that are not any more as they were read are looked at again: whoever has changed them, a writer or another
+        job, need not have done what this one is to do.
+        """
+        table, wanted, todo = self._works[content["table"]].table, page.rows + len(page.changes), page
+        for _ in range(_TRIES):
+            stored, refused = self._sent(table, todo.prepared, page)
+            page.count(CHANGED, min(stored, wanted - page.rows))
+            if stored + refused >= len(todo.changes):
+                break
+            todo = self._looked_at_again(content, page, todo)
+            for outcome in (FAILED, DARK, OTHERS):
+                page.count(outcome, min(todo.counts.get(outcome, 0), wanted - page.rows))
+            page.counts.update({name: 1 for name in todo.counts if name.startswith(_DARK_TENANT)})
+            page.failures += todo.failures
+        else:
+            stored = self._one_by_one(table, todo.changes, page, _UNFOUND)[0]
+            page.count(CHANGED, min(stored, wanted - page.rows))
+        page.count(OVERTAKEN, wanted - page.rows)
+
+    def _looked_at_again(self, content: Mapping[str, Any], page: Page, todo: Page) -> Page:
+        """What becomes of those rows of a page that were to be changed."""
+        work = self._works[content["table"]]
+        keys = {change.row.key for change in todo.changes} - {failure.key for failure in page.failures}
+        within = {"behind": page.behind, "up_to": page.up_to, "tenant": content["tenant"]}
+        with self._engine.connect() as conn:
+            rows = [row for row in work.table.page(conn, None, **within) if row.key in keys]
+        tenants = self._tenants()
+        again = work_over(rows, work, tenants, self._processors(work.table))
+        again.prepare(work.table, self._engine.dialect)
+        again.counts.update({_DARK_TENANT + tenant: 1 for tenant in tenants.dark})
+        return again
+
+    def _sent(self, table: StoredTable, changes: Sequence[Prepared], page: Page) -> tuple[int, int]:
+        """Store changes; how many rows were changed, and how many of them the database refused."""
+        stored = refused = 0
+        for prepared in changes:
             try:
-                page.count(CHANGED, self._tried(prepared))
+                stored += self._tried(prepared)
             except IntegrityError:
-                refused += self._one_by_one(table, prepared.changes, page)
-        page.count(FAILED, refused)
-        page.count(OVERTAKEN, len(page.changes) - page.counts.get(CHANGED, 0) - refused)
+                some, others = self._one_by_one(table, prepared.changes, page)
+                stored, refused = stored + some, refused + others
+        return stored, refused
 
     def _tried(self, prepared: Prepared) -> int:
         """Store changes, also where a writer's transaction and ours wait for each other; how many were stored."""
@@ -252,20 +294,31 @@ class Runner:
                     raise
                 time.sleep(0.1 * tries)
 
-    def _one_by_one(self, table: StoredTable, changes: Sequence[Change], page: Page) -> int:
-        """Store those of which the database refuses some; tell of each that it refuses, and how many they are."""
-        refused = 0
+    def _one_by_one(
+        self, table: StoredTable, changes: Sequence[Change], page: Page, unfound: str | None = None
+    ) -> tuple[int, int]:
+        """Store changes of which the database refuses some, and tell of each that it refuses.
+
+        :param unfound: what is told of those that it does not find; None: they are left.
+        :returns: how many rows were changed, and of how many was told.
+        """
+        stored = told = 0
         for change in changes:
+            reason = unfound
             try:
-                page.count(CHANGED, self._tried(table.prepared(self._engine.dialect, [change])))
+                found = self._tried(table.prepared(self._engine.dialect, [change]))
             except IntegrityError:
-                refused += 1
                 names = ", ".join(sorted(str(table.columns[key].name) for key in change.new))
+                found = 0
                 reason = (
                     f"the database refuses it: another row has the same value in a unique column ({names})"
                 )
+            stored += found
+            if not found and reason is not None:
+                told += 1
+                page.count(FAILED)
                 page.failures.append(Failure(table.name, change.row.key, "", reason))
-        return refused
+        return stored, told
 
 
 def summed(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
@@ -282,13 +335,17 @@ def summed(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]
 def planned_shards(
     conn: Connection, tables: Iterable[StoredTable], tenants: Sequence[str] | None, rows: int
 ) -> Iterator[dict[str, Any]]:
-    """The shards of tables: those of tenant after tenant where a column says whose a row is.
+    """The shards of tables: those of tenant after tenant where a column says whose a row is, and then of nobody.
 
     :param tenants: in the order in which they are worked on; None: all.
     :param rows: how many a shard has.
     """
     for table in tables:
-        of = [None] if table.tenant is None else (table.tenants(conn) if tenants is None else list(tenants))
+        of: list[str | None] = [None]
+        if table.tenant is not None:
+            of = [*(table.tenants(conn) if tenants is None else tenants)]
+            if table.count(conn, tenant=NOBODY):  # whose they are is said by their values
+                of.append(NOBODY)
         for tenant in of:
             behind = None
             while True:

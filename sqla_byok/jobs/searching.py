@@ -56,12 +56,22 @@ class Searching:
     def __init__(self, byok: Byok, columns: Sequence[Hashed], tenants: Sequence[str] | None) -> None:
         self._byok, self._columns, self._given = byok, columns, tenants
 
+    def check(self) -> None:
+        """Refuse what cannot be hashed anew, before anything is closed.
+
+        :raises ConfigurationError: a unique column is hashed in another way than its stored hashes.
+        """
+        for tenant in self._tenants():
+            ring = self._ring(tenant)
+            if ring is not None:
+                for each in self._of(tenant):
+                    self._needs_nothing(ring.searchable, each, "")
+
     def close(self, job: str) -> bool:
         """Close the search of what is not hashed as the models say, and let nobody write it in another way.
 
         :param job: for which; whoever closes it for something else ends that.
         :returns: whether anything was changed, and has settled. The tenants whose KMS says no are left.
-        :raises ConfigurationError: a unique column is hashed in another way than its stored hashes.
         """
         if not self._change(job, lambda now, spec: now.not_searched(spec.column)):
             return False
@@ -87,9 +97,11 @@ class Searching:
         :param salts: by which salt each tenant hashed when the first row was read: each is by that or a newer one.
         """
         for tenant in self._tenants():
-            ring = self._ring(tenant)
-            for each in self._of(tenant):
-                if ring is None or tenant not in salts or not is_done(tenant, each):
+            ring, mine = self._ring(tenant), self._of(tenant)
+            # Several tables may have one column, as a renamed one and its copy do.
+            left = {each.spec.column for each in mine if not is_done(tenant, each)}
+            for each in mine:
+                if ring is None or tenant not in salts or each.spec.column in left:
                     continue
                 if ring.searchable.state(each.spec.column) == OFF:
                     continue

@@ -252,23 +252,33 @@ class Jobs:
 
     def unfinished(self, kind: str, plan: Mapping[str, Any]) -> Job | None:
         """The job of this kind and plan that is not at its end; the newest."""
-        statement = select(_job).where(
-            _job.c.kind == kind, _job.c.plan == _json(plan), _job.c.state.in_((PREPARING, RUNNING, PAUSED))
-        )
-        return next(iter(self._jobs(statement.order_by(_job.c.begun_at.desc()))), None)
+        statement = select(_job).where(_job.c.kind == kind, _job.c.state.in_((PREPARING, RUNNING, PAUSED)))
+        wanted = _json(plan)  # compared here: a database may take upper and lower case for one
+        found = self._jobs(statement.order_by(_job.c.begun_at.desc()))
+        return next((job for job in found if _json(job.plan) == wanted), None)
 
     def set_state(self, job: Job, state: str) -> Job:
-        """Pause, go on, cancel or end a job. Workers see it at their next checkpoint."""
+        """Pause, go on, cancel or end a job. Workers see it at their next checkpoint.
+
+        :returns: the job as it is then; one that is at its end stays as it is.
+        """
         ended = datetime.now(timezone.utc) if state in (CANCELLED, DONE) else None
-        new = replace(job, state=state, ended_at=ended)
-        self._database.write(
-            lambda connection: connection.execute(
-                update(_job)
-                .where(_job.c.job == job.id)
-                .values(state=state, ended_at=ended, tag=self._tag(new))
-            )
+        while True:
+            now = self.get(job.id)  # what was given may be older than what somebody has stored since
+            if now.state in (CANCELLED, DONE):
+                return now
+            new = replace(now, state=state, ended_at=ended)
+            if self._replaced(now, new):
+                return new
+
+    def _replaced(self, now: Job, new: Job) -> bool:
+        """Store a job in another state, where it is as it was read."""
+        change = (
+            update(_job)
+            .where(_job.c.job == now.id, _job.c.state == now.state, _job.c.shards == now.shards)
+            .values(state=new.state, ended_at=new.ended_at, tag=self._tag(new))
         )
-        return new
+        return self._database.write(lambda connection: connection.execute(change).rowcount) == 1
 
     def begin(self, job: Job, began: Mapping[str, Sequence[int]], shards: Iterable[Mapping[str, Any]]) -> Job:
         """Let a job that was prepared run; where another runner was faster, its shards hold.

@@ -72,19 +72,23 @@ class HashSpec(NamedTuple):
         give equal values equal hashes.
     :param table: the table that has the column.
     :param sources: of an index, the ids of the columns that it follows.
+    :param owner: whose keys the column takes; None: those of the rows' tenants.
     """
 
     column: str
     digest: str
     table: str
     sources: tuple[str, ...] = ()
+    owner: str | None = None
 
     @classmethod
-    def of(cls, column: str, table: str, *parts: Any, sources: Iterable[str] = ()) -> HashSpec:
+    def of(
+        cls, column: str, table: str, *parts: Any, sources: Iterable[str] = (), owner: str | None = None
+    ) -> HashSpec:
         """The specification with these parts, each of them text, a number, None or a list of such."""
         text = json.dumps(["sqla-byok/1/hash-spec", *parts], separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_DIGITS]
-        return cls(column, digest, table, tuple(sources))
+        return cls(column, digest, table, tuple(sources), owner)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Table
 
@@ -64,9 +64,12 @@ def specs_of(table: Table) -> list[HashSpec]:
 
 
 def _of_table(now: Searchable, tenant: str, table: Table, keys: Collection[str]) -> Iterator[tuple[str, str]]:
+    owners: tuple[str | None, ...] = (None, tenant)
+    if _only_owns(now, tenant, table):
+        owners = (tenant,)
     for column in table.c:
         type_ = column.type
-        if isinstance(type_, SearchHash) and column.key in keys and type_.owner in (None, tenant):
+        if isinstance(type_, SearchHash) and column.key in keys and type_.owner in owners:
             kind = _of_column(now, type_.spec, is_unique(column))
             if kind is not None:
                 yield type_.spec.column, kind
@@ -77,6 +80,13 @@ def _of_table(now: Searchable, tenant: str, table: Table, keys: Collection[str])
                 now.check_write(tenant, written)
             except HashSpecChangedError as error:
                 yield error.column or "", DROPPED
+
+
+def _only_owns(now: Searchable, tenant: str, table: Table) -> bool:
+    """Whether the table was noted for a tenant since it owns columns in the rows of others, and has none of its own."""
+    ours: list[Any] = [column.type for column in protected_in(table)]
+    own = [type_.spec.column for type_ in ours if isinstance(type_, SearchHash) and type_.owner is None]
+    return any(type_.owner == tenant for type_ in ours) and now.specs.keys().isdisjoint(own)
 
 
 def _of_column(now: Searchable, spec: HashSpec, unique: bool) -> str | None:

@@ -40,14 +40,11 @@ class EarlierRows:
         :param keys: of the columns that are written or searched.
         """
         name, known = table.fullname, ring.searchable.tables
-        if not known or not keys or name in known or (ring.tenant, name) in self._asked:
+        if not keys or name in known or (ring.tenant, name) in self._asked:
             return False
-        if not table.primary_key.columns:
+        if not table.primary_key.columns or (not known and not _has_owner(table, keys)):
             return False
-        stored = StoredTable(table, tenant_key(table), list(keys))
-        if any(owner is not None for owner in stored.owners.values()):
-            stored = StoredTable(table, None, list(keys))
-        found = conn.scalar(_mine(stored, ring)) is not None
+        found = conn.scalar(_earlier(table, ring, keys)) is not None
         if not found:
             self._asked.add((ring.tenant, name))
         return found
@@ -69,13 +66,26 @@ class EarlierRows:
             )
 
 
-def _mine(table: StoredTable, ring: Keyring) -> Any:
-    """The SELECT that finds one row of a tenant: by its column, or by the data keys in the values' headers."""
-    where = list(table.of_tenant(ring.tenant))
+def _has_owner(table: Table, keys: Collection[str]) -> bool:
+    """Whether columns take the keys of an owner, whose tenants need not have written anything."""
+    return any(table.c[key].type.owner is not None for key in keys)  # type: ignore[attr-defined] # encrypted ones
+
+
+def _earlier(table: Table, ring: Keyring, keys: Collection[str]) -> Any:
+    """The SELECT that finds one row of a tenant: by its column, or by the data keys in the values' headers.
+
+    In columns of an owner, any value: before the first was noted there can be none, or the column had another owner.
+    """
+    if _has_owner(table, keys):
+        stored = StoredTable(table, None, list(keys))
+        where = [or_(*(stored.cell(key).is_not(None) for key in stored.values))]
+        return select(stored.key[0]).where(*where).limit(1)
+    stored = StoredTable(table, tenant_key(table), list(keys))
+    where = list(stored.of_tenant(ring.tenant))
     if not where:
-        ids = [table.bound(header[2:HEADER_SIZE]) for header in ring.openers]
-        where = [or_(*(func.substr(table.cell(key), 3, 16).in_(ids) for key in table.values))]
-    return select(table.key[0]).where(*where).limit(1)
+        ids = [stored.bound(header[2:HEADER_SIZE]) for header in ring.openers]
+        where = [or_(*(func.substr(stored.cell(key), 3, 16).in_(ids) for key in stored.values))]
+    return select(stored.key[0]).where(*where).limit(1)
 
 
 def _has_plaintext(conn: Connection, table: Table, keys: Collection[str]) -> bool:

@@ -270,7 +270,9 @@ class Statements:
     def _known(self, conn: Any, ring: Keyring, spec: HashSpec) -> Keyring:
         """The tenant's keyring, once it is known whether rows from before are in a table that is searched first."""
         table = hashed_table(spec)
-        if table is None or not ring.searchable.tables:
+        if table is None:
+            return ring
+        if not ring.searchable.tables and spec.owner is None:
             return ring
         sources = sources_in(table, [spec.column])
         self._earlier.refuse_plaintext(conn, table, sources)

@@ -30,6 +30,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    false,
     func,
     or_,
     select,
@@ -50,9 +51,10 @@ from sqla_byok.orm.current import RUNNING, Turn, attachment_of
 from sqla_byok.orm.namesakes import Stored
 from sqla_byok.orm.plain import codec_of, driver_binary, driver_bytes
 from sqla_byok.orm.schema import sources_of
+from sqla_byok.orm.tenant_column import Digits, exactly
 from sqla_byok.orm.types import Encrypted, SearchHash
 
-__all__ = ["Change", "Processors", "StoredRow", "StoredTable", "UnderKeys", "key_id"]
+__all__ = ["NOBODY", "Change", "Processors", "StoredRow", "StoredTable", "UnderKeys", "key_id"]
 
 
 class Bytes(TypeDecorator[bytes]):
@@ -68,11 +70,17 @@ class Bytes(TypeDecorator[bytes]):
         return driver_bytes(dialect, coltype)
 
 
+_SINGLE = 24  # bits of precision up to which FLOAT(p) is one of four bytes
+
+NOBODY = ""
+"""In the place of a tenant: whose rows have NULL in the tenant column."""
+
+
 class StoredRow(NamedTuple):
     """One row.
 
     :param key: the values of its primary key.
-    :param tenant: the value of its tenant column, as text; None where there is no such column.
+    :param tenant: the value of its tenant column, as text; None where there is no such column, or NULL in it.
     :param cells: what is stored, by the keys of the encrypted and hash columns.
     """
 
@@ -150,7 +158,7 @@ class StoredTable:
     def page(
         self,
         conn: Connection,
-        limit: int,
+        limit: int | None,
         *,
         behind: Any = None,
         up_to: Any = None,
@@ -158,10 +166,10 @@ class StoredTable:
     ) -> list[StoredRow]:
         """The next rows in the order of the primary key.
 
-        :param limit: how many at most.
+        :param limit: how many at most; None: all.
         :param behind: the key of the last row before them; None: from the first.
         :param up_to: the key of the last row that belongs to them; None: to the end.
-        :param tenant: only this tenant's rows.
+        :param tenant: only this tenant's rows; :data:`NOBODY`: those whose tenant column is NULL.
         """
         where = self._within(conn, behind, up_to, tenant)
         cells = [self.cell(key) for key in self.columns]
@@ -173,7 +181,7 @@ class StoredTable:
         return [
             StoredRow(
                 values[:width],
-                str(values[width]) if whose else None,
+                str(values[width]) if whose and values[width] is not None else None,
                 dict(zip(names, values[start:], strict=True)),
             )
             for values in map(tuple, rows)
@@ -192,8 +200,35 @@ class StoredTable:
 
     def tenants(self, conn: Connection) -> list[str]:
         """Whose rows there are, by the tenant column."""
-        found = conn.scalars(select(self.tenant).distinct())  # type: ignore[arg-type] # asked where there is one
-        return [str(each) for each in found if each is not None]
+        if self.tenant is None:
+            return []
+        if _python_type(self.tenant) is not str:
+            return [str(each) for each in conn.scalars(select(self.tenant).distinct()) if each is not None]
+        # Not by the names themselves, of which the column's collation may take several for one.
+        found = conn.scalars(select(Digits(self.tenant)).distinct())
+        return [bytes.fromhex(each).decode() for each in found if each is not None]
+
+    def refuse_keys(self, conn: Connection) -> None:
+        """Refuse a table of which a row is not found by its primary key.
+
+        :raises ConfigurationError: rows have NULL in it, which SQLite lets in; or it is a FLOAT of MySQL or MariaDB,
+            which does not compare equal to the number that they give back.
+        """
+        if conn.dialect.name in ("mysql", "mariadb"):
+            for each in self.key:
+                if each.type.__visit_name__ in ("float", "FLOAT") and (each.type.precision or 0) <= _SINGLE:  # type: ignore[attr-defined] # of a Float
+                    raise ConfigurationError(
+                        f"{self.name}.{each.name}: a FLOAT is not found by the number that the database gives back of "
+                        "it; make the key a DOUBLE, or another type"
+                    )
+        if conn.dialect.name == "sqlite":
+            null = or_(*(each.is_(None) for each in self.key))
+            rows = conn.scalar(select(func.count()).select_from(self.stored).where(null))
+            if rows:
+                raise ConfigurationError(
+                    f"{self.name}: {rows} of its rows have NULL in the primary key, so that nothing tells them apart; "
+                    "give them keys, or delete them"
+                )
 
     def _within(
         self, conn: Connection, behind: Any, up_to: Any, tenant: str | None
@@ -206,10 +241,19 @@ class StoredTable:
             yield from self.of_tenant(tenant)
 
     def of_tenant(self, tenant: str) -> Iterator[ColumnElement[bool]]:
-        """What finds a tenant's rows, where a column says whose they are."""
-        if self.tenant is not None:
-            python = getattr(self.tenant.type, "python_type", str)
-            yield self.tenant == (tenant if python is str else python(tenant))
+        """What finds a tenant's rows, or :data:`NOBODY`'s, where a column says whose they are."""
+        if self.tenant is None:
+            return
+        python = _python_type(self.tenant)
+        if tenant == NOBODY:
+            yield self.tenant.is_(None)
+        elif python is str:
+            yield exactly(self.tenant, _bound(self.tenant, tenant))
+        else:
+            try:
+                yield self.tenant == python(tenant)
+            except (ValueError, ArithmeticError):
+                yield false()  # a name that no row can have
 
     def _compared(self, conn: Connection, key: Sequence[Any], *, beyond: bool) -> ColumnElement[bool]:
         if len(key) == 1:
@@ -323,6 +367,13 @@ def _packed(values: Sequence[Any], type_: TypeEngine[Any]) -> Any:
 def _numbers(values: Sequence[int | None]) -> str:
     """An array of numbers, as PostgreSQL reads it."""
     return f"{{{','.join(['NULL' if value is None else str(value) for value in values])}}}"
+
+
+def _python_type(mine: ColumnElement[Any]) -> Any:
+    try:
+        return mine.type.python_type
+    except NotImplementedError:
+        return str
 
 
 def _bound(mine: ColumnElement[Any], value: Any) -> BindParameter[Any]:

@@ -269,7 +269,7 @@ class Encrypted(Ours, TypeDecorator[_T], Generic[_T]):
         normalizer = None if self.normalize is None else identity(self.normalize)
         made = (self.hash, codec_of(self.type_).name, normalizer, *self.scope)
         around = decorators(self.type_, "process_bind_param")
-        return HashSpec.of(self.column_id or "", self.table, *made, *around)
+        return HashSpec.of(self.column_id or "", self.table, *made, *around, owner=self.owner)
 
     def as_loaded(self, dialect: Dialect) -> Process:
         """What makes of a value what it will be when it is read back: ``Decimal("1.00")`` of 1."""
@@ -582,7 +582,7 @@ class IndexedValue(Encrypted[Any]):
         ]
         made = (self.hash, codec_of(self.type_).name, identity(self.transform), *self.scope)
         ids = [source.column_id or "" for source in self.sources]
-        return HashSpec.of(self.column_id or "", self.table, *made, of, sources=ids)
+        return HashSpec.of(self.column_id or "", self.table, *made, of, sources=ids, owner=self.owner)
 
     @property
     def search_key(self) -> tuple[Any, ...]:
