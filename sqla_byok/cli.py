@@ -25,12 +25,13 @@ except ImportError:  # said where it is run
     raise SystemExit("the command needs an extra: pip install 'sqla-byok[cli]'") from None
 
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_byok import jobs
 from sqla_byok.errors import ByokError
 from sqla_byok.jobs.kinds import DATABASE, found_app
 from sqla_byok.jobs.runner import report_of
-from sqla_byok.keys.jobs import CANCELLED, PAUSED, RUNNING, Job
+from sqla_byok.keys.jobs import CANCELLED, DONE, OPEN, PAUSED, PREPARING, RUNNING, Job, Jobs
 from sqla_byok.runtime import Byok
 
 __all__ = ["app", "main"]
@@ -193,6 +194,9 @@ Below = Annotated[
         help="A query that gives one number, and what it has to stay below, such as a replica's lag."
     ),
 ]
+Gone = Annotated[
+    list[str] | None, typer.Option(help="A table that is there no more, under that name; may be repeated.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Store nothing.")]
 
 
@@ -251,13 +255,17 @@ def rehash(
     pause_file: PauseFile = None,
     below: Below = None,
     dry_run: DryRun = False,
+    open_search: Annotated[
+        bool | None,
+        typer.Option("--open-search/--leave-closed", help="Where the table is in several databases."),
+    ] = None,
 ) -> None:
     """Hash rows as the models declare, by the active search salts. No other release may run any more.
 
     Example: byok --app shop.db:byok rehash patient.mrn
     """
     pace = jobs.Pace(rate, pause_file, below)
-    _run(context.obj, jobs.rehash, what, tenant, workers, pace, dry_run=dry_run)
+    _run(context.obj, jobs.rehash, what, tenant, workers, pace, dry_run=dry_run, open_search=open_search)
 
 
 @app.command()
@@ -364,11 +372,16 @@ def watch(context: typer.Context, job: str) -> None:
     of: _Context = context.obj
     stored = of.byok._jobs
     with _told(of) as tell:
-        while stored.get(job).state in (RUNNING, "preparing"):
+        while stored.get(job).state == PREPARING or _is_worked_on(stored, job):
             if tell is not None:
                 tell(stored.progress(job))
             time.sleep(1)
     _reported(of, report_of(stored, stored.get(job)))
+
+
+def _is_worked_on(stored: Jobs, job: str) -> bool:
+    """Whether anything is left for workers; rows of dark tenants are not, until it is run again."""
+    return stored.get(job).state == RUNNING and any(shard.state == OPEN for shard in stored.shards(job))
 
 
 @_jobs.command()
@@ -405,7 +418,7 @@ def resume(context: typer.Context, job: str, workers: Workers = 1) -> None:
 
 def _set(of: _Context, job: str, state: str) -> None:
     found: Job = of.byok._jobs.get(job)
-    if found.state in (CANCELLED, "done"):
+    if found.state in (CANCELLED, DONE):
         _fail(f"the job is {found.state}")
     of.byok._jobs.set_state(found, state)
     _print(of, {"job": job, "state": state}, lambda: _out.print(f"{job}: {state}", markup=False))
@@ -435,14 +448,18 @@ def check(
 
 
 @app.command()
-def rotate(context: typer.Context, tenant: str, what: What = None, workers: Workers = 1) -> None:
+def rotate(
+    context: typer.Context, tenant: str, what: What = None, workers: Workers = 1, gone: Gone = None
+) -> None:
     """Give a tenant a new data key and search salt, move its rows, and retire the old ones.
 
     Example: byok --app shop.db:byok rotate org-42
     """
     of: _Context = context.obj
     with _told(of) as tell:
-        done = jobs.rotate(of.byok, of.engine, tenant, *(what or ()), **_how(of, workers, tell))
+        done = jobs.rotate(
+            of.byok, of.engine, tenant, *(what or ()), gone=gone or (), **_how(of, workers, tell)
+        )
 
     def show() -> None:
         for kind, generation in done.retired:
@@ -456,13 +473,15 @@ Generation = Annotated[int, typer.Argument(help="Its number.")]
 
 
 @app.command()
-def retire(context: typer.Context, tenant: str, kind: Kind, generation: Generation) -> None:
+def retire(
+    context: typer.Context, tenant: str, kind: Kind, generation: Generation, gone: Gone = None
+) -> None:
     """Stop reading with a generation that no row needs any more; refused where one does.
 
     Example: byok --app shop.db:byok retire org-42 data-key 1
     """
     of: _Context = context.obj
-    jobs.retire(of.byok, of.engine, tenant, kind, generation)
+    jobs.retire(of.byok, of.engine, tenant, kind, generation, gone=gone or ())
     said = f"retired {kind} {generation}. What seal() made and what backups hold could not be asked"
     _print(of, {"retired": [kind, generation]}, lambda: _out.print(said, markup=False))
 
@@ -533,6 +552,10 @@ def set_searchable(
     of: _Context = context.obj
     if all_ and columns:
         _fail("give columns or --all, not both", WRONG)
+    if columns or but:
+        of.byok.check(
+            *(columns or ()), *(but or ())
+        )  # refuses what no model declares: a typo would disable all others
     of.byok.set_searchable(tenant, None if all_ else set(columns or ()), but=set(but or ()))
     found = [each for each in of.byok.check() if each.tenant == tenant]
     _print(of, [each._asdict() for each in found], lambda: _grid(("tenant", "column", "what", "run"), found))
@@ -544,4 +567,8 @@ def main() -> None:
         app()
     except ByokError as error:
         _err.print(f"byok: {error}", markup=False)
+        raise SystemExit(FAILED) from None
+    except SQLAlchemyError as error:  # its own text has the statement too
+        reason = getattr(error, "orig", None) or error
+        _err.print(f"byok: the database: {' '.join(str(reason).split())}", markup=False)
         raise SystemExit(FAILED) from None

@@ -148,13 +148,38 @@ def test_what_goes_wrong_is_told_in_a_line(application: Application) -> None:
         (("jobs", "show", "nothing"), 3),
         (("retire", "org", "data-key", "1"), 3),
         (("retire", "nobody", "data-key", "1"), 3),
+        (("retire", "org", "data-key", "1", "--gone", "cm_member"), 3),
         (("set-searchable", "org", "--all", "cm_member.mail"), 2),
+        (("set-searchable", "org", "cm_member.maill"), 3),
+        (("rehash", "--tenant", "nobody"), 3),
+        (("verify", "--below", "SELECT nonsense FROM nowhere", "5"), 3),
+        (("destroy", "org", "data-key", "1", "--backups-kept", "1e9", "--confirm", "org"), 3),
+        (("--app", ":byok", "check"), 3),
+        (("--app", ".shop:byok", "check"), 3),
+        (("--database", "no URL", "verify"), 3),
+        (("--database", f"sqlite:///{application.folder / 'empty.db'}", "verify"), 3),
+        (("--database", f"sqlite:///{application.folder / 'empty.db'}", "leakage"), 3),
+        (("--database", "postgresql+psycopg://u:AAECAwQ@127.0.0.1:1/x", "reencrypt"), 3),
     ):
         told = application.run(*arguments, code=code)
         assert "Traceback" not in told
         assert "AAECAwQ" not in told
     (application.folder / "shop.py").write_text("byok = 1")
     assert "there is no Byok" in application.run("check", code=3)
+
+
+@only_sqlite
+def test_watching_ends_where_only_a_dark_tenants_rows_are_left(application: Application) -> None:
+    LocalKms.create(application.folder / "other.key")
+    application.python(
+        "from shop import *; from sqla_byok import LocalKms; byok.onboard('other', LocalKms('other.key'))\n"
+        "with byok.session('other', engine) as session: session.add(Member(id=900, mail='x')); session.commit()\n"
+    )
+    (application.folder / "other.key").rename(application.folder / "away.key")
+    job = application.json("verify", code=4)["job"]
+    assert application.json("jobs", "watch", job, code=4)["dark"] == ["other"]
+    (application.folder / "away.key").rename(application.folder / "other.key")
+    assert application.json("verify")["job"] == job
 
 
 def test_two_processes_work_on_one_job(application: Application) -> None:
