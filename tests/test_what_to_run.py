@@ -54,7 +54,7 @@ def parse(words: list[str]) -> None:
     while words:
         word = words.pop(0)
         if word.startswith("--"):
-            options = {name for parameter in group.params for name in parameter.opts}
+            options = {name for each in group.params for name in (*each.opts, *each.secondary_opts)}
             name = word.partition("=")[0]
             assert name in options or name in {"--install-completion", "--help"}, word
             if words and name in {"--app", "--database"}:
