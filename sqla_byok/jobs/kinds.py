@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypedDict
 
-from sqlalchemy import Engine, Table, create_engine, inspect
+from sqlalchemy import Engine, Table, create_engine
 from typing_extensions import Unpack
 
 from sqla_byok.crypto.formats import DATA_KEY, SEARCH_SALT
-from sqla_byok.errors import ConfigurationError, UnknownTenantError
-from sqla_byok.jobs.rows import DARK, FAILED, OTHERS, Rework, Verify, Work
+from sqla_byok.errors import ConfigurationError
+from sqla_byok.jobs.plans import columns_of, database_of, elsewhere, engine_of, entry_of, plan_of, works_of
+from sqla_byok.jobs.rows import DARK, FAILED, OTHERS
 from sqla_byok.jobs.runner import (
     SHARD_ROWS,
     Pace,
@@ -29,16 +29,12 @@ from sqla_byok.jobs.runner import (
 from sqla_byok.jobs.searching import Hashed, Searching, give_up
 from sqla_byok.keys.jobs import CANCELLED, DONE, OPEN, PREPARING, RUNNING, Job, Progress
 from sqla_byok.keys.jobs import DARK as DARK_ROWS
-from sqla_byok.orm.chosen import Chosen, chosen, hashes_in, values_in
+from sqla_byok.orm.chosen import hashes_in, values_in
 from sqla_byok.orm.namesakes import declared_tables
-from sqla_byok.orm.plain import codec_of
-from sqla_byok.orm.schema import sources_of
 from sqla_byok.orm.stored import NOBODY, StoredTable
-from sqla_byok.orm.tenant_column import tenant_key
-from sqla_byok.orm.types import Encrypted, SearchHash
 from sqla_byok.runtime import Byok
 
-__all__ = ["How", "cancel", "databases_of", "engine_of", "reencrypt", "rehash", "resume", "verify"]
+__all__ = ["How", "cancel", "reencrypt", "rehash", "resume", "verify"]
 
 REENCRYPT, REHASH, VERIFY = "reencrypt", "rehash", "verify"
 
@@ -86,13 +82,13 @@ def reencrypt(byok: Byok, engine: Engine | None, /, *what: Any, **how: Unpack[Ho
     :raises ConfigurationError: a table has no primary key; the engine is not attached; something is no model.
     """
     engine = engine_of(byok, engine)
-    over = _without_views(engine, _over(what))
+    over = columns_of(engine, what)
     entries = {
-        table.fullname: _entry(table, values_in(table, keys), [])
+        table.fullname: entry_of(table, values_in(table, keys), [])
         for table, keys in over.items()
         if values_in(table, keys)
     }
-    return _Run(byok, engine, REENCRYPT, _plan(byok, engine, entries, how), how, over).go()
+    return _Run(byok, engine, REENCRYPT, plan_of(byok, engine, entries, how.get("tenants")), how, over).go()
 
 
 def rehash(
@@ -123,20 +119,20 @@ def rehash(
         database has one of the tables too, and ``open_search`` is not given; and as above.
     """
     engine = engine_of(byok, engine)
-    over = _without_views(engine, _over(what))
+    over = columns_of(engine, what)
     entries = {
-        table.fullname: _entry(table, [], hashes_in(table, keys))
+        table.fullname: entry_of(table, [], hashes_in(table, keys))
         for table, keys in over.items()
         if hashes_in(table, keys)
     }
     if not entries:
         raise ConfigurationError("nothing of it has hashes; declare columns searchable, or a hash_index")
-    if open_search is None and (there := _elsewhere(byok, engine, over)) is not None:
+    if open_search is None and (there := elsewhere(byok, engine, over)) is not None:
         raise ConfigurationError(
             f"there is {there} too, and its rows are hashed by a job of their own: give open_search=False ('byok "
             "rehash --leave-closed') for all databases but the last, and open_search=True (--open-search) for that one"
         )
-    plan = _plan(byok, engine, entries, how, opens=open_search is not False)
+    plan = plan_of(byok, engine, entries, how.get("tenants"), opens=open_search is not False)
     return _Run(byok, engine, REHASH, plan, how, over).go()
 
 
@@ -159,13 +155,13 @@ def verify(
         program of his own. From its begin on models that hash them otherwise are refused, as by :func:`rehash`.
     """
     engine = engine_of(byok, engine)
-    over = _without_views(engine, _over(what))
+    over = columns_of(engine, what)
     mode = {"repair": repair, "open": open_search}
     entries = {
-        table.fullname: {**_entry(table, values_in(table, keys), hashes_in(table, keys)), "verify": mode}
+        table.fullname: {**entry_of(table, values_in(table, keys), hashes_in(table, keys)), "verify": mode}
         for table, keys in over.items()
     }
-    plan = _plan(byok, engine, entries, how, opens=open_search)
+    plan = plan_of(byok, engine, entries, how.get("tenants"), opens=open_search)
     return _Run(byok, engine, VERIFY, plan, how, over).go()
 
 
@@ -175,9 +171,9 @@ def resume(byok: Byok, engine: Engine | None, job: str, **how: Unpack[How]) -> R
     if found.state in (CANCELLED, DONE):
         raise ConfigurationError(f"the job {job!r} is {found.state}; begin another")
     engine = engine_of(byok, engine)
-    if found.plan["database"] != _database_of(engine):
+    if found.plan["database"] != database_of(engine):
         raise ConfigurationError(
-            f"the job {job!r} is over the database {found.plan['database']!r}, and this is {_database_of(engine)!r}; "
+            f"the job {job!r} is over the database {found.plan['database']!r}, and this is {database_of(engine)!r}; "
             "give that one's engine, by the same address, or cancel the job and begin another"
         )
     return _Run(byok, engine, found.kind, found.plan, how, declared_tables()).go(found)
@@ -195,138 +191,6 @@ def cancel(byok: Byok, job: str) -> None:
     give_up(byok, job)
 
 
-def _over(what: Sequence[Any]) -> Chosen:
-    """The columns that a job is over: where several models declare a table, by the one that has them all.
-
-    :raises ConfigurationError: none has, or they declare a column in different ways.
-    """
-    by_name: dict[str, list[tuple[Table, set[str]]]] = {}
-    for table, keys in chosen(what).items():
-        by_name.setdefault(table.fullname, []).append((table, keys))
-    over: Chosen = {}
-    for name, declared in by_name.items():
-        widest, keys = max(declared, key=lambda each: len(each[1]))
-        if not all(
-            theirs <= keys and _made(each, theirs) == _made(widest, theirs) for each, theirs in declared
-        ):
-            raise ConfigurationError(
-                f"several models declare the table {name!r}, in different ways; give the one that the job is to go by"
-            )
-        over[widest] = keys
-    return over
-
-
-def _entry(table: Table, seals: Sequence[str], hashes: Sequence[str]) -> dict[str, Any]:
-    """What a plan has of a table."""
-    return {"seals": seals, "hashes": hashes, "made": _made(table, [*seals, *hashes])}
-
-
-def _made(table: Table, keys: Iterable[str]) -> dict[str, str]:
-    """How what stands in these columns is made: a release that does so otherwise has a job of its own."""
-    made = {"": tenant_key(table) or ""}
-    for key in keys:
-        type_ = table.c[key].type
-        if isinstance(type_, SearchHash):
-            made[key] = type_.spec.digest
-        elif isinstance(type_, Encrypted):
-            codec = codec_of(type_.type_).name
-            made[key] = f"{type_.column_id} {codec} {type_.mode} {type_.pad_to} {type_.owner}"
-    return made
-
-
-def _plan(
-    byok: Byok, engine: Engine, entries: Mapping[str, Any], how: How, opens: bool = False
-) -> dict[str, Any]:
-    """What a job is over, and how; who calls it so again goes on with it.
-
-    :param opens: whether it opens the search of what it was over.
-    :raises UnknownTenantError: a tenant was never onboarded.
-    """
-    tenants = None if how.get("tenants") is None else list(dict.fromkeys(how["tenants"]))
-    for unknown in sorted({*(tenants or ())} - {*byok._keystore.tenants()}):
-        raise UnknownTenantError(f"tenant {unknown!r} was never onboarded", tenant=unknown)
-    return {"tables": dict(entries), "tenants": tenants, "database": _database_of(engine), "opens": opens}
-
-
-def _database_of(engine: Engine) -> str:
-    """Which database it is of, without user and password."""
-    url = engine.url
-    if url.get_backend_name() == "sqlite":
-        return f"sqlite {Path(url.database).absolute() if url.database else ''}"
-    return f"{url.get_backend_name()} {url.host or url.query.get('host', '')}:{url.port or ''} {url.database}"
-
-
-def _elsewhere(byok: Byok, engine: Engine, tables: Iterable[Table]) -> str | None:
-    """A table of these that another attached database has too."""
-    for other in databases_of(byok, engine)[1:]:
-        look = inspect(other)
-        for table in tables:
-            if look.has_table(table.name, schema=table.schema):
-                return f"{table.fullname} in {_database_of(other)}"
-    return None
-
-
-def databases_of(byok: Byok, engine: Engine) -> list[Engine]:
-    """The engine, and one of each other database that is attached by a sync engine."""
-    found = {_database_of(engine): engine}
-    for each in byok.engines:
-        if not each.dialect.is_async:
-            found.setdefault(_database_of(each), each)
-    return list(found.values())
-
-
-def _without_views(engine: Engine, over: Chosen) -> Chosen:
-    """Those that are no views: whose rows are those of tables.
-
-    :raises ConfigurationError: there is nothing else.
-    """
-    look, views = inspect(engine), set[tuple[str | None, str]]()
-    for schema in {table.schema for table in over}:
-        names = look.get_view_names(schema)
-        if engine.dialect.name == "postgresql":
-            names += look.get_materialized_view_names(schema)
-        views |= {(schema, name) for name in names}
-    found = {table: keys for table, keys in over.items() if (table.schema, table.name) not in views}
-    if over and not found:
-        raise ConfigurationError(
-            f"{', '.join(table.fullname for table in over)}: a view has no rows of its own; run the job over the "
-            "tables that it shows"
-        )
-    return found
-
-
-def _works(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work]:
-    """What is done with the rows of each table of a plan."""
-    declared: dict[str, list[Table]] = {}
-    for each in tables:
-        declared.setdefault(each.fullname, []).append(each)
-    works: dict[str, Work] = {}
-    for name, entry in plan["tables"].items():
-        if name not in declared:
-            raise ConfigurationError(
-                f"the job is over the table {name!r}, which no model of this process declares"
-            )
-        keys = [*entry["seals"], *entry["hashes"]]
-        fitting = [
-            each
-            for each in declared[name]
-            if all(key in each.c for key in keys) and _made(each, keys) == entry["made"]
-        ]
-        if not fitting:
-            raise ConfigurationError(
-                f"the job encrypts or hashes {name!r} in another way than this release's models declare; run it with "
-                "those that it was begun with, or cancel it and begin another"
-            )
-        table = fitting[0]
-        sources = [source for key in entry["hashes"] for source in sources_of(table.c[key])]
-        stored = StoredTable(table, tenant_key(table), [*entry["seals"], *entry["hashes"], *sources])
-        if "verify" in entry:
-            works[name] = Verify(stored, entry["verify"]["repair"], entry["verify"]["open"])
-        else:
-            works[name] = Rework(stored, entry["seals"], entry["hashes"])
-    return works
-
-
 class _Run:
     """One call of a job."""
 
@@ -341,7 +205,7 @@ class _Run:
     ) -> None:
         self._byok, self._kind, self._plan, self._how = byok, kind, plan, how
         self._engine = engine
-        self._works, self._tenants = _works(plan, tables), plan["tenants"]
+        self._works, self._tenants = works_of(plan, tables), plan["tenants"]
         hashed = [
             each for work in self._works.values() for each in Hashed.in_table(work.table, work.table.hashes)
         ]
@@ -524,7 +388,7 @@ def work_as_one(app: str, place: int, job: str, pace: Pace) -> None:
         byok.attach(create_engine(url))
         place = -1
     plan = byok._jobs.get(job).plan
-    Runner(byok, byok.engines[place], _works(plan, declared_tables()), plan["tenants"], pace).work(job)
+    Runner(byok, byok.engines[place], works_of(plan, declared_tables()), plan["tenants"], pace).work(job)
 
 
 def found_app(app: str) -> Byok:
@@ -545,25 +409,4 @@ def found_app(app: str) -> Byok:
         found = found()
     if not isinstance(found, Byok):
         raise ConfigurationError(f"{app}: there is no Byok; give package.module:attribute")
-    return found
-
-
-def engine_of(byok: Byok, engine: Engine | None) -> Engine:
-    """The engine that was given, or the only one that was attached.
-
-    :raises ConfigurationError: there are several, or it is an async engine's.
-    """
-    if engine is not None:
-        byok._require_attached(engine)
-        return engine
-    if len(byok.engines) != 1:
-        raise ConfigurationError(
-            "which database? Give the engine: several were attached to this Byok, or none"
-        )
-    found = byok.engines[0]
-    if found.dialect.is_async:
-        raise ConfigurationError(
-            "a job takes a sync engine, and the one that was attached is an async engine's; make one over the same "
-            "database with a sync driver, and attach it too"
-        )
     return found

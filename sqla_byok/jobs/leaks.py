@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.sql.elements import ColumnElement
 
-from sqla_byok.jobs.kinds import engine_of
+from sqla_byok.jobs.plans import engine_of
 from sqla_byok.orm.chosen import chosen
 from sqla_byok.orm.stored import StoredTable
 from sqla_byok.orm.tenant_column import tenant_key

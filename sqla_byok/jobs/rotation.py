@@ -12,7 +12,8 @@ from typing_extensions import Unpack
 
 from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, KINDS, READABLE, RETIRED, SEARCH_SALT
 from sqla_byok.errors import ConfigurationError
-from sqla_byok.jobs.kinds import How, databases_of, engine_of, reencrypt, rehash
+from sqla_byok.jobs.kinds import How, reencrypt, rehash
+from sqla_byok.jobs.plans import databases_of, engine_of
 from sqla_byok.jobs.runner import Report
 from sqla_byok.jobs.searching import hashed_note
 from sqla_byok.keys.rows import SealedRecord

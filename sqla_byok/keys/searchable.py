@@ -62,6 +62,7 @@ _NOT_SEARCHED = (PENDING, _MIXED, _HASHING)
 
 _DIGEST_DIGITS = 32
 _PAST_KEPT = 8
+_ALWAYS_STORED = 3
 
 
 class HashSpec(NamedTuple):
@@ -110,6 +111,10 @@ class Written:
 NOTHING = Written("", {})
 
 
+def _last(digests: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(digests))[-_PAST_KEPT:]
+
+
 class _Column(NamedTuple):
     """What is known of one column.
 
@@ -118,6 +123,7 @@ class _Column(NamedTuple):
     :param mark: of a pending one that is to become mixed, what tells this time from any other; of one that a job
         hashes, the job.
     :param past: the specifications that re-hashes have replaced: releases that have them are to have ended.
+    :param tried: those for which its search was closed, until a re-hash; of all but its own the same holds then.
     """
 
     spec: str
@@ -125,31 +131,44 @@ class _Column(NamedTuple):
     sources: tuple[str, ...] = ()
     mark: str = ""
     past: tuple[str, ...] = ()
+    tried: tuple[str, ...] = ()
 
     @classmethod
     def read(
-        cls, spec: str, state: str, sources: Iterable[str], mark: str = "", past: Iterable[str] = ()
+        cls,
+        spec: str,
+        state: str,
+        sources: Iterable[str],
+        mark: str = "",
+        past: Iterable[str] = (),
+        tried: Iterable[str] = (),
     ) -> _Column:
         """One of its parts as they are stored."""
-        return cls(spec, state, tuple(sources), mark, tuple(past))
+        return cls(spec, state, tuple(sources), mark, tuple(past), tuple(tried))
 
     def stored(self) -> tuple[Any, ...]:
         """The parts that are stored, those at the end only where they say something."""
-        return self if self.past else self[: 4 if self.mark else 3]
+        parts: tuple[Any, ...] = self
+        while len(parts) > _ALWAYS_STORED and not parts[-1]:
+            parts = parts[:-1]
+        return parts
 
     def hashing(self, spec: HashSpec, job: str) -> _Column:
         """Hashed by a specification from now on, and for a job."""
-        replaced = [each for each in (*self.past, self.spec) if each not in ("", spec.digest)]
-        return _Column(spec.digest, _HASHING, spec.sources, job, tuple(dict.fromkeys(replaced))[-_PAST_KEPT:])
+        replaced = _last(
+            each for each in (*self.past, self.spec, *self.tried) if each not in ("", spec.digest)
+        )
+        return _Column(spec.digest, _HASHING, spec.sources, job, replaced)
 
     def off(self) -> _Column:
         """Neither hashed nor searched."""
         return self._replace(state=OFF, mark="")
 
-    def changing(self, settled: Callable[[str], bool]) -> _Column:
-        """Pending, and mixed once that has settled."""
+    def changing(self, spec: HashSpec, settled: Callable[[str], bool]) -> _Column:
+        """Pending, for another specification, and mixed once that has settled."""
         if self.state != PENDING or not self.mark:
-            return self._replace(state=PENDING, mark=secrets.token_hex(4))
+            tried = _last((*self.tried, spec.digest))
+            return self._replace(state=PENDING, mark=secrets.token_hex(4), tried=tried)
         return self._replace(state=_MIXED, mark="") if settled(self.mark) else self
 
     def not_searched(self) -> _Column:
@@ -365,7 +384,7 @@ class Searchable:
             return self
         late = late or written.table in self.tables
         found = {
-            name: self._columns[name].changing(partial(settled, name))
+            name: self._columns[name].changing(spec, partial(settled, name))
             for name, spec in written.specs.items()
             if name in self.specs and self._is_changed(name, spec, written)
         }
@@ -433,7 +452,7 @@ class Searchable:
         known = self._columns[spec.column]
         if known.spec == spec.digest or known.state not in (ON, PENDING, _HASHING):
             return self
-        return self._with({spec.column: known.changing(lambda _: False)})
+        return self._with({spec.column: known.changing(spec, lambda _: False)})
 
     def mixed(self, column: str) -> Searchable:
         """With a column open to writers of any specification, which was pending for the settle time."""

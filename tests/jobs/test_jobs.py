@@ -834,6 +834,34 @@ def test_cancelled_the_columns_stay_closed(
         assert session.scalars(select(old.id).where(old.mail == "M1")).all() == [1]
 
 
+def test_a_release_that_was_withdrawn_before_a_job_of_its_own(byok: Byok, engine: Engine) -> None:
+    """Its way back was a re-hash by the one before; a process of it that was forgotten is refused."""
+    old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
+    old.metadata.create_all(engine)
+
+    def write(model: Any, id_: int) -> None:
+        with byok.session("t1", engine) as session:
+            session.add(model(id=id_, mail="Ada"))
+            session.commit()
+
+    write(old, 1)
+    byok.check(new, prepare=True)
+    write(new, 2)
+    byok.check(old, prepare=True)
+    rehash(byok, engine, old)
+    for _ in range(2):
+        with pytest.raises(HashSpecChangedError):
+            write(new, 3)
+    assert byok.check(old) == []
+    with byok.session("t1", engine) as session:
+        assert sorted(session.scalars(select(old.id).where(old.mail == "Ada"))) == [1, 2]
+    byok.check(new, prepare=True)
+    write(new, 3)
+    rehash(byok, engine, new)
+    with pytest.raises(HashSpecChangedError):
+        write(old, 4)
+
+
 def test_a_release_that_comes_back_during_the_job_keeps_it_closed(byok: Byok, engine: Engine) -> None:
     """The job ends, and does not open what has been closed anew meanwhile."""
     old, new = _release(searchable=True), _release(searchable=True, normalize=casefold)
