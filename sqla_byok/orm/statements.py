@@ -112,19 +112,24 @@ class Statements:
             given = upstream.inside(given)
         if not getattr(given, "is_dml", False):
             return call
-        statement, rows, database = given, given_rows, None
+        statement, rows, held, filled = given, given_rows, None, None
         if tenant_column.used:
             refuse_overruled(call.clause.get_execution_options(), options, conn.get_execution_options())
             database = Database(conn.dialect, options.get("schema_translate_map"))
-            statement = tenant_column.check(statement, rows, tenant, database)
+            held = tenant_column.check(statement, rows, tenant, database)
+            statement = given if held is None else held
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
             statement, rows = filled
-        if database is not None:
+        if held is not None:
             statement = tenant_column.hold_conflicts(statement, tenant, database)
         if statement is not given:
             clause = upstream.instead(call.clause, statement)
-            return upstream.compiled_anew(conn, options, clause, rows)
-        return call if rows is given_rows else _with_rows(conn, options, call, rows)
+            call = upstream.compiled_anew(conn, options, clause, rows)
+        elif rows is not given_rows:
+            call = _with_rows(conn, options, call, rows)
+        if held is not None or filled is not None:
+            _refuse_replacing(call.compiled, given_rows)
+        return call
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
 
@@ -455,6 +460,15 @@ def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence
     if compiled is None:
         compiled = known[keys] = upstream.compiled_anew(conn, options, call.clause, rows).compiled
     return call._replace(compiled=compiled, parameters=rows)
+
+
+def _refuse_replacing(compiled: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    name = upstream.replacing(compiled, rows)
+    if name is not None:
+        raise UnsupportedQueryError(
+            f"the parameter {name!r} has the name of a value that the statement itself has, and would be sent in its "
+            "place, past what was checked of it; leave it out, or give the value as bindparam() under another name"
+        )
 
 
 def _refuse_precompiled(turn: Turn) -> NoReturn:

@@ -45,12 +45,15 @@ from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
 from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchError, UnsupportedQueryError
 from sqla_byok.orm import upstream
+from sqla_byok.orm.constructs import is_own
 from sqla_byok.orm.current import attachment_of
 from sqla_byok.orm.namesakes import Naming, Stored
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.turns import Whose, shown, whose
 from sqla_byok.orm.types import Encrypted
+from sqla_byok.orm.upstream import Item
+from sqla_byok.orm.writes import set_on_conflict
 
 __all__ = [
     "TENANT_COLUMN",
@@ -270,22 +273,22 @@ def check(clause: Any, rows: Sequence[Mapping[str, Any]], tenant: Whose | None, 
 
     :param clause: the statement.
     :param rows: its parameters.
-    :returns: the statement to run instead.
+    :returns: the statement to run instead; None where any row may be written.
     :raises TenantMismatchError: if it sets the column to another tenant's name.
     :raises NoTenantError: if there is no tenant.
     :raises UnsupportedQueryError: if what it sets the column to cannot be known.
     """
-    given, written = None, list(_written(clause, database))
-    if written and not clause.is_insert:
+    targets = [(target, _names(target, tenant)) for target in _written(clause, database)]
+    held = [(target, names) for target, names in targets if names is not None]
+    if not held:
+        return None
+    given = [] if clause.is_delete else list(_given(clause, rows))
+    if not clause.is_insert:
         clause = upstream.without_evaluated(clause)
-    for target in written:
-        names = _names(target, tenant)
-        if names is None:
-            continue
-        if not clause.is_delete:
-            given = given or list(_given(clause, rows))
-            if not target.inherits:
-                _check_given(clause, target, _own(clause, target, given), names)
+    for target, names in held:
+        if not clause.is_delete and not target.inherits:
+            _check_given(clause, target, _own(clause, target, given), names)
+            _check_conflicts(clause, target, rows, names)
         if not clause.is_insert:
             clause = upstream.with_criterion(clause, _held(target, names))
     return clause
@@ -464,11 +467,15 @@ def _target(table: Any, database: Database) -> _Target | None:
 def _column(table: Any, name: str, database: Database) -> Any:
     """A table's column by the name that it has in the database; table() need not have been given it."""
     called = database.naming.column
-    found = next((column for column in table.c if called(column.name) == called(name)), None)
-    if found is None:
-        found = ColumnClause(name)
-        found.table = table
-    return found
+    found = [column for column in table.c if called(column.name) == called(name)]
+    if len(found) > 1:
+        raise UnsupportedQueryError(
+            f"{table.description}: it has {name!r} twice, by names that are one to the database; give it once"
+        )
+    if not found:
+        found = [ColumnClause(name)]
+        found[0].table = table
+    return found[0]
 
 
 def _inherited(table: Any, known: Table, database: Database) -> _Target:
@@ -521,68 +528,82 @@ def _is_model(table: Table) -> bool:
     )
 
 
-def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[Any, Any]]:
-    """Each row that a statement sets, whichever way it was given."""
+def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Item]]:
+    """What is said of each row that a statement sets, whichever way: of a column also twice, as by values() and as a
+    parameter. Which of them is sent is SQLAlchemy's to say, so none may be another tenant's."""
     groups = upstream.multi_values(clause)
-    if groups:
-        # Rows of positional values are refused where hashes are filled; here they stand for their columns.
-        columns = clause.table.c.keys()
-        yield from (
-            row if isinstance(row, dict) else dict(zip(columns, row, strict=False))
-            for group in groups
-            for row in group
-        )
-        return
-    items = dict(upstream.values(clause))
+    # Rows of positional values are refused where hashes are filled; here they stand for their columns.
+    given = [
+        list(row.items() if isinstance(row, dict) else zip(clause.table.c.keys(), row, strict=False))
+        for group in groups
+        for row in group
+    ]
+    given = given if groups else [upstream.values(clause)]
     for row in rows or ({},):
-        yield {
-            **{
-                key: row[value.key] if isinstance(value, BindParameter) and value.key in row else value
-                for key, value in items.items()
-            },
-            **row,
-        }
+        for items in given:
+            yield [*((key, _sent(value, row)) for key, value in items), *row.items()]
 
 
-def _own(clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
-    """What the rows set in one table. SQLAlchemy goes by a key's name, unless an UPDATE has its table in its FROM."""
+def _sent(value: Any, row: Mapping[str, Any]) -> Any:
+    """A value, or what the row of parameters has under its name."""
+    return row[value.key] if isinstance(value, BindParameter) and value.key in row else value
+
+
+def _own(clause: Any, target: _Target, given: Sequence[Sequence[Item]]) -> list[list[Any]]:
+    """What the rows set a table's tenant to, of each row all that is said.
+
+    SQLAlchemy goes by a key's name, unless an UPDATE has its table in its FROM.
+    """
     others: set[Any] = set()
     if clause.is_update and clause.whereclause is not None:
         elements = [*iterate(clause.table), *iterate(clause.whereclause)]
         others = {getattr(element, "table", element) for element in elements} - {target.table, None}
+    named = target.column.key
     return [
-        {
-            getattr(key, "key", key): value
-            for key, value in row.items()
-            if getattr(key, "table", None) not in others
-        }
+        [
+            value
+            for key, value in row
+            if (key if isinstance(key, str) else getattr(key, "key", key)) == named
+            and getattr(key, "table", None) not in others
+        ]
         for row in given
     ]
 
 
-_ABSENT = object()
-
-
 def _check_given(
-    clause: Any, target: _Target, given: Sequence[Mapping[Any, Any]], names: Collection[str]
+    clause: Any, target: _Target, given: Sequence[Sequence[Any]], names: Collection[str]
 ) -> None:
     column = target.column
     default = getattr(column, "default" if clause.is_insert else "onupdate", None)
     if column.key in upstream.select_names(clause):
         _unknown(column, "INSERT FROM SELECT sets it to")
-    for row in given:
-        value = row.get(column.key, _ABSENT)
-        if value is not _ABSENT:
+    for values in given:
+        for value in values:
             _check_value(column, _plain(column, value), names)
-        elif default is not None and (default.is_clause_element or default.is_sequence):
+        if values:
+            continue
+        if default is not None and (default.is_clause_element or default.is_sequence):
             _unknown(column, "its default or onupdate sets it to")  # of another object of the table's name
         elif clause.is_insert and default is None:
             _check_value(column, None, names)
+
+
+def _check_conflicts(
+    clause: Any, target: _Target, rows: Sequence[Mapping[str, Any]], names: Collection[str]
+) -> None:
+    """Check what an upsert sets the tenant's column to on conflict."""
+    column = target.column
     for conflict in upstream.conflicts(clause):
         for key, value in upstream.conflict_values(conflict):
-            same = isinstance(value, ColumnClause) and value.key == column.key  # as it is, or excluded
-            if getattr(key, "key", key) == column.key and not same:
-                _check_value(column, _plain(column, value), names)
+            if set_on_conflict(target.table, key).key != column.key or _is_column(value, column.name):
+                continue
+            for row in rows or ({},):
+                _check_value(column, _plain(column, _sent(value, row)), names)
+
+
+def _is_column(value: Any, name: str) -> bool:
+    """Whether a value is a column of this name: the row's own, or excluded's."""
+    return isinstance(value, ColumnClause) and value.name == name and not (value.is_literal or is_own(value))
 
 
 def _plain(column: Any, value: Any) -> Any:

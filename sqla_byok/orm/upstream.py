@@ -38,6 +38,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import NullLambdaStatement
 from sqlalchemy.sql.selectable import (
     FromClause,
+    Join,
     Lateral,
     ScalarValues,
     SelectState,
@@ -111,6 +112,7 @@ __all__ = [
     "referred",
     "render_again",
     "renders_itself",
+    "replacing",
     "resolved",
     "restated",
     "result_types",
@@ -602,6 +604,23 @@ def prefetched(compiled: Any) -> list[tuple[Any, str]]:
         (getattr(column, "original", column), compiled._within_exec_param_key_getter(column))
         for column in (*compiled.insert_prefetch, *compiled.update_prefetch)
     ]
+
+
+def replacing(compiled: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of a parameter that would be sent in the place of a value which the statement has itself.
+
+    SQLAlchemy names such values: ``param_1``, ``org_m0``. Those of a single ``values()`` have the columns' names.
+    """
+    dml = inside(compiled.statement)
+    table, _ = target(dml)
+    while isinstance(table, Join):
+        table = table.left
+    for row in rows:
+        for name in row:
+            bind = compiled.binds.get(name)
+            if bind is not None and (bind.unique or bind._is_crud) and name not in table.c:
+                return name
+    return None
 
 
 def result_types(compiled: Any) -> Iterator[Any]:

@@ -34,6 +34,7 @@ __all__ = [
     "hashed_table",
     "made_known",
     "refuse_compiled",
+    "set_on_conflict",
     "sources_in",
     "written",
     "written_table",
@@ -422,7 +423,8 @@ def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], cop
             target = hash_column.key if isinstance(key, str) else hash_column
             hashed = _given_hash(hash_column, [value], given)
             filled.append((target, _bound(hash_column, value, copied) if hashed is None else hashed))
-        by_table.setdefault(column.table, {})[column.key] = value
+        # Of a column that is named twice SQLAlchemy sends what comes first.
+        by_table.setdefault(column.table, {}).setdefault(column.key, value)
         by_name[column.table] = isinstance(key, str)
     for written, values in by_table.items():
         for hash_column, hashed in _compounds(clause, written, values, given, copied):
@@ -621,12 +623,24 @@ def _key_of(key: Any) -> Any:
     return key if isinstance(key, str) else key.key
 
 
-def _fill_conflict_item(table: Any, key: Any, value: Any, values: dict[str, Any]) -> list[Item]:
+def set_on_conflict(table: Any, key: Any) -> Any:
+    """The column that an upsert sets by a key.
+
+    :raises UnsupportedQueryError: if it is none by its key. SQLAlchemy would write it nevertheless, past all checks
+        where it is another spelling of a column.
+    """
     name = _key_of(key)
     column = table.c.get(name)
-    if column is None:
-        # SQLAlchemy would write it nevertheless, in the clear where it is another spelling of an encrypted column.
+    other = not isinstance(key, str) and (
+        getattr(key, "is_literal", False) or getattr(key, "name", name) != getattr(column, "name", None)
+    )
+    if column is None or other:
         raise UnsupportedQueryError(f"{table.fullname}: the upsert sets {name!r}, which is no column's key")
+    return column
+
+
+def _fill_conflict_item(table: Any, key: Any, value: Any, values: dict[str, Any]) -> list[Item]:
+    column = set_on_conflict(table, key)
     if isinstance(column.type, SearchHash):
         return []  # from set_=dict(excluded): it comes with its source
     if not isinstance(column.type, Encrypted):

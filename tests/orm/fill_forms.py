@@ -1368,6 +1368,11 @@ refused(
 )
 refused("positional rows", None, _core(lambda: patient.insert().values([(50, "secret-n", "secret-x", None)])))
 refused(
+    "a parameter in the place of one of many values",
+    None,
+    _core(lambda: patient.insert().values([{"mrn": "secret-x"}]), {"mrn_m0": "secret-y"}),
+)
+refused(
     "a default that reads its row, in many values",
     "contextual.derived",
     _core(lambda: contextual.insert().values([{"n": 1}, {"n": 2}])),
@@ -1384,6 +1389,14 @@ refused(
     MRN,
     lambda run: _upsert(run, lambda new: {"mrn": func.coalesce(new.mrn, patient.c.mrn)}),
 )
+
+
+def _keyed(name: str, key: str) -> Any:
+    made: Any = column(name)
+    made.key = key
+    return made
+
+
 refused("an upsert's other column", MRN, lambda run: _upsert(run, lambda new: {"mrn": new.email_db}))
 refused("an upsert's plain column", NAME, lambda run: _upsert(run, lambda new: {"name": patient.c.note}))
 refused(
@@ -1392,6 +1405,11 @@ refused(
     lambda run: _upsert(run, lambda new: {"mrn": bindparam("m")}, m="secret-x"),
 )
 refused("an upsert's other spelling", None, lambda run: _upsert(run, lambda new: {"NAME": "secret-x"}))
+refused(
+    "an upsert's other spelling under another's key",
+    None,
+    lambda run: _upsert(run, lambda new: {_keyed("NAME", "note"): "secret-x"}),
+)
 refused(
     "a conflict of a column that is not searchable",
     NAME,

@@ -24,6 +24,9 @@ from sqlalchemy import (
     func,
     insert,
     lambda_stmt,
+    literal,
+    literal_column,
+    null,
     or_,
     select,
     table,
@@ -179,6 +182,173 @@ def test_what_another_table_of_the_name_gives_is_checked(byok: Byok, tickets: En
     assert rows(tickets) == [(1, "t1"), (2, "t1")]
     with Session(tickets) as session:
         session.execute(update(D).values(note="x"))
+
+
+# -- what is said twice ------------------------------------------------------------------------------------------------
+
+B = bindparam
+TWICE: dict[str, Callable[[str, str], tuple[Any, Any]]] = {
+    "named parameter and key": lambda one, other: (
+        insert(T).values(org_id=B("o")),
+        [{"id": 50, "o": one, "org_id": other}],
+    ),
+    "in a later row": lambda one, other: (
+        insert(T).values(org_id=B("o")),
+        [{"id": 50, "o": "t1", "org_id": "t1"}, {"id": 51, "o": one, "org_id": other}],
+    ),
+    "literal and key": lambda one, other: (
+        insert(T).values(org_id=literal(one)),
+        [{"id": 50, "org_id": other}],
+    ),
+    "NULL and key": lambda one, other: (
+        insert(T).values(org_id=null() if one != other else other),
+        [{"id": 50, "org_id": other}],
+    ),
+    "ORM, named parameter and key": lambda one, other: (
+        insert(Ticket).values(org=B("o")),
+        [{"id": 50, "o": one, "org": other}],
+    ),
+    "several rows and a parameter": lambda one, other: (
+        insert(T).values([{"id": 50, "org_id": B("o", other)}, {"id": 51, "org_id": other}]),
+        {"o": one},
+    ),
+    "Column and string": lambda one, other: (
+        insert(T).values({"id": 50, T.c.org_id: one, "org_id": other}),
+        None,
+    ),
+    "string and Column": lambda one, other: (
+        insert(T).values({"id": 50, "org_id": one, T.c.org_id: other}),
+        None,
+    ),
+    "in one of several rows": lambda one, other: (
+        insert(T).values([{"id": 50, "org_id": other}, {"id": 51, T.c.org_id: one, "org_id": other}]),
+        None,
+    ),
+    "update, named parameter and key": lambda one, other: (
+        update(T).where(T.c.id == 1).values(org_id=B("o")),
+        {"o": one, "org_id": other},
+    ),
+    "update, Column and string": lambda one, other: (
+        update(T).values({T.c.org_id: one, "org_id": other}),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TWICE)
+def test_neither_of_two_values_is_another_tenants(byok: Byok, tickets: Engine, way: str) -> None:
+    """Which of them SQLAlchemy sends depends on how they were given."""
+    for values in (("t2", "t1"), ("t1", "t2")):
+        with byok.session("t1", tickets) as session, pytest.raises(TenantMismatchError):
+            (session if "ORM" in way else session.connection()).execute(*TWICE[way](*values))
+    assert rows(tickets) == [(1, "t1")]
+    with byok.session("t1", tickets) as session:
+        (session if "ORM" in way else session.connection()).execute(*TWICE[way]("t1", "t1"))
+        session.commit()
+    assert {org for _, org in rows(tickets)} == {"t1"}
+
+
+@pytest.mark.parametrize("target", [T, Ticket], ids=["Core", "ORM"])
+def test_an_expression_beside_a_parameter_is_refused(byok: Byok, tickets: Engine, target: Any) -> None:
+    """It is what is sent, and only the database knows what it gives."""
+    key = "org" if target is Ticket else "org_id"
+    for unknown in (func.lower("T2"), literal_column("'t2'"), select(literal("t2")).scalar_subquery()):
+        with byok.session("t1", tickets) as session, pytest.raises(UnsupportedQueryError, match="by name"):
+            session.execute(insert(target).values({key: unknown}), [{"id": 50, key: "t1"}])
+        with byok.session("t1", tickets) as session, pytest.raises(UnsupportedQueryError, match="by name"):
+            session.connection().execute(update(T).values(org_id=unknown), {"org_id": "t1"})
+    assert rows(tickets) == [(1, "t1")]
+
+
+def test_no_parameter_takes_the_place_of_a_value_that_was_checked(byok: Byok, tickets: Engine) -> None:
+    """SQLAlchemy names what a statement has itself, and would send a parameter of that name in its place."""
+    with byok.session("t2", tickets) as session:
+        session.add(Ticket(id=2, org="t2"))
+        session.commit()
+    upsert: Any = {"postgresql": postgresql, "sqlite": sqlite}.get(tickets.dialect.name, mysql).insert(T)
+    upsert = upsert.values(id=1, org_id="t1")
+    on: Any = {"org_id": "t1"}
+    if tickets.dialect.name in ("mysql", "mariadb"):
+        upsert = upsert.on_duplicate_key_update(on)
+    else:
+        upsert = upsert.on_conflict_do_update(index_elements=["id"], set_=on)
+    two = insert(T).values([{"id": 50, "org_id": "t1"}, {"id": 51, "org_id": "t1"}])
+    for write, given in (
+        (update(T).values(note="x", org_id="t1"), ["param_1", "param_2", "param_3", "org_id_1"]),
+        (delete(T), ["param_1", "param_2"]),
+        (two, ["org_id_m0"]),
+        (two, ["org_id_m1"]),
+        (upsert, ["param_1", "param_2", "param_3"]),
+    ):
+        with byok.session("t1", tickets) as session, pytest.raises(UnsupportedQueryError, match="parameter"):
+            session.connection().execute(write, dict.fromkeys(given, "t2"))
+    with byok.session("t1", tickets) as session, pytest.raises(UnsupportedQueryError, match="parameter"):
+        session.connection().execute(update(T).values(note=B("n")), [{"n": "x"}, {"n": "x", "param_1": "t2"}])
+    assert rows(tickets) == [(1, "t1"), (2, "t2")]
+    with byok.session("t1", tickets) as session:
+        session.connection().execute(update(T).where(T.c.id == B("b")), {"b": 1, "note": "x", "other": 1})
+        session.commit()
+
+
+# -- what an upsert names ----------------------------------------------------------------------------------------------
+
+SHELF = Table(
+    "r_shelf",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("org_id", String(20), key="org"),
+    Column("note", String(20)),
+    info={"byok_tenant": "org"},
+)
+
+
+def _keyed(name: str, key: str, **options: Any) -> Any:
+    made: Any = light_column(name, **options)
+    made.key = key
+    return made
+
+
+NAMED: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "name": lambda: ("org_id", "t2"),
+    "name as a column": lambda: (light_column("org_id"), "t2"),
+    "capitals": lambda: ("ORG_ID", "t2"),
+    "capitals as a column": lambda: (light_column("ORG_ID"), "t2"),
+    "capitals under another's key": lambda: (_keyed("ORG_ID", "note"), "t2"),
+    "text under another's key": lambda: (_keyed("org_id", "note", is_literal=True), "t2"),
+    "text for a value": lambda: ("org", _keyed("'t2'", "org", is_literal=True)),
+    "another column for a value": lambda: ("org", _keyed("note", "org")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Additional column names")  # SQLAlchemy's, of the names that are refused
+@pytest.mark.parametrize("how", NAMED)
+def test_an_upsert_names_the_column_by_its_key(byok: Byok, engine: Engine, how: str) -> None:
+    """SQLAlchemy writes other names as they are, which are the column to the database."""
+    SHELF.create(engine)
+    light = table("r_shelf", light_column("id"), light_column("org_id"), light_column("ORG_ID"))
+    with byok.tenant("t1"), engine.begin() as connection:
+        connection.execute(insert(SHELF).values(id=1, org="t1", note="t2"))
+    key, value = NAMED[how]()
+    make: Any = {"postgresql": postgresql, "sqlite": sqlite}.get(engine.dialect.name, mysql)
+    for set_ in ({key: value}, {"note": "x", key: value}):
+        upsert = make.insert(SHELF).values(id=1, org="t1")
+        if make is mysql:
+            upsert = upsert.on_duplicate_key_update(set_)
+        else:
+            upsert = upsert.on_conflict_do_update(index_elements=["id"], set_=set_)
+        with byok.tenant("t1"), engine.begin() as connection, pytest.raises(UnsupportedQueryError):
+            connection.execute(upsert)
+    if make is not postgresql:  # where they are two columns
+        with (
+            byok.tenant("t1"),
+            engine.begin() as connection,
+            pytest.raises(UnsupportedQueryError, match="twice"),
+        ):
+            connection.execute(update(light).values({"org_id": "t1", "ORG_ID": "t2"}))
+    with byok.tenant("t1"), engine.begin() as connection, pytest.raises(TenantMismatchError):
+        connection.execute(update(SHELF).ordered_values((SHELF.c.org, "t2"), ("org", "t1")))
+    with engine.connect() as connection:
+        assert connection.execute(select(SHELF.c.org, SHELF.c.note)).all() == [("t1", "t2")]
 
 
 # -- names that a column does not keep ---------------------------------------------------------------------------------

@@ -865,6 +865,20 @@ def test_what_a_default_gives_has_a_parameter_of_its_own() -> None:
     assert upstream.prefetched(select(made).compile()) == []
 
 
+def test_a_parameter_that_is_named_like_a_value_of_the_statement_is_told() -> None:
+    """`binds` and `_is_crud`: SQLAlchemy would send it in the value's place, past what was checked."""
+    made = Table("made", MetaData(), Column("id", Integer), Column("org", String))
+    rows = insert(made).values([{"id": 1, "org": "x"}, {"id": 2, "org": "x"}]).compile()
+    one = insert(made).values(id=1, org=bindparam("o")).compile()
+    where = update(made).where(made.c.id == 1).values(org="x").compile()
+    for compiled, named, free in (
+        (rows, ["id_m0", "org_m1"], ["o"]),
+        (one, [], ["id", "org", "o"]),
+        (where, ["id_1"], ["org", "o"]),
+    ):
+        assert [name for name in (*named, *free) if upstream.replacing(compiled, [{}, {name: 1}])] == named
+
+
 def test_the_orm_shows_its_dml_before_it_synchronizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """`CompileState.plugins`: what is put into an UPDATE or DELETE there is evaluated, sent, and taken out again."""
     monkeypatch.setattr(CompileState, "plugins", dict(CompileState.plugins))
