@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
@@ -134,6 +135,10 @@ def _declare(table: Any, column: Any, where: str, name: str) -> None:
         )
     if _python_type(column.type) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
+    if column.type.bind_expression(literal("")) is not None:
+        raise DeclarationError(
+            f"{where}: what bind_expression() makes of {name!r} is known to the database only; convert it in Python"
+        )
     _use(table)
     _columns[table] = column.key
     table.info[TENANT_COLUMN] = column.key  # copies of the table carry it along
@@ -546,7 +551,10 @@ def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Item
 
 def _sent(value: Any, row: Mapping[str, Any]) -> Any:
     """A value, or what the row of parameters has under its name."""
-    return row[value.key] if isinstance(value, BindParameter) and value.key in row else value
+    if not isinstance(value, BindParameter) or value.key not in row:
+        return value
+    given = row[value.key]
+    return BindParameter(None, given, type_=value.type, unique=True) if _is_own_type(value.type) else given
 
 
 def _own(clause: Any, target: _Target, given: Sequence[Sequence[Item]]) -> list[list[Any]]:
@@ -574,12 +582,14 @@ def _check_given(
     clause: Any, target: _Target, given: Sequence[Sequence[Any]], names: Collection[str]
 ) -> None:
     column = target.column
+    if column.type is not target.type:  # of another object of the table's name
+        _check_type(target, column.type, names)
     default = getattr(column, "default" if clause.is_insert else "onupdate", None)
     if column.key in upstream.select_names(clause):
         _unknown(column, "INSERT FROM SELECT sets it to")
     for values in given:
         for value in values:
-            _check_value(column, _plain(column, value), names)
+            _check_value(column, _plain(target, value, names), names)
         if values:
             continue
         if default is not None and (default.is_clause_element or default.is_sequence):
@@ -598,7 +608,7 @@ def _check_conflicts(
             if set_on_conflict(target.table, key).key != column.key or _is_column(value, column.name):
                 continue
             for row in rows or ({},):
-                _check_value(column, _plain(column, _sent(value, row)), names)
+                _check_value(column, _plain(target, _sent(value, row), names), names)
 
 
 def _is_column(value: Any, name: str) -> bool:
@@ -606,11 +616,13 @@ def _is_column(value: Any, name: str) -> bool:
     return isinstance(value, ColumnClause) and value.name == name and not (value.is_literal or is_own(value))
 
 
-def _plain(column: Any, value: Any) -> Any:
+def _plain(target: _Target, value: Any, names: Collection[str]) -> Any:
     """The Python value that a tenant's column is set to."""
+    column = target.column
     if isinstance(value, BindParameter):
         if value.callable is not None:
             _unknown(column, "a function gives as a parameter is called once more when it is sent, and what")
+        _check_type(target, value.type, names)
         return value.effective_value
     if isinstance(value, Null):
         return None
@@ -758,28 +770,75 @@ def _names(target: _Target, tenant: Whose | None) -> Mapping[str, Any] | None:
     names = _allowed(target.declared, tenant)
     if names is None or target.column is None:
         return None if names is None else dict.fromkeys(names)
-    found = {name: value for name in names if (value := _typed(target, name)) is not None}
-    if found:
-        return found
+    found = {
+        name: value for name in names if (value := _typed(target.type, target.dialect, name)) is not None
+    }
+    if not found:
+        _refuse_name(target, target.type, names[0])
+    return found
+
+
+def _check_type(target: _Target, type_: Any, names: Collection[str]) -> None:
+    """Refuse a value that is sent by a type of the application's own which makes another tenant's name of it."""
+    if _is_own_type(type_):
+        for name in names:
+            if _typed(type_, target.dialect, name) is None:
+                _refuse_name(target, type_, name)
+
+
+def _is_own_type(type_: Any) -> bool:
+    """Whether a type is of the application's own, or may be so on a dialect."""
+    return bool(upstream.variants(type_)) or not type(type_).__module__.startswith("sqlalchemy.")
+
+
+def _refuse_name(target: _Target, type_: Any, name: str) -> NoReturn:
     raise TenantMismatchError(
-        f"{target.column}: it holds no tenant of the name {names[0]!r}, which {target.type!r} would not give back as "
-        "it is; declare a column that does, such as String, or give the tenant the name that comes back",
-        tenant=names[0],
+        f"{target.column}: it holds no tenant of the name {name!r}, which {type_!r} would not give back as it is; "
+        "declare a column that does, such as String, or give the tenant the name that comes back",
+        tenant=name,
     )
 
 
-def _typed(target: _Target, name: str) -> Any:
-    """A tenant's name as a value of the column; None where the name would not come back."""
-    type_ = target.type
+# Of a column's type: the names of tenants as its values, by dialect.
+_typed_names: WeakKeyDictionary[Any, dict[tuple[str, str], Any]] = WeakKeyDictionary()
+_NAMES_KEPT = 1_000
+_ABSENT = object()
+
+
+def _typed(type_: Any, dialect: Any, name: str) -> Any:
+    """A tenant's name as a value of a column's type; None where the name would not come back."""
+    kept = _typed_names.setdefault(type_, {})
+    value = kept.get((dialect.name, name), _ABSENT)
+    if value is _ABSENT:
+        if len(kept) >= _NAMES_KEPT:
+            kept.clear()
+        value = kept[dialect.name, name] = _as_value(type_, dialect, name)
+    return value
+
+
+def _as_value(type_: Any, dialect: Any, name: str) -> Any:
     try:
         value = _kind(type_)(name)
-    except ValueError:
+        here = upstream.variants(type_).get(dialect.name, type_)
+        cut = name.endswith(" ") and isinstance(here, CHAR | NCHAR)  # which are filled up with spaces
+        if cut or str(value) != name:
+            return None
+        value = value if getattr(type_, "as_uuid", True) else name
+        return value if _comes_back(type_, dialect, value) else None
+    except (LookupError, TypeError, ValueError):
         return None
-    here = upstream.variants(type_).get(target.dialect.name, type_)
-    cut = name.endswith(" ") and isinstance(here, CHAR | NCHAR)  # which are filled up with spaces
-    if cut or str(value) != name:
-        return None
-    return value if getattr(type_, "as_uuid", True) else name
+
+
+def _comes_back(type_: Any, dialect: Any, value: Any) -> bool:
+    """Whether a type reads a value again from what it makes of it."""
+    here = type_.dialect_impl(dialect)
+    bind, read = here.bind_processor(dialect), here.result_processor(dialect, None)
+    sent = value if bind is None else bind(value)
+    for stored in (sent, str(sent)):  # a driver may take a UUID and give text
+        with suppress(AttributeError, LookupError, TypeError, ValueError):
+            if (stored if read is None else read(stored)) == value:
+                return True
+    return False
 
 
 def _kind(type_: Any) -> type[Any]:

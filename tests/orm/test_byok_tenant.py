@@ -20,6 +20,7 @@ from sqlalchemy import (
     Sequence,
     String,
     Table,
+    TypeDecorator,
     UniqueConstraint,
     Uuid,
     and_,
@@ -426,6 +427,15 @@ def test_names_that_are_numbers_or_uuids(
         connection.execute(update(table).values(code="y"))
 
 
+class Lowered(TypeDecorator[str]):
+    impl = String(9)
+    cache_ok = True
+    python_type = str
+
+    def bind_expression(self, bindparam: Any) -> Any:
+        return func.lower(bindparam)
+
+
 @pytest.mark.parametrize(
     "declared",
     [
@@ -439,6 +449,7 @@ def test_names_that_are_numbers_or_uuids(
         Column("org", Integer, Sequence("numbers")),
         Column("org", Integer, Identity()),
         Column("org", String(9), Computed("'t1'")),
+        Column("org", Lowered()),
     ],
 )
 def test_what_cannot_be_checked_is_refused_at_declaration(declared: Column[Any] | None) -> None:

@@ -11,11 +11,13 @@ from sqlalchemy import (
     CHAR,
     Column,
     Engine,
+    Enum,
     ForeignKey,
     Integer,
     MetaData,
     String,
     Table,
+    TypeDecorator,
     Uuid,
     bindparam,
     create_engine,
@@ -354,6 +356,31 @@ def test_an_upsert_names_the_column_by_its_key(byok: Byok, engine: Engine, how: 
 # -- names that a column does not keep ---------------------------------------------------------------------------------
 
 ID = str(uuid4()).replace("1", "a")
+
+
+class Lowered(TypeDecorator[str]):
+    impl = String(40)
+    cache_ok = True
+    python_type = str
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        return value if value is None else value.lower()
+
+
+class Numbered(TypeDecorator[int]):
+    """A number that is stored as text, and comes back."""
+
+    impl = String(40)
+    cache_ok = True
+    python_type = int
+
+    def process_bind_param(self, value: int | None, dialect: Any) -> str | None:
+        return value if value is None else f"no. {value}"
+
+    def process_result_value(self, value: str | None, dialect: Any) -> int | None:
+        return value if value is None else int(value[4:])
+
+
 SPELLED: dict[str, tuple[Any, Any, str, list[str]]] = {
     "Integer": (Integer(), 7, "7", ["07", "+7", " 7", "7 ", "\uff17", "0_7", "-7 ", "7.0", "None"]),
     "zero": (Integer(), 0, "0", ["-0", "00", "+0"]),
@@ -371,6 +398,15 @@ SPELLED: dict[str, tuple[Any, Any, str, list[str]]] = {
         "acme",
         ["acme "],
     ),
+    "a type that changes names": (Lowered(), "acme", "acme", ["ACME", "Acme"]),
+    "such a type as a variant": (
+        String(40).with_variant(Lowered(), "postgresql", "mariadb", "mysql", "sqlite"),
+        "acme",
+        "acme",
+        ["ACME"],
+    ),
+    "a type that does not": (Numbered(), 7, "7", ["07", "seven"]),
+    "Enum": (Enum("acme", "other", native_enum=False), "acme", "acme", ["ACME"]),
 }
 
 
@@ -419,6 +455,29 @@ def test_a_name_that_the_column_does_not_keep_is_refused(
         ((id_, kept),) = connection.execute(select(visit.c.id, visit.c.org))
         assert (id_, kept.strip() if isinstance(kept, str) else kept) == (1, value)
         assert connection.execute(delete(visit)).rowcount == 1
+
+
+def test_a_value_is_sent_by_no_type_that_changes_it(byok: Byok, local_kms: LocalKms, tickets: Engine) -> None:
+    """A type that is given with a value goes before the column's; another table of the name has its own."""
+    byok.onboard("T1", local_kms)
+    other = Table(
+        "r_ticket", MetaData(), Column("id", Integer, primary_key=True), Column("org_id", Lowered())
+    )
+    typed = bindparam("o", type_=Lowered())
+    for write, given in (
+        (insert(T).values(id=50, org_id=literal("T1", Lowered())), None),
+        (insert(T).values(id=50, org_id=typed), {"o": "T1"}),
+        (insert(T).values([{"id": 50, "org_id": typed}]), {"o": "T1"}),
+        (update(T).values(org_id=typed), {"o": "T1"}),
+        (insert(other), {"id": 50, "org_id": "T1"}),
+        (insert(other).values(id=50, org_id="T1"), None),
+        (update(other).values(org_id="T1"), None),
+    ):
+        with byok.session("T1", tickets) as session, pytest.raises(TenantMismatchError, match="Lowered"):
+            session.connection().execute(write, given)
+        with byok.session("t1", tickets) as session:
+            session.connection().execute(write, {"o": "t1"}) if given and "o" in given else None
+    assert {org for _, org in rows(tickets)} == {"t1"}
 
 
 def test_among_several_tenants_such_a_name_has_no_rows(
