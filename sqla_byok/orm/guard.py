@@ -592,7 +592,7 @@ class _Walk:
         if not isinstance(element, ColumnClause):
             return None
         found = self._protected(element.table)
-        return found.get(self._naming.column(element.name)) if found else None
+        return found.get(self._naming.column_of(element)) if found else None
 
     def _protected(self, source: Any) -> dict[str, Any]:
         """The types of the encrypted columns of a table by its name, where it or an alias of it does not tell them."""

@@ -48,7 +48,7 @@ from sqla_byok.errors import DeclarationError, NoTenantError, TenantMismatchErro
 from sqla_byok.orm import upstream
 from sqla_byok.orm.constructs import is_own
 from sqla_byok.orm.current import attachment_of
-from sqla_byok.orm.namesakes import Naming, Stored
+from sqla_byok.orm.namesakes import Naming, Stored, is_rendered, refuse_rendered
 from sqla_byok.orm.rings import SEALED, Across
 from sqla_byok.orm.schema import declares_encrypted
 from sqla_byok.orm.turns import Whose, shown, whose
@@ -121,6 +121,7 @@ def _inherits(mapper: Mapper[Any]) -> None:
 
 
 def _use(table: Table) -> None:
+    refuse_rendered(table)
     if not used:
         upstream.before_synchronizing(_hold_objects)
     used.setdefault(str.lower(table.name), WeakSet()).add(table)
@@ -201,7 +202,8 @@ def _hold_objects(
 ) -> Any:
     """Hold an UPDATE or DELETE of the ORM's before it is executed, so that it changes no other tenant's objects."""
     mapper: Mapper[Any] = entity.mapper
-    if not any(isinstance(each, Table) and str.lower(each.name) in used for each in mapper.tables):
+    tables = (each for each in mapper.tables if isinstance(each, Table))
+    if not any(str.lower(each.name) in used or is_rendered(each.name) for each in tables):
         return statement
     arguments = {**binds, "mapper": mapper, "clause": statement}
     blocks = attachment_of(session.get_bind(**arguments).dialect).blocks
@@ -471,8 +473,8 @@ def _target(table: Any, database: Database) -> _Target | None:
 
 def _column(table: Any, name: str, database: Database) -> Any:
     """A table's column by the name that it has in the database; table() need not have been given it."""
-    called = database.naming.column
-    found = [column for column in table.c if called(column.name) == called(name)]
+    naming = database.naming
+    found = [column for column in table.c if naming.column_of(column) == naming.column(name)]
     if len(found) > 1:
         raise UnsupportedQueryError(
             f"{table.description}: it has {name!r} twice, by names that are one to the database; give it once"
@@ -516,12 +518,10 @@ def _known_as(table: Any, database: Database) -> Table | None:
         return None
     if table in _heirs:
         return upstream.plain_table(table)
-    named = used.get(str.lower(table.name))
     inherits = isinstance(table, Table) and _HEIR in table.info
-    if not named:
+    if str.lower(table.name) not in used and not is_rendered(table.name):
         return table if inherits else None
-    naming = database.naming
-    found = [one for one in tuple(named) if naming.same_table(one, table.name, table.schema)]
+    found = database.naming.known(used, table.name, table.schema)
     if isinstance(table, Table) and not inherits and _is_model(table):
         found = [one for one in found if one.metadata is table.metadata]
     return found[0] if found else table if inherits else None

@@ -30,6 +30,7 @@ from sqlalchemy import (
     insert,
     literal,
     or_,
+    quoted_name,
     select,
     table,
     text,
@@ -360,6 +361,29 @@ def test_names_are_compared_as_the_database_does(crates: Engine, byok: Byok) -> 
             with pytest.raises(Exception) as raised, session.begin_nested():
                 session.connection().execute(insert(other).values({"id": 9, name: CANARY}))
             assert isinstance(raised.value, UnsupportedQueryError) is same
+
+
+def test_names_that_are_rendered_as_they_stand_are_read_as_the_database_does(
+    crates: Engine, byok: Byok
+) -> None:
+    """With quote=False a name may hold a schema, quotes and comments, and what it names is encrypted all the same."""
+    quote = crates.dialect.identifier_preparer.quote_identifier
+    schema = crates.dialect.default_schema_name
+    tables = [f"{schema}.k_crate", quote("k_crate"), "/* x */ k_crate", f"{quote(schema or '')}. k_crate "]
+    columns = [quote("owner"), " owner", "/* x */owner", f"k_crate.{quote('owner')}"]
+    wrong = {}
+    for name, owner in [(each, "owner") for each in tables] + [("k_crate", each) for each in columns]:
+        other = _other(quoted_name(name, quote=False), quoted_name(owner, quote=False))
+        light = table(quoted_name(name, quote=False), column("id"), column(quoted_name(owner, quote=False)))
+        for statement in (
+            *(insert(each).values({"id": 9, owner: CANARY}) for each in (other, light)),
+            *(update(each).values({owner: CANARY}) for each in (other, light)),
+            select(light.c.id).where(light.c[owner] == CANARY),
+        ):
+            with byok.session("t1", crates) as session:
+                if said := _wrong(crates, partial(session.connection().execute, statement)):
+                    wrong[str(statement)] = said
+    assert wrong == {}
 
 
 def test_a_table_that_is_no_more_counts_no_more(crates: Engine, byok: Byok) -> None:

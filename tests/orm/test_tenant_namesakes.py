@@ -20,6 +20,7 @@ from sqlalchemy import (
     column,
     delete,
     insert,
+    literal_column,
     quoted_name,
     select,
     table,
@@ -29,7 +30,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_byok import Byok, Encrypted, NoTenantError, TenantMismatchError, UnsupportedQueryError
+from sqla_byok import (
+    Byok,
+    DeclarationError,
+    Encrypted,
+    NoTenantError,
+    TenantMismatchError,
+    UnsupportedQueryError,
+)
 
 WHO = {"actor": "ada", "reason": "ticket 4711"}
 
@@ -410,6 +418,71 @@ def test_a_quoted_name_is_known_too(byok: Byok, engine: Engine, quote: bool | No
         session.execute(delete(light))
     with byok.session("t1", engine) as session, pytest.raises(UnsupportedQueryError):
         session.execute(update(light).values(code="in the clear"))
+
+
+def rendered(engine: Engine, name: str) -> list[Any]:
+    """Names that SQLAlchemy renders as they stand, all of them of one table."""
+    schema = engine.dialect.default_schema_name
+    quoted = engine.dialect.identifier_preparer.quote_identifier(name)
+    mysql_ = engine.dialect.name in ("mysql", "mariadb")
+    names = [
+        f"{schema}.{name}",
+        quoted,
+        f"{schema} . {quoted}",
+        f" {name} ",
+        f"/* x */ {name}",
+        f"{name} -- x\n",
+    ]
+    names += [f"[{name}]", f"'{name}'"] if engine.dialect.name == "sqlite" else []
+    return [quoted_name(each, quote=False) for each in [*names, *([f"`{name}`"] if mysql_ else [])]]
+
+
+def test_a_name_that_is_rendered_as_it_stands_is_read_as_the_database_does(byok: Byok, owls: Engine) -> None:
+    """With quote=False a name may hold a schema, quotes and comments, and is the tenant's table all the same."""
+    for name in rendered(owls, "n_beast"):
+        light = table(name, column("id"), column("org"), column("kind"))
+        other = Table(name, MetaData(), Column("id", Integer, primary_key=True), Column("org", String(20)))
+        for each in (light, other):
+            with Session(owls) as session, pytest.raises(NoTenantError):
+                session.execute(update(each).values(id=9))
+            with byok.session("t1", owls) as session, pytest.raises(TenantMismatchError):
+                session.execute(insert(each).values(id=9, org="t2"))
+        with byok.session("t1", owls) as session:
+            assert session.execute(update(light).values(kind=light.c.kind)).rowcount == 1  # type: ignore[attr-defined]
+    schema: Any = quoted_name(
+        owls.dialect.identifier_preparer.quote_identifier(owls.dialect.default_schema_name or ""), quote=False
+    )
+    for where in ("n_beast, n_owl", "n_owl, n_beast"):
+        both = table(quoted_name(where, quote=False), column("id"))
+        with byok.session("t1", owls) as session, pytest.raises(UnsupportedQueryError, match="quote=False"):
+            session.execute(update(both).values(id=9))
+    with Session(owls) as session, pytest.raises(NoTenantError):
+        session.execute(update(table("n_beast", column("id"), schema=schema)).values(id=9))
+
+
+def test_a_column_that_is_rendered_as_it_stands_is_read_so_too(byok: Byok, owls: Engine) -> None:
+    """Quotes and text in the place of a column's name leave it the tenant's column."""
+    for name in rendered(owls, "org")[1:]:
+        if str(name).startswith(str(owls.dialect.default_schema_name)):
+            continue
+        for named in (column(name), literal_column(str(name))):
+            light = table("n_beast", column("id"), named)
+            for write in (update(light).values({name: "t2"}), insert(light).values({"id": 9, name: "t2"})):
+                with byok.session("t1", owls) as session, pytest.raises(TenantMismatchError):
+                    session.execute(write)
+    several: Any = quoted_name("kind = 'x', org", quote=False)
+    light = table("n_beast", column("id"), column(several))
+    with byok.session("t1", owls) as session, pytest.raises(UnsupportedQueryError, match="quote=False"):
+        session.execute(update(light).values({several: "t2"}))
+
+
+@pytest.mark.parametrize("info", [{}, {"byok_tenant": "org"}])
+def test_a_table_is_not_declared_by_such_a_name(info: dict[str, str]) -> None:
+    """Nothing could be known by it."""
+    code: Any = String(9) if info else Encrypted(String(9), column_id="vault.code")
+    name = quoted_name("public.vault", quote=False)
+    with pytest.raises(DeclarationError, match="schema="):
+        Table(name, MetaData(), Column("org", String(9)), Column("code", code), info=info)
 
 
 @pytest.mark.parametrize("sync_url", ["sqlite", "mariadb"], indirect=True)
