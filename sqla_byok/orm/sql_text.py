@@ -403,6 +403,7 @@ class _Level:
     opened: str = ""  # the word that said so
     names: str = ""  # what of WITH is being read: "name", "body", or "end"
     recursive: bool = False
+    cte: str | None = None  # the one whose body comes next
     body_of: str | None = None  # the CTE whose body it is
     ctes: set[str] = field(default_factory=set)
 
@@ -487,7 +488,7 @@ class _Tables:
             new = _Level(before.word, level.expects, level.expects, level.opened)
             level.expects = False
             if level.names == "body" and before.word in ("as", "materialized"):
-                new.body_of, level.names = level.body_of, "end"
+                new.body_of, level.names = level.cte, "end"
             self._levels.append(new)
         elif sign == ")" and len(self._levels) > 1:
             closed = self._levels.pop()
@@ -501,13 +502,16 @@ class _Tables:
             self._levels, self._first = [_Level()], ""
 
     def _cte(self, index: int) -> None:
-        level, name = self._levels[-1], self._tokens[index].text.lower()
+        level, name = self._levels[-1], self._called(_spelled(self._tokens[index], self._syntax))
         level.names = "body"
         # The body of a CTE takes its name for that of a table, but where it is recursive.
         if level.recursive:
             level.ctes.add(name)
-        # Kept here until its parenthesis opens.
-        level.body_of = name
+        level.cte = name
+
+    def _called(self, name: str) -> str:
+        """What is equal for two names of one CTE; MySQL has settings by which case counts."""
+        return name if self._syntax.postgresql or self._syntax.mysql else name.lower()
 
     def _keyword(self, index: int, word: str) -> bool:
         """Whether a word is a keyword here; it then changes what is expected."""
@@ -536,7 +540,11 @@ class _Tables:
             return True
         if word == "only" and self._syntax.postgresql:
             return True  # also before a parenthesis; it is no function's name
-        return word in _PASSED and after.is_name
+        return word in _PASSED and (after.is_name or self._begins_with_dot(after))
+
+    def _begins_with_dot(self, token: _Token) -> bool:
+        """Whether a table's name may begin here with the dot behind a keyword, as MySQL's does: FROM .patient."""
+        return token.kind == "." and self._syntax.mysql
 
     def _opens(self, index: int, word: str) -> bool:
         """Whether a table comes next."""
@@ -545,7 +553,9 @@ class _Tables:
             return self._syntax.sqlite and after.is_name
         if word in _FIRST:
             return word == self._first and before.kind in ("", ";") and after.kind != "("
-        if word not in _OPENING or before.kind == "." or after.kind in (".", ","):
+        if word not in _OPENING or before.kind == "." or after.kind == ",":
+            return False
+        if after.kind == "." and not self._begins_with_dot(after):
             return False
         if word == "from" and self._levels[-1].called in _TAKING_FROM:
             return False
@@ -572,5 +582,5 @@ class _Tables:
             return index, name  # what is written to is no function, nor a CTE
         if (level.opened, self._first) == ("from", "delete"):
             return index, name  # likewise
-        is_cte = before is None and any(name.name.lower() in each.ctes for each in self._levels)
+        is_cte = before is None and any(self._called(name.name) in each.ctes for each in self._levels)
         return index, None if is_cte or self._at(index + 1).kind == "(" else name

@@ -525,6 +525,9 @@ READING = [
     "WITH w AS (SELECT 1) SELECT * FROM w, w_ward",
     "WITH w_ward AS (SELECT * FROM w_ward) SELECT 1 FROM w_ward",
     "WITH w_ward AS (SELECT 1) DELETE FROM w_ward",
+    "WITH w AS (WITH w_ward AS (SELECT 1) SELECT * FROM w_ward) SELECT * FROM w_ward",
+    "SELECT 1 FROM (WITH w_ward AS (SELECT 1) SELECT * FROM w_ward) x, w_ward",
+    "(WITH w_ward AS (SELECT 1) SELECT * FROM w_ward) UNION SELECT id FROM w_ward",
     "INSERT INTO w_visit SELECT id, id, 'x' FROM w_ward",
     "UPDATE w_visit SET mrn = (SELECT note FROM w_ward LIMIT 1)",
     "UPDATE w_ward SET note = 'x'",
@@ -574,6 +577,7 @@ OF_A_DATABASE = {
         "SELECT 1 FROM U&\"w!005fward\" UESCAPE '!'",
         "SELECT U&'it''s' FROM w_ward",
         "SELECT 1::int FROM w_ward",
+        'WITH "W_WARD" AS (SELECT 1) SELECT 1 FROM w_ward',
     ],
     "mysql": [
         "SELECT 1 FROM `order`",
@@ -587,6 +591,12 @@ OF_A_DATABASE = {
         "SELECT STRAIGHT_JOIN 1 FROM w_visit STRAIGHT_JOIN w_ward",
         "SELECT 1 FROM {oj w_ward LEFT OUTER JOIN w_visit ON 1 = 1}",
         "SELECT 1 FROM w_visit, {oj w_ward}",
+        "SELECT 1 FROM .w_ward",
+        "SELECT 1 FROM w_visit, .w_ward",
+        "SELECT 1 FROM w_visit JOIN (.`w_ward`)",
+        "INSERT IGNORE .w_ward (id) VALUES (1)",
+        "UPDATE IGNORE .w_ward SET note = 'x'",
+        "REPLACE INTO .w_ward (id) VALUES (1)",
     ],
 }
 ELSEWHERE = [
@@ -598,6 +608,7 @@ ELSEWHERE = [
     "SELECT id FROM w_visit x WHERE x.id = 1",
     "SELECT mrn AS user, id AS date FROM w_visit",
     "WITH w_ward AS (SELECT 1 AS a) SELECT a FROM w_ward",
+    "WITH w_ward AS (SELECT 1 AS a), w AS (WITH x AS (SELECT 1) SELECT * FROM w_ward) SELECT w.a FROM w_ward, w",
     "WITH RECURSIVE w_ward(a) AS (SELECT 1 UNION ALL SELECT a + 1 FROM w_ward WHERE a < 3) SELECT a FROM w_ward",
     "SELECT w_ward FROM (SELECT 1 AS w_ward) x",
     "DELETE FROM w_visit",
