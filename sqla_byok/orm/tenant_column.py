@@ -189,12 +189,22 @@ def _check_object(mapper: Mapper[Any], connection: Any, target: Any) -> None:
         key = _key_of(table)
         if key is None:
             continue
-        names = _allowed(table, tenant)
-        history = inspect(target).attrs[mapper.get_property_by_column(table.c[key]).key].load_history()
+        names, attribute = _allowed(table, tenant), _attribute(mapper, table.c[key])
+        if attribute is None:
+            continue  # the statement is held to the tenant's rows
+        history = inspect(target).attrs[attribute].load_history()
         # What it was is checked too: an object is not taken over by renaming its owner.
         for value in (*history.added, *history.unchanged, *history.deleted):
             if names is not None and (value is not None or inspect(target).persistent):
                 _check_value(table.c[key], value, names)
+
+
+def _attribute(mapper: Mapper[Any], column: Any) -> str | None:
+    """The attribute of a tenant's column; None where a class does not map it."""
+    try:
+        return mapper.get_property_by_column(column).key
+    except UnmappedColumnError:
+        return None
 
 
 def _hold_objects(
@@ -363,9 +373,8 @@ def _evaluated(session: Any, entity: Any, target: _Target, names: Mapping[str, A
     It would take an object whose tenant is not loaded for one of them, and else it fetches which rows they are.
     """
     held, mapper = _held(target, names), entity.mapper
-    try:
-        key = mapper.get_property_by_column(target.column).key
-    except UnmappedColumnError:
+    key = _attribute(mapper, target.column)
+    if key is None:
         return upstream.Evaluated(held, held)
     for state in session.identity_map.all_states():
         if key not in state.dict and not state.expired and state.mapper.isa(mapper):

@@ -42,7 +42,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import ObjectNotExecutableError
+from sqlalchemy.exc import ObjectNotExecutableError, SAWarning
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
@@ -240,6 +240,41 @@ def test_another_tenants_object_is_not_flushed(byok: Byok, data: Engine, way: st
             session.flush()
         session.rollback()
     assert all_of(data) == before
+
+
+def test_a_class_that_does_not_map_the_column_is_held_too(byok: Byok, data: Engine) -> None:
+    """A second class over the table writes the tenant's own rows, and nobody else's."""
+
+    class Others(DeclarativeBase):
+        pass
+
+    class Slim(Others):
+        __table__ = T
+        __mapper_args__ = {"include_properties": ["id", "note", "kind"]}  # noqa: RUF012
+
+    before = all_of(data)
+    for change in (lambda s, p: setattr(p, "note", "x"), lambda s, p: s.delete(p)):
+        with byok.session("t1", data) as session:
+            change(session, session.get_one(Slim, 11))
+            with pytest.raises((StaleDataError, SAWarning)):  # which a DELETE of no row only warns of
+                session.flush()
+    for added in (Slim(id=50), Slim(id=50, note="x")):
+        with byok.session("t1", data) as session:
+            session.add(added)
+            with pytest.raises(TenantMismatchError):
+                session.flush()
+    with Session(data) as session:
+        session.get_one(Slim, 1).note = "x"
+        with pytest.raises(NoTenantError):
+            session.flush()
+    assert all_of(data) == before
+    with byok.session("t1", data) as session:
+        session.get_one(Slim, 1).note = "own"
+        session.commit()
+        session.execute(update(Slim).values(note="own"))
+        session.delete(session.get_one(Slim, 1))
+        session.commit()
+    assert {row[0] for row in all_of(data)} == {row[0] for row in before} - {1}
 
 
 def test_the_tenants_own_rows_are_written_as_ever(byok: Byok, data: Engine) -> None:
