@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NoReturn, cast
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, Join, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.sql.dml import UpdateBase
@@ -128,7 +128,7 @@ class Statements:
         elif rows is not given_rows:
             call = _with_rows(conn, options, call, rows)
         if held is not None or filled is not None:
-            _refuse_replacing(call.compiled, given_rows)
+            _refuse_replacing(call.compiled, given, given_rows)
         return call
 
     # -- compiled, its parameters not yet bound --------------------------------------------------------------------
@@ -462,8 +462,11 @@ def _with_rows(conn: Any, options: Mapping[str, Any], call: Call, rows: Sequence
     return call._replace(compiled=compiled, parameters=rows)
 
 
-def _refuse_replacing(compiled: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    name = upstream.replacing(compiled, rows)
+def _refuse_replacing(compiled: Any, dml: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns: Any = () if isinstance(dml.table, Join) else dml.table.c
+    given: set[str] = set().union(*rows)
+    names = [name for name in given if name not in columns and name in compiled.binds]
+    name = upstream.replacing(compiled, names) if names else None
     if name is not None:
         raise UnsupportedQueryError(
             f"the parameter {name!r} has the name of a value that the statement itself has, and would be sent in its "

@@ -555,7 +555,7 @@ def _given(clause: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Item
     given = given if groups else [upstream.values(clause)]
     for row in rows or ({},):
         for items in given:
-            yield [*((key, _sent(value, row)) for key, value in items), *row.items()]
+            yield [*[(key, _sent(value, row)) for key, value in items], *row.items()]
 
 
 def _sent(value: Any, row: Mapping[str, Any]) -> Any:

@@ -606,7 +606,7 @@ def prefetched(compiled: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def replacing(compiled: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
+def replacing(compiled: Any, names: Iterable[str]) -> str | None:
     """The name of a parameter that would be sent in the place of a value which the statement has itself.
 
     SQLAlchemy names such values: ``param_1``, ``org_m0``. Those of a single ``values()`` have the columns' names.
@@ -615,11 +615,10 @@ def replacing(compiled: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
     table, _ = target(dml)
     while isinstance(table, Join):
         table = table.left
-    for row in rows:
-        for name in row:
-            bind = compiled.binds.get(name)
-            if bind is not None and (bind.unique or bind._is_crud) and name not in table.c:
-                return name
+    for name in names:
+        bind = compiled.binds.get(name)
+        if bind is not None and (bind.unique or bind._is_crud) and name not in table.c:
+            return name
     return None
 
 
