@@ -130,9 +130,6 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
             pass
         if comparison is None:
             _refuse(self.expr, f"{spelled(op)} takes {'a value' if op in NULL_TESTS else 'a list of values'}")
-        if type_.normalize is not None:
-            # With it the ORM would evaluate the un-normalized text in Python and leave the session stale.
-            comparison.left = upstream.without_entity(comparison.left)
         comparison.__class__ = HashComparison  # in place: see _over_hashes()
         taken: HashComparison = comparison
         return taken
@@ -156,10 +153,6 @@ class HashComparator(TypeDecorator.Comparator[Any]):
         plain: Any = super().operate(op, *other, **kwargs)
         if op in LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in LOOK_UPS:
             plain = _over_hashes(plain)
-            if _is_hash_column(plain.left):
-                # With it the ORM would compare the hash with the value in Python and leave the session stale.
-                left: Any = plain.left
-                plain.left = upstream.without_entity(left)
         result: ColumnElement[Any] = plain
         return result
 
@@ -173,6 +166,17 @@ class HashComparison(BinaryExpression[Any]):
     """``encrypted column (==, !=, IN, NOT IN) value or encrypted column``, rendered over the hash columns."""
 
     inherit_cache = True
+
+    @property
+    def compares_values(self) -> bool:
+        """Whether values and their hashes are equal alike, so that the ORM may compare the values in Python.
+
+        Not so of normalized values, nor of a value and a hash: the session would be left stale.
+        """
+        types = [getattr(_bare(side), "type", None) for side in (self.left, self.right)]
+        if any(isinstance(type_, Encrypted) and type_.normalize is not None for type_ in types):
+            return False
+        return not (_is_hash_column(self.left) or _is_hash_column(self.right))
 
     def encrypted(self) -> Iterator[Any]:
         """The operands that are encrypted columns."""
@@ -246,6 +250,9 @@ class HashComparison(BinaryExpression[Any]):
         return BinaryExpression(
             left, right, op, type_=self.type, negate=self.negate, modifiers=self.modifiers
         )
+
+
+upstream.evaluate_only(lambda binary: not isinstance(binary, HashComparison) or binary.compares_values)
 
 
 @compiles(HashComparison)

@@ -258,8 +258,6 @@ class IndexComparator(Comparator[Any]):
             comparison = TypeDecorator.Comparator.operate(source.comparator, op, operand, **kwargs)
         if not isinstance(comparison, BinaryExpression):
             self._refuse(f"{spelled(op)} takes values")
-        # The ORM would evaluate the comparison in Python with the source's value, and leave the session stale.
-        comparison.left = upstream.without_entity(source)
         return _over_index(comparison, self._index.key)
 
     def reverse_operate(self, op: OperatorType, other: Any, **kwargs: Any) -> NoReturn:
@@ -306,6 +304,7 @@ class IndexComparison(HashComparison):
 
     inherit_cache = True
     index: str
+    compares_values = False  # but a source with a result
 
     def _found(self) -> Any:
         return hash_column_of(self.left, lambda column: _beside(column, self.index))

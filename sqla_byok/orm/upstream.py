@@ -17,6 +17,7 @@ from sqlalchemy import Engine, Select, Table, UniqueConstraint, and_, case
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ColumnProperty, Mapper
 from sqlalchemy.orm.context import FromStatement
+from sqlalchemy.orm.evaluator import UnevaluatableError, _EvaluatorCompiler
 from sqlalchemy.orm.interfaces import CompileStateOption
 from sqlalchemy.sql import operators, sqltypes
 from sqlalchemy.sql.base import CompileState
@@ -78,6 +79,7 @@ __all__ = [
     "dml_within",
     "driver_cursor",
     "engine_of",
+    "evaluate_only",
     "excluded",
     "executed",
     "fanned_out",
@@ -143,7 +145,6 @@ __all__ = [
     "with_selected",
     "with_target",
     "with_values",
-    "without_entity",
     "without_evaluated",
     "writing",
     "written",
@@ -189,9 +190,19 @@ def with_clauses(clauses: Any, parts: list[Any]) -> Any:
     return other
 
 
-def without_entity(column: Any) -> Any:
-    """A column by which the ORM does not find its attribute: it would compare what the attribute holds, in Python."""
-    return column._deannotate(values=("parentmapper",), clone=True)
+def evaluate_only(may_be: Callable[[Any], bool]) -> None:
+    """Have the ORM ask the database, and not evaluate in Python, where a comparison may not be.
+
+    It does so for ``synchronize_session``, by a column's annotations, without which it could not alias the column.
+    """
+    plain: Any = _EvaluatorCompiler.visit_binary
+
+    def visit_binary(self: Any, binary: Any) -> Any:
+        if not may_be(binary):
+            raise UnevaluatableError("an encrypted column is compared by its search hash")
+        return plain(self, binary)
+
+    _EvaluatorCompiler.visit_binary = visit_binary  # type: ignore[method-assign]
 
 
 def tells_rows_apart(select: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ from sqlalchemy.orm import (
     with_polymorphic,
 )
 
-from sqla_byok import Byok, Encrypted, UnsupportedQueryError
-from sqla_byok.normalize import casefold
+from sqla_byok import Byok, Encrypted, UnsupportedQueryError, hash_index, search_hash
+from sqla_byok.normalize import casefold, last
 
 Person, Visit = ENCRYPTED.Person, ENCRYPTED.Visit
 
@@ -157,6 +158,107 @@ def test_loader_criteria_reach_lazy_and_eager_loads(engine: Engine, byok: Byok, 
                 people = select(Person).where(Person.mrn == "A-1").options(option(Person.visits), criteria)
                 assert [ids(person.visits) for person in session.scalars(people).unique()] == [found]
                 session.expunge_all()
+
+
+class _Company(DeclarativeBase):
+    pass
+
+
+class _Employee(_Company):
+    __tablename__ = "employee"
+    id = mapped_column(Integer, primary_key=True)
+    kind = mapped_column(String(10), nullable=False, default="employee")
+    boss_id = mapped_column(ForeignKey("employee.id"))
+    number = mapped_column(Encrypted(String(20), searchable=True))
+    mail = mapped_column(Encrypted(String(20), searchable=True, normalize=casefold))
+    number_end = hash_index("number", transform=last(1))
+    boss = relationship("_Employee", remote_side="_Employee.id", back_populates="team")
+    team = relationship("_Employee", back_populates="boss", order_by="_Employee.id")
+    drivers = relationship(
+        "_Driver",
+        primaryjoin="_Employee.id == remote(foreign(_Driver.boss_id))",
+        viewonly=True,
+        order_by="_Driver.id",
+    )
+    __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "employee"}  # noqa: RUF012 - as declarative takes it
+
+
+class _Driver(_Employee):
+    __tablename__ = "driver"
+    id = mapped_column(ForeignKey(_Employee.id), primary_key=True)
+    __mapper_args__ = {"polymorphic_identity": "driver"}  # noqa: RUF012 - as declarative takes it
+
+
+CRITERIA: dict[str, Callable[[Any], Any]] = {
+    "a value": lambda cls: cls.number == "A-1",
+    "a normalized value": lambda cls: cls.mail == "ADA@X",
+    "a list of normalized values": lambda cls: cls.mail.in_(["ADA@X"]),
+    "another than a normalized value": lambda cls: ~(cls.mail != "ADA@X"),
+    "an index": lambda cls: cls.number_end == "1",
+    "a hash": lambda cls: search_hash(cls.number) == "A-1",
+    "a hash of an index": lambda cls: search_hash(cls.number_end) == "1",
+}
+other = aliased(_Employee)
+# What each loads or joins of the employees that a criterion is true of.
+MOVED: dict[str, Callable[[Callable[[Any], Any]], tuple[Any, Any]]] = {
+    "an option's relationship": lambda true: (
+        select(_Employee).options(joinedload(_Employee.team.and_(true(_Employee)))),
+        lambda one: ids(one.team),
+    ),
+    "a relationship that is joined": lambda true: (
+        select(_Employee).join(_Employee.team.of_type(other).and_(true(_Employee))).add_columns(other.id),
+        None,
+    ),
+    "loader criteria": lambda true: (
+        select(_Employee).options(
+            joinedload(_Employee.team),
+            with_loader_criteria(_Employee, true(_Employee), include_aliases=True),
+        ),
+        lambda one: ids(one.team),
+    ),
+    "loader criteria, as a lambda": lambda true: (
+        select(_Employee).options(
+            joinedload(_Employee.team), with_loader_criteria(_Employee, true, include_aliases=True)
+        ),
+        lambda one: ids(one.team),
+    ),
+    "loader criteria on the other side": lambda true: (
+        select(_Employee).options(joinedload(_Employee.boss), with_loader_criteria(_Employee, true)),
+        lambda one: one.boss and one.boss.id,
+    ),
+    "a subclass": lambda true: (
+        select(_Employee).options(joinedload(_Employee.drivers.and_(true(_Driver)))),
+        lambda one: ids(one.drivers),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", MOVED)
+def test_criteria_are_moved_to_the_alias_that_is_loaded(engine: Engine, byok: Byok, way: str) -> None:
+    """A search in and_() or loader criteria is one of the rows that are joined, not of those around them."""
+    _create(engine, _Company)
+    with byok.session("t1", engine) as session:
+        session.add_all(
+            [_Employee(id=id_, number=f"A-{id_}", mail=mail) for id_, mail in ((1, "Ada@x"), (2, "b@x"))]
+        )
+        session.flush()
+        session.add_all(
+            [
+                _Employee(id=3, boss_id=1, number="B-2", mail="b@x"),
+                _Employee(id=4, boss_id=1, number="A-1", mail="ada@X"),
+                _Driver(id=5, boss_id=2, number="A-1", mail="ada@x"),
+                _Driver(id=6, boss_id=1, number="C-3", mail="c@x"),
+            ]
+        )
+        session.commit()
+        answers = {}
+        for name, criterion in CRITERIA.items():
+            query, shown = MOVED[way](criterion)
+            found = session.execute(query.order_by(_Employee.id)).unique().all()
+            answers[name] = [(one.id, shown(one) if shown else more[0]) for one, *more in found]
+            session.expunge_all()
+    assert any(loaded for _, loaded in answers["a value"])
+    assert answers == dict.fromkeys(CRITERIA, answers["a value"])
 
 
 # -- writable relationships ------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SADeprecationWarning
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, aliased, mapped_column
+from sqlalchemy.orm.evaluator import UnevaluatableError, _EvaluatorCompiler
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.base import CompileState
 from sqlalchemy.sql.elements import BinaryExpression
@@ -374,14 +375,20 @@ def test_a_bind_can_be_copied_under_its_name_and_under_a_new_one() -> None:
     assert not isinstance(bind.type, LargeBinary)
 
 
-def test_an_annotation_can_be_taken_off_a_column() -> None:
-    """`_annotations`, `_annotate` and `_deannotate(values=, clone=)`."""
+def test_a_column_keeps_what_it_is_annotated_with() -> None:
+    """`_annotations` and `_annotate`."""
     column = select(Animal.name).selected_columns[0]
     assert "parentmapper" in column._annotations
-    bare = column._deannotate(values=("parentmapper",), clone=True)
-    assert "parentmapper" not in bare._annotations
-    assert "parententity" in bare._annotations
     assert animal.c.name._annotate({"x": 1})._annotations["x"] == 1
+
+
+def test_the_orm_evaluates_only_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_EvaluatorCompiler.visit_binary`: what is refused there is left to the database."""
+    monkeypatch.setattr(_EvaluatorCompiler, "visit_binary", _EvaluatorCompiler.visit_binary)
+    upstream.evaluate_only(lambda binary: binary.left.key != "name")
+    assert _EvaluatorCompiler(Animal).process(Animal.id == 1)(Animal(id=1)) is True
+    with pytest.raises(UnevaluatableError):
+        _EvaluatorCompiler(Animal).process(Animal.id == 1, Animal.name == "x")
 
 
 def test_a_comparison_is_negated_by_a_method_of_its_own() -> None:
