@@ -65,8 +65,8 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
         return None
     if given.select_names:
         clause = _fill_select(clause, table, plan, given.select_names)
-    if plan.compounds and items and rows:
-        _refuse_mixed(table, plan, items, rows[0])
+    if plan.compounds and rows:
+        _refuse_mixed(table, plan, [key for key, _ in items] or _first_keys(given.multi_values), rows)
     copied: Copies = {}
     if given.multi_values:
         groups = _fill_groups(clause, table, plan, given.multi_values, copied)
@@ -278,8 +278,10 @@ def _fill_rows(clause: Any, table: Any, plan: _Plan, rows: Sequence[Row]) -> lis
                 if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
                     _refuse_hash(table.c[hash_key])
     for hash_key, index in plan.compounds.items():
+        # SQLAlchemy goes by the first row's keys, and leaves out what only others have.
+        sent = [source for source in index.sources if filled and source in filled[0]]
         for row in filled:
-            _fill_compound(clause, table, index, hash_key, row)
+            _fill_compound(clause, table, index, hash_key, row, sent)
     return filled  # type: ignore[return-value]
 
 
@@ -298,16 +300,20 @@ def _copied(column: Any, row: Row) -> Digest:
     return kept
 
 
-def _fill_compound(clause: Any, table: Any, index: IndexOf, hash_key: Any, row: dict[str, Any]) -> None:
-    """Set a row's hash of several columns, all of which have to be there but in an INSERT."""
-    given = [source for source in index.sources if source in row]
-    if not given:
+def _fill_compound(
+    clause: Any, table: Any, index: IndexOf, hash_key: Any, row: dict[str, Any], sent: Sequence[str]
+) -> None:
+    """Set a row's hash of several columns, all of which have to be there but in an INSERT.
+
+    :param sent: those that the statement sends.
+    """
+    if not sent:
         if hash_key in row and (row.pop(hash_key) is not None or clause.is_update):
             _refuse_hash(table.c[hash_key])
-    elif clause.is_update and any(row[key] is None for key in given):
+    elif clause.is_update and any(row.get(key) is None for key in sent):
         row[hash_key] = None  # whatever the others are
-    elif _complete(clause, table, index, hash_key, given):
-        values = tuple(row.get(source) for source in index.sources)
+    elif _complete(clause, table, index, hash_key, sent):
+        values = tuple(row.get(source) if source in sent else None for source in index.sources)
         sealed = all(type(value) is Sealed for value in values)
         row[hash_key] = _copied(table.c[hash_key], row) if sealed else values
     else:
@@ -330,10 +336,16 @@ def _refuse_partial(hash_column: Any, missing: Iterable[str]) -> NoReturn:
     )
 
 
-def _refuse_mixed(table: Any, plan: _Plan, items: Sequence[Item], row: Row) -> None:
-    keys = {key if isinstance(key, str) else getattr(key, "key", None) for key, _ in items}
+def _first_keys(groups: Sequence[Sequence[Any]]) -> Iterable[Any]:
+    return groups[0][0] if groups else ()
+
+
+def _refuse_mixed(table: Any, plan: _Plan, given: Iterable[Any], rows: Sequence[Row]) -> None:
+    keys = {key if isinstance(key, str) else getattr(key, "key", None) for key in given}
     for hash_key, index in plan.compounds.items():
-        if not keys.isdisjoint(index.sources) and any(source in row for source in index.sources):
+        if not keys.isdisjoint(index.sources) and not all(
+            row.keys().isdisjoint(index.sources) for row in rows
+        ):
             _refuse(
                 table.c[hash_key],
                 "it is an index over several columns; give all of them in values(), or all as parameters",
@@ -366,7 +378,12 @@ def _given(clause: Any, table: Any, plan: _Plan, given: Any) -> dict[Any, Any]:
     row: dict[Any, Any] = {}
     for key, value in given.items():
         column = _target(clause, table, key)
-        row[key if column is None else column.key] = value
+        name = key if column is None else column.key
+        if name in row:  # SQLAlchemy takes one of them in the first row and another in those behind
+            raise UnsupportedQueryError(
+                f"{table.fullname}: a row gives {name!r} twice, by two spellings; give it once"
+            )
+        row[name] = value
     for key in plan.followed:
         if key not in row and table.c[key].default is not None:
             row[key] = _default_of(table.c[key])
@@ -416,6 +433,8 @@ def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], cop
         if column is None or not isinstance(column.type, Encrypted):
             filled.append((key, value))
             continue
+        if column.key in by_table.get(column.table, ()):
+            continue  # by its other spelling: SQLAlchemy takes the first
         value = _value(column, value)
         filled.append((key, value if _untyped(value) else _bound(column, value, copied)))
         for hash_column in _hashes_of(column):

@@ -1373,6 +1373,13 @@ refused(
     _core(lambda: patient.insert().values([{"mrn": "secret-x"}]), {"mrn_m0": "secret-y"}),
 )
 refused(
+    "a column twice in many values",
+    None,
+    _core(
+        lambda: patient.insert().values([{"mrn": "secret-a"}, {patient.c.mrn: "secret-x", "mrn": "secret-y"}])
+    ),
+)
+refused(
     "a default that reads its row, in many values",
     "contextual.derived",
     _core(lambda: contextual.insert().values([{"n": 1}, {"n": 2}])),

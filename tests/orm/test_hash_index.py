@@ -483,6 +483,54 @@ def test_every_write_keeps_the_indexes_in_step(session: Session) -> None:
         session.rollback()
 
 
+BORN = date(1900, 1, 1)
+# Of several values SQLAlchemy takes one, and of several rows it goes by the first one's keys.
+TAKEN: dict[str, Callable[[Session], Any]] = {
+    "two spellings": lambda s: s.connection().execute(
+        update(person).values({person.c.surname: "x", "surname": "y", "born": BORN, person.c.phone: "1"})
+    ),
+    "the other way round": lambda s: s.connection().execute(
+        update(person).values({"surname": "x", person.c.surname: "y", person.c.born: BORN})
+    ),
+    "values twice": lambda s: s.connection().execute(
+        update(person).values({person.c.surname: "x", person.c.born: BORN}).values(surname="y", born=None)
+    ),
+    "ORM, values twice": lambda s: s.execute(
+        update(Person)
+        .values({Person.surname: "x", "born": BORN, "phone": "1"})
+        .values(surname="y", phone="2")
+    ),
+    "ordered": lambda s: s.connection().execute(
+        update(person).ordered_values(("surname", "x"), (person.c.surname, "y"), (person.c.born, BORN))
+    ),
+    "an insert": lambda s: s.connection().execute(
+        insert(person).values({"surname": "x", person.c.surname: "y", "born": BORN, "kind": "p", "id": 8})
+    ),
+    "a single column": lambda s: s.connection().execute(
+        insert(person).values({person.c.phone: "12345", "phone": "98765", "kind": "p", "id": 8})
+    ),
+    "later rows with more": lambda s: s.connection().execute(
+        insert(person),
+        [{"id": 8, "kind": "p", "surname": "x"}, {"id": 9, "kind": "p", "surname": "x", "born": BORN}],
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TAKEN)
+def test_what_sqlalchemy_takes_is_what_is_hashed(session: Session, way: str) -> None:
+    """A value that is given twice, or in some rows only, is not hashed where another one is stored."""
+    TAKEN[way](session)
+    people = session.scalars(select(Person)).all()
+    assert any(
+        "x" in (each.surname, each.phone) or each.surname == "y" or each.phone == "12345" for each in people
+    )
+    for each in people:
+        for name in ("who", "phone_last4", "born_year"):
+            index, result = getattr(Person, name), getattr(each, name)
+            found = ids(session, index.is_(None) if result is None else index == result)
+            assert each.id in found, (name, result)
+
+
 def test_a_flush_of_one_source_brings_the_others(session: Session) -> None:
     """Expired and deferred sources are loaded; what did not change is not written."""
     ada = session.get_one(Person, 1)
@@ -687,6 +735,20 @@ PARTIAL: dict[str, Callable[[Session], Any]] = {
     "Core update": lambda s: s.connection().execute(update(person).values(born=date(1900, 1, 1))),
     "Core update, parameters": lambda s: s.connection().execute(update(person), {"surname": "x"}),
     "mixed": lambda s: s.connection().execute(update(person).values(surname="x"), {"born": None}),
+    "mixed in a later row": lambda s: s.connection().execute(
+        insert(person).values(kind="p", surname="x", born=date(1900, 1, 1)),
+        [{"id": 8}, {"id": 9, "surname": "y"}],
+    ),
+    "mixed with many values": lambda s: s.connection().execute(
+        insert(person).values(
+            [{"id": 8, "kind": "p", "surname": "x"}, {"id": 9, "kind": "p", "surname": "x"}]
+        ),
+        {"surname": "y"},
+    ),
+    "later rows with more": lambda s: s.connection().execute(
+        update(person).where(person.c.id == bindparam("i")),
+        [{"i": 1, "surname": None}, {"i": 2, "surname": "x", "born": date(1900, 1, 1)}],
+    ),
     "upsert": lambda s: s.execute(_upsert(s, Person, NEW, lambda _: {"surname": "x"})),
     "upsert, half excluded": lambda s: s.execute(
         _upsert(s, Person, NEW, lambda row: {"surname": "x", "born": row.born})
