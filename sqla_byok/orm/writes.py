@@ -8,6 +8,7 @@ the database in the clear. What cannot be kept in step is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -63,6 +64,8 @@ def fill(clause: Any, rows: Sequence[Row]) -> tuple[Any, Sequence[Row]] | None:
         items = [(key, value) for key, value in items if key.table == table]
     if not (plan.encrypted or any(isinstance(getattr(key, "type", None), _OURS) for key, _ in items)):
         return None
+    if items:
+        _refuse_shifted(table, items)
     if given.select_names:
         clause = _fill_select(clause, table, plan, given.select_names)
     if plan.compounds and rows:
@@ -355,6 +358,26 @@ def _refuse_mixed(table: Any, plan: _Plan, given: Iterable[Any], rows: Sequence[
 # -- values ----------------------------------------------------------------------------------------------------------
 
 
+def _refuse_shifted(table: Any, items: Sequence[Item]) -> None:
+    """Refuse one row of positional values, of which ``values()`` has made a mapping.
+
+    It has all columns up to a hash column, which stands for the next one that the program knows of. What was read as a
+    whole row has all columns of the table, and a sealed value comes with its hash.
+    """
+    columns, given = list(getattr(table, "c", ())), {_key_of(key): value for key, value in items}
+    if len(given) < len(columns):
+        for column in itertools.takewhile(lambda column: column.key in given, columns):
+            if isinstance(column.type, SearchHash) and not isinstance(_plain(given[column.key]), Digest):
+                _refuse_positional(table)
+
+
+def _refuse_positional(table: Any) -> NoReturn:
+    raise UnsupportedQueryError(
+        f"{getattr(table, 'fullname', table.description)}: rows of positional values would shift by the hash columns; "
+        "give dicts"
+    )
+
+
 def _fill_groups(
     clause: Any, table: Any, plan: _Plan, groups: Sequence[Sequence[Any]], copied: Copies
 ) -> list[list[Row]]:
@@ -372,9 +395,7 @@ def _fill_groups(
 
 def _given(clause: Any, table: Any, plan: _Plan, given: Any) -> dict[Any, Any]:
     if not isinstance(given, Mapping):
-        raise UnsupportedQueryError(
-            f"{table.fullname}: rows of positional values would shift by the hash columns; give dicts"
-        )
+        _refuse_positional(table)
     row: dict[Any, Any] = {}
     for key, value in given.items():
         column = _target(clause, table, key)

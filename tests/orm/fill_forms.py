@@ -744,7 +744,7 @@ def values_of_the_rows_before_the_hash(run: Run) -> list[Row]:
 
 @form("core")
 def values_of_a_whole_row_in_order(run: Run) -> list[Row]:
-    run.c.execute(patient.insert().values((50, "secret-n", "secret-x", b"nonsense")))
+    run.c.execute(patient.insert().values((50, "secret-n", "secret-x", b"nonsense", *[None] * 4)))
     return [A, B, new("secret-x", None, "secret-n")]
 
 
@@ -1367,6 +1367,12 @@ refused(
     frozenset(["sqlite"]),
 )
 refused("positional rows", None, _core(lambda: patient.insert().values([(50, "secret-n", "secret-x", None)])))
+for _way, _row in {
+    "a positional row": (50, "secret-n", "secret-x", "secret-e"),
+    "a positional row of NULL": [50, None, None, None, "secret-e"],
+}.items():
+    refused(_way, None, _core(lambda row=_row: patient.insert().values(row)))
+    refused(f"{_way}, by the ORM", None, _execute(lambda row=_row: insert(Patient).values(row)))
 refused(
     "a parameter in the place of one of many values",
     None,
