@@ -342,7 +342,7 @@ class _Follow:
         self._keys = keys
 
     def __call__(self, context: Any) -> Any:
-        given, keys = context.get_current_parameters(), self._keys
+        given, keys = upstream.row_parameters(context), self._keys
         return given[keys[0]] if len(keys) == 1 else tuple(given.get(key) for key in keys)
 
 

@@ -121,6 +121,7 @@ __all__ = [
     "returned",
     "returning",
     "row_of",
+    "row_parameters",
     "rows_of_values",
     "run_or_await",
     "select_names",
@@ -631,6 +632,18 @@ def replacing(compiled: Any, names: Iterable[str]) -> str | None:
         if bind is not None and (bind.unique or bind._is_crud) and name not in table.c:
             return name
     return None
+
+
+def row_parameters(context: Any) -> Mapping[str, Any]:
+    """The parameters of the row that a default in Python is asked for.
+
+    SQLAlchemy looks whether it is one of several in a VALUES, and fails within ``from_statement()``. There we need not
+    know it: what is given to several rows has its defaults already.
+    """
+    found: Mapping[str, Any] = context.get_current_parameters(
+        isolate_multiinsert_groups=hasattr(context.compiled.compile_state, "isinsert")
+    )
+    return found
 
 
 def result_types(compiled: Any) -> Iterator[Any]:

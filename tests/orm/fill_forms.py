@@ -1253,6 +1253,25 @@ def defaults_of_many_values(run: Run) -> None:
 
 
 @form("defaults")
+def defaults_inside_from_statement(run: Run) -> None:
+    for values in ({"n": 1}, [{"n": 2}, {"n": 3, "constant": "secret-given"}]):
+        statement = insert(Defaulted).values(values).returning(Defaulted)
+        for row in run.s.scalars(select(Defaulted).from_statement(statement)).all():
+            assert row.called == _defaulted(run, row.n).called
+    assert [_defaulted(run, n).constant for n in (1, 2, 3)] == [*["secret-constant"] * 2, "secret-given"]
+
+
+@form("defaults", EVERYWHERE - MARIADB)
+def onupdate_inside_from_statement(run: Run) -> None:
+    run.s.add(Defaulted(id=1, n=1))
+    run.s.flush()
+    statement = update(Defaulted).values(n=2).returning(Defaulted)
+    (row,) = run.s.scalars(select(Defaulted).from_statement(statement)).all()
+    run.s.refresh(row)
+    assert row.touched == _defaulted(run, 2).touched != "secret-new"
+
+
+@form("defaults")
 def defaults_of_insert_from_select(run: Run) -> None:
     run.c.execute(defaulted.insert().from_select(["n"], select(patient.c.n)))
     rows = [_defaulted(run, n) for n in (1, 2)]

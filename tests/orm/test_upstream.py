@@ -886,6 +886,25 @@ def test_a_parameter_that_is_named_like_a_value_of_the_statement_is_told() -> No
         assert [name for name in (*named, *free) if upstream.replacing(compiled, [name])] == named
 
 
+def test_a_default_sees_its_row_inside_from_statement_too(memory: Engine) -> None:
+    """`compile_state` and `get_current_parameters(isolate_multiinsert_groups=)`."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Row(Local):
+        __tablename__ = "row"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        copy: Mapped[int] = mapped_column(default=lambda context: upstream.row_parameters(context)["id"])
+
+    Local.metadata.create_all(memory)
+    with Session(memory) as session:
+        session.execute(insert(Row.__table__).values([{"id": 1}, {"id": 2}]))
+        added = insert(Row).values(id=3).returning(Row)
+        assert session.scalars(select(Row).from_statement(added)).one().copy == 3
+        assert session.scalars(select(Row.copy).order_by(Row.id)).all() == [1, 2, 3]
+
+
 def test_the_orm_shows_its_dml_before_it_synchronizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """`CompileState.plugins`: what is put into an UPDATE or DELETE there is evaluated, sent, and taken out again."""
     monkeypatch.setattr(CompileState, "plugins", dict(CompileState.plugins))
