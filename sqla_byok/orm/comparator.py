@@ -12,6 +12,7 @@ operand is refused when it is compiled, since SQLAlchemy itself compares columns
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from sqlalchemy import CompoundSelect, Select, Table, and_, or_
@@ -150,7 +151,11 @@ class HashComparator(TypeDecorator.Comparator[Any]):
     def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
         if op not in _OF_HASHES:
             _refuse(self.expr, f"{spelled(op)} means nothing on a search hash; {_INSTEAD}")
-        plain: Any = super().operate(op, *other, **kwargs)
+        plain: Any = None
+        with suppress(ArgumentError):  # its text shows the value
+            plain = super().operate(op, *other, **kwargs)
+        if plain is None:
+            _refuse(self.expr, f"{spelled(op)} takes {'a value' if op in NULL_TESTS else 'a list of values'}")
         if op in LOOK_UPS and isinstance(plain, BinaryExpression) and plain.operator in LOOK_UPS:
             plain = _over_hashes(plain)
         result: ColumnElement[Any] = plain

@@ -350,6 +350,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "reverse +": lambda: "1" + Person.phone_last4,  # type: ignore[operator]
     "a function": lambda: func.max(Person.phone_last4),
     "in_ of a text": lambda: Person.phone_last4.in_("secret"),  # type: ignore[arg-type]
+    "in_ of a text, its hash": lambda: search_hash(Person.phone_last4).in_("secret"),  # type: ignore[attr-defined]
+    "not_in of a text, its hash": lambda: search_hash(Person.phone_last4).not_in("secret"),  # type: ignore[attr-defined]
     "another index": lambda: Person.fax_last4 == Person.phone_last4,
     "a set": lambda: update(Person).values(phone_last4="1234"),
 }

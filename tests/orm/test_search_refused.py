@@ -245,6 +245,12 @@ def test_each_column_operator_method_is_a_look_up_or_raises() -> None:
                 assert type(result) is HashComparison or str(result).split(" IS ")[1] in ("NULL", "NOT NULL")
 
 
+@pytest.mark.parametrize("method", ["in_", "not_in"])
+def test_a_hash_in_something_that_is_no_list_is_refused_without_it(method: str) -> None:
+    """SQLAlchemy's own error shows the value."""
+    assert _result_or_refusal(getattr(search_hash(P.mrn), method), VALUE) is None
+
+
 def _fits(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
     try:
         inspect.signature(function).bind(None, *arguments)
