@@ -217,6 +217,9 @@ class HashComparison(BinaryExpression[Any]):
         :raises UnsupportedQueryError: if an operand has no hash that could be compared with the others'.
         """
         column, left, right = next(self.encrypted(), None), self.left, self.right
+        if column is None and _is_value_of_column(left) and not _is_hash_column(right):
+            # A lazy load has put the parent's value in the column's place. One salt tells what is equal.
+            column, live = left, 1
         if column is not None:
             _check_searchable(column)
             left, right = _hashed(left, column), _hashed(right, column)
@@ -421,6 +424,10 @@ def _bare(element: Any) -> Any:
 def _is_encrypted_column(element: Any) -> bool:
     bare = _bare(element)
     return isinstance(getattr(bare, "type", None), Encrypted) and getattr(bare, "table", None) is not None
+
+
+def _is_value_of_column(element: Any) -> bool:
+    return isinstance(element, BindParameter) and isinstance(element.type, Encrypted)
 
 
 def _is_hash_column(element: Any) -> bool:

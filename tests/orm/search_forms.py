@@ -302,6 +302,9 @@ FORMS: dict[str, Form] = {
     ),
     "literal": _where(lambda m: m.Person.mrn == literal("B-2"), [2]),
     "literal with a type": _where(lambda m: m.Person.mrn == literal("B-2", String), [2]),
+    "two values of its type": _where(
+        lambda m: literal("B-2", m.Person.mrn.type) == "B-2", [1, 2, 3, 4], hashed=False
+    ),
     "label": _where(lambda m: m.Person.mrn.label("number") == "B-2", [2]),
     "Core column": _where(lambda m: m.Person.__table__.c.mrn == "B-2", [2]),
     "Core select": Form(

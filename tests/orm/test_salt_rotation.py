@@ -499,6 +499,9 @@ class Parent(Base):
     )
     alike = relationship("Child", primaryjoin="Parent.code == foreign(Child.code)", viewonly=True)
     everyone = relationship("Child", primaryjoin="Parent.id == Child.parent_id", viewonly=True)
+    of_p = relationship(
+        "Child", primaryjoin="and_(Parent.id == Child.parent_id, Parent.code == 'p')", viewonly=True
+    )
 
 
 class Child(Base):
@@ -514,6 +517,8 @@ _of_kind_by_lambda = with_loader_criteria(Child, lambda cls: cls.kind == "k")
 _LOADERS: dict[str, tuple[Any, str, object]] = {
     "lazy": ([], "children", [1, 3]),
     "lazy by a hash": ([], "alike", [1, 2, 3]),
+    "lazy by the parent's own": ([], "of_p", [1, 2, 3, 4]),
+    "joined by the parent's own": ([joinedload(Parent.of_p)], "of_p", [1, 2, 3, 4]),
     "selectin": ([selectinload(Parent.children)], "children", [1, 3]),
     "joined": ([joinedload(Parent.children)], "children", [1, 3]),
     "subquery": ([subqueryload(Parent.children)], "children", [1, 3]),

@@ -301,7 +301,16 @@ COMPILED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "a function on the left": (lambda: func.max(P.mrn) == VALUE, "p.mrn", "column itself"),
     "a case on the left": (lambda: case((P.id == 1, P.mrn)) == VALUE, "p.mrn", "column itself"),
     "type_coerce on the left": (lambda: type_coerce(P.plain, P.mrn.type) == VALUE, "p.mrn", "column itself"),
-    "two values of its type": (lambda: literal(VALUE, P.mrn.type) == VALUE, "p.mrn", "column itself"),
+    "values of an unsearchable type": (
+        lambda: literal(VALUE, P.name.type) == literal(VALUE, P.name.type),
+        "p.name",
+        "searchable=True",
+    ),
+    "a value of its type and plaintext": (
+        lambda: literal(VALUE, P.mrn.type) == P.plain,
+        "p.mrn",
+        "no search hash",
+    ),
     "a select on the left": (lambda: select(P.mrn).scalar_subquery() == VALUE, "p.mrn", "column itself"),
     "in_ (select of another scope)": (lambda: P.mrn.in_(select(R.own)), "p.mrn", "salt_scope"),
     "in_ (select of plaintext)": (lambda: P.mrn.in_(select(P.plain)), "p.mrn", "no search hash"),

@@ -12,6 +12,8 @@ from sqlalchemy.ext.declarative import ConcreteBase
 from sqlalchemy.orm import (
     DeclarativeBase,
     aliased,
+    foreign,
+    immediateload,
     joinedload,
     lazyload,
     mapped_column,
@@ -158,6 +160,57 @@ def test_loader_criteria_reach_lazy_and_eager_loads(engine: Engine, byok: Byok, 
                 people = select(Person).where(Person.mrn == "A-1").options(option(Person.visits), criteria)
                 assert [ids(person.visits) for person in session.scalars(people).unique()] == [found]
                 session.expunge_all()
+
+
+class _Clinic(DeclarativeBase):
+    pass
+
+
+class _Guest(_Clinic):
+    __tablename__ = "guest"
+    id = mapped_column(Integer, primary_key=True)
+    number = mapped_column(Encrypted(String(20), searchable=True))
+    mail = mapped_column(Encrypted(String(20), searchable=True, normalize=casefold))
+
+
+class _Stay(_Clinic):
+    __tablename__ = "stay"
+    id = mapped_column(Integer, primary_key=True)
+    guest_id = mapped_column(ForeignKey(_Guest.id))
+
+
+# What is asked of the guest, and of which guests it is true.
+OWN: dict[str, tuple[Any, list[int]]] = {
+    "value": (_Guest.number == "A-1", [1]),
+    "others": (_Guest.number != "A-1", [2]),
+    "some": (_Guest.number.in_(["A-1", "C-3"]), [1]),
+    "but_some": (_Guest.number.not_in(["A-1", "C-3"]), [2]),
+    "normalized": (_Guest.mail == "ADA@X", [1]),
+    "either": ((_Guest.mail == "ada@x") | (_Guest.number == "B-2"), [1, 2]),
+}
+for _name, (_criterion, _) in OWN.items():
+    setattr(
+        _Guest,
+        _name,
+        relationship(_Stay, primaryjoin=(_Guest.id == foreign(_Stay.guest_id)) & _criterion, viewonly=True),
+    )
+
+
+@pytest.mark.parametrize("loader", [lazyload, immediateload, selectinload, joinedload])
+def test_a_relationship_may_ask_the_parents_own_column(engine: Engine, byok: Byok, loader: Any) -> None:
+    """A lazy load has the parent's value where the others have its column: each finds the same, NULL nothing."""
+    _create(engine, _Clinic)
+    with byok.session("t1", engine) as session:
+        session.add_all([_Guest(id=1, number="A-1", mail="Ada@x"), _Guest(id=2, number="B-2"), _Guest(id=3)])
+        session.flush()
+        session.add_all([_Stay(id=id_, guest_id=id_) for id_ in (1, 2, 3)])
+        session.commit()
+        for name, (_, expected) in OWN.items():
+            guests = session.scalars(select(_Guest).options(loader(getattr(_Guest, name)))).unique().all()
+            assert {name: sorted(one.id for guest in guests for one in getattr(guest, name))} == {
+                name: expected
+            }
+            session.expunge_all()
 
 
 class _Company(DeclarativeBase):
