@@ -29,6 +29,7 @@ from sqlalchemy.sql.elements import (
     ColumnClause,
     ColumnElement,
     Grouping,
+    Label,
     TableValuedColumn,
     TextClause,
     _anonymous_label,
@@ -1001,9 +1002,14 @@ def named_in_compound(lists: Sequence[Sequence[Any]], name: str) -> Named:
 
 
 def proxied(column: Any) -> Sequence[Any]:
-    """The columns that a column of an alias or subquery stands for: one, or of a UNION one for each part."""
+    """The columns that a column of an alias or subquery stands for: one, or of a UNION one for each part.
+
+    SQLAlchemy adds a label to what is in it; the parts of a UNION are annotated.
+    """
     found: Sequence[Any] = column._proxies
-    return found
+    parts = [one for one in found if "weight" in one._annotations]
+    inner = {id(one) for one in found}
+    return parts or [one for one in found if not (isinstance(one, Label) and id(one.element) in inner)]
 
 
 def is_made_up(name: Any) -> bool:

@@ -176,6 +176,22 @@ def _labelled_subquery(m: Models, start: Start) -> Any:
     return start(inner.c.id).where(inner.c.the_mrn == "B-2")
 
 
+def _labelled_hash(m: Models, start: Start) -> Any:
+    mrn, *hashes = with_hash(m.Person, "mrn")
+    inner = select(m.Person.id, mrn, *(found.label("look_up_hash") for found in hashes)).subquery()
+    return start(inner.c.id).where(inner.c.mrn == "B-2")
+
+
+def _labelled_hash_in_a_union(m: Models, start: Start) -> Any:
+    mrn, *hashes = with_hash(m.Person, "mrn")
+    person = select(
+        m.Person.id, mrn.label("the_mrn"), *(found.label("h").label("look_up_hash") for found in hashes)
+    )
+    both = union_all(person, select(m.Visit.id + 10, *with_hash(m.Visit, "mrn"))).subquery()
+    inner = select(both).cte()
+    return start(inner.c.id).where(inner.c.the_mrn == "B-2")
+
+
 def _two_aliases_in_a_subquery(m: Models, start: Start) -> Any:
     one, other = aliased(m.Person), aliased(m.Person)
     both = (
@@ -380,6 +396,8 @@ FORMS: dict[str, Form] = {
     "subquery of columns": Form(_columns_of_subquery, [2]),
     "nested subquery": Form(_nested_subquery, [1, 3, 4]),
     "labelled subquery": Form(_labelled_subquery, [2]),
+    "labelled hash": Form(_labelled_hash, [2]),
+    "labelled hash in a union": Form(_labelled_hash_in_a_union, [2, 12, 13]),
     "two aliases in a subquery": Form(_two_aliases_in_a_subquery, [1]),
     "cte": Form(_cte, [2, 3]),
     "union_all": Form(_union_all, [1, 3]),

@@ -671,6 +671,9 @@ def test_what_the_guard_reads_of_other_statements() -> None:
     twice = union_all(select(animal.c.id), select(animal.alias("other").c.id)).subquery()
     assert [column.table.description for column in upstream.proxied(twice.c.id)] == ["animal", "other"]
     assert not upstream.proxied(animal.c.id)
+    part = select(animal.c.id.label("one").label("x"))
+    assert upstream.proxied(part.subquery().c.x) == [animal.c.id]
+    assert len(upstream.proxied(union_all(part, part).subquery().c.x)) == 2
     assert upstream.row_of(animal.table_valued()) is animal
     assert upstream.row_of(animal.c.id) is None
     assert upstream.text_of(text("SELECT 1")) == "SELECT 1"
