@@ -164,9 +164,13 @@ def _bring_along(mapper: Mapper[Any], sources: list[Any]) -> None:
         known = upstream.properties_of(mapper)
         if any(source not in known for source in sources):
             return  # a class in the same table that has not all of them
-        attributes, names = inspect(instance).attrs, [known[source].key for source in sources]
+        state, names = inspect(instance), [known[source].key for source in sources]
+        attributes = state.attrs
         changed = [name for name in names if attributes[name].history.has_changes()]
         if changed and all(attributes[name].loaded_value is not None for name in changed):
+            deferred = [name for name in names if name in state.unloaded - state.expired_attributes]
+            if deferred:  # of some an access would raise: raiseload=True
+                state.session.refresh(instance, deferred)
             for name in names:
                 if name not in changed:
                     getattr(instance, name)

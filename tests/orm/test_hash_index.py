@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.declarative import AbstractConcreteBase
 from sqlalchemy.orm import (
@@ -40,6 +40,7 @@ from sqlalchemy.orm import (
     Session,
     aliased,
     defer,
+    load_only,
     mapped_column,
     registry,
     with_polymorphic,
@@ -550,6 +551,21 @@ def test_a_flush_of_one_source_brings_the_others(session: Session) -> None:
     session.get_one(Doctor, 2).surname = None
     session.commit()
     assert ids(session, Person.who.is_(None)) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "option", [defer(Person.surname, raiseload=True), load_only(Person.born, raiseload=True)]
+)
+def test_a_flush_loads_what_an_access_may_not(session: Session, option: Any) -> None:
+    """With raiseload=True the program may not load a source by accident; the hash needs it."""
+    session.expunge_all()
+    ada = session.scalars(select(Person).where(Person.id == 1).options(option)).one()
+    with pytest.raises(InvalidRequestError):
+        _ = ada.surname
+    for year_of in (1900, 1901):  # the second time everything is expired
+        ada.born = date(year_of, 1, 1)
+        session.commit()
+        assert ids(session, Person.who == f"byron/{year_of}") == [1]
 
 
 def test_a_flush_of_something_else_leaves_the_sources_alone(session: Session, engine: Engine) -> None:
