@@ -308,7 +308,11 @@ class IndexComparison(HashComparison):
 
     inherit_cache = True
     index: str
-    compares_values = False  # but a source with a result
+
+    @property
+    def compares_values(self) -> bool:
+        """False: it compares a source with a result."""
+        return False
 
     def _found(self) -> Any:
         return hash_column_of(self.left, lambda column: _beside(column, self.index))

@@ -113,9 +113,9 @@ class Statements:
         if not getattr(given, "is_dml", False):
             return call
         statement, rows, held, filled = given, given_rows, None, None
+        database = Database(conn.dialect, options.get("schema_translate_map"))
         if tenant_column.used:
             refuse_overruled(call.clause.get_execution_options(), options, conn.get_execution_options())
-            database = Database(conn.dialect, options.get("schema_translate_map"))
             held = tenant_column.check(statement, rows, tenant, database)
             statement = given if held is None else held
         if not statement.is_delete and (filled := fill(statement, rows)) is not None:
