@@ -217,7 +217,7 @@ def kills(request: pytest.FixtureRequest) -> int:
     deep = request.config.getoption("--deep")
     if not deep and request.getfixturevalue("sync_url").get_backend_name() != "sqlite":
         return 1
-    return 50 if deep else 6
+    return 50 if deep else 3
 
 
 @pytest.mark.parametrize("kind", ["reencrypt", "rehash"])
