@@ -553,9 +553,8 @@ def set_searchable(
     if all_ and columns:
         _fail("give columns or --all, not both", WRONG)
     if columns or but:
-        of.byok.check(
-            *(columns or ()), *(but or ())
-        )  # refuses what no model declares: a typo would disable all others
+        # It refuses what no model declares: a typo would disable all others.
+        of.byok.check(*(columns or ()), *(but or ()))
     of.byok.set_searchable(tenant, None if all_ else set(columns or ()), but=set(but or ()))
     found = [each for each in of.byok.check() if each.tenant == tenant]
     _print(of, [each._asdict() for each in found], lambda: _grid(("tenant", "column", "what", "run"), found))

@@ -156,9 +156,11 @@ def verify(
     """
     engine = engine_of(byok, engine)
     over = columns_of(engine, what)
-    mode = {"repair": repair, "open": open_search}
     entries = {
-        table.fullname: {**entry_of(table, values_in(table, keys), hashes_in(table, keys)), "verify": mode}
+        table.fullname: {
+            **entry_of(table, values_in(table, keys), hashes_in(table, keys)),
+            "verify": {"repair": repair},
+        }
         for table, keys in over.items()
     }
     plan = plan_of(byok, engine, entries, how.get("tenants"), opens=open_search)

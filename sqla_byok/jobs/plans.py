@@ -27,6 +27,7 @@ __all__ = [
     "engine_of",
     "entry_of",
     "plan_of",
+    "tables_there",
     "works_of",
 ]
 
@@ -128,11 +129,15 @@ def database_of(engine: Engine) -> str:
 def elsewhere(byok: Byok, engine: Engine, tables: Iterable[Table]) -> str | None:
     """A table of these that another attached database has too."""
     for other in databases_of(byok, engine)[1:]:
-        look = inspect(other)
-        for table in tables:
-            if look.has_table(table.name, schema=table.schema):
-                return f"{table.fullname} in {database_of(other)}"
+        for table in tables_there(other, tables):
+            return f"{table.fullname} in {database_of(other)}"
     return None
+
+
+def tables_there(engine: Engine, tables: Iterable[Table]) -> list[Table]:
+    """Those of some tables that a database has."""
+    look = inspect(engine)
+    return [table for table in tables if look.has_table(table.name, schema=table.schema)]
 
 
 def databases_of(byok: Byok, engine: Engine) -> list[Engine]:
@@ -186,7 +191,7 @@ def works_of(plan: Mapping[str, Any], tables: Iterable[Table]) -> dict[str, Work
         sources = [source for key in entry["hashes"] for source in sources_of(table.c[key])]
         stored = StoredTable(table, tenant_key(table), [*entry["seals"], *entry["hashes"], *sources])
         if "verify" in entry:
-            works[name] = Verify(stored, entry["verify"]["repair"], entry["verify"]["open"])
+            works[name] = Verify(stored, entry["verify"]["repair"], plan["opens"])
         else:
             works[name] = Rework(stored, entry["seals"], entry["hashes"])
     return works

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from sqla_byok.crypto.formats import ACTIVE, DATA_KEY, KINDS, READABLE, RETIRED, SEARCH_SALT
 from sqla_byok.errors import ConfigurationError
 from sqla_byok.jobs.kinds import How, reencrypt, rehash
-from sqla_byok.jobs.plans import databases_of, engine_of
+from sqla_byok.jobs.plans import databases_of, engine_of, tables_there
 from sqla_byok.jobs.runner import Report
 from sqla_byok.jobs.searching import hashed_note
 from sqla_byok.keys.rows import SealedRecord
@@ -256,8 +256,7 @@ def _refuse_rows(
     left = {
         f"{table.fullname}.{key}": rows
         for database in databases_of(byok, engine)
-        for table in tables
-        if inspect(database).has_table(table.name, schema=table.schema)
+        for table in tables_there(database, tables)
         for key, rows in _rows_under(database, table, record.id)
         if rows
     }

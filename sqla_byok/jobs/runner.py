@@ -33,7 +33,7 @@ from sqla_byok.jobs.rows import (
 )
 from sqla_byok.keys import jobs as stored
 from sqla_byok.keys.jobs import OUTCOMES, Job, Jobs, LostShardError, Shard
-from sqla_byok.orm.stored import NOBODY, Change, Prepared, Processors, StoredTable
+from sqla_byok.orm.stored import NOBODY, Change, Prepared, Processors, StoredRow, StoredTable
 from sqla_byok.runtime import Byok
 
 __all__ = ["SHARD_ROWS", "Pace", "Report", "Runner", "planned_shards"]
@@ -182,8 +182,8 @@ class Runner:
                     return
                 if self._jobs.get(shard.job).state != stored.RUNNING:
                     break
-                rows, waits = sum(page.counts.get(outcome, 0) for outcome in OUTCOMES), time.monotonic()
-                self._pace.wait(self._engine, rows, waits - started)
+                waits = time.monotonic()
+                self._pace.wait(self._engine, page.rows, waits - started)
                 if time.monotonic() > waits + _OUT_OF_DATE:
                     break  # the next page was worked on before, and much may have changed
         finally:
@@ -212,10 +212,7 @@ class Runner:
             started = time.monotonic()
             with self._engine.connect() as conn:
                 rows = work.table.page(conn, limit, behind=behind, up_to=up_to, tenant=content["tenant"])
-            page = work_over(rows, work, tenants, processors)
-            page.prepare(work.table, self._engine.dialect)
-            for tenant in tenants.dark:
-                page.counts[_DARK_TENANT + tenant] = 1
+            page = self._worked(rows, work, tenants, processors)
             is_last, page.behind = len(rows) < limit, behind
             behind = page.up_to = rows[-1].key if rows else behind
             yield page, key_to_json(behind), is_last
@@ -224,6 +221,14 @@ class Runner:
             took = max(time.monotonic() - started, 0.001)
             limit = min(max(int(limit * min(_BATCH_TAKES / took, 4)), _FEWEST_ROWS), _MOST_ROWS)
             self._limit = limit
+
+    def _worked(
+        self, rows: Sequence[StoredRow], work: Work, tenants: Tenants, processors: Processors
+    ) -> Page:
+        page = work_over(rows, work, tenants, processors)
+        page.prepare(work.table, self._engine.dialect)
+        page.counts.update({_DARK_TENANT + tenant: 1 for tenant in tenants.dark})
+        return page
 
     def _tenants(self) -> Tenants:
         return Tenants(self._byok._keyrings, self._byok._keystore, self._only)
@@ -262,11 +267,7 @@ class Runner:
         within = {"behind": page.behind, "up_to": page.up_to, "tenant": content["tenant"]}
         with self._engine.connect() as conn:
             rows = [row for row in work.table.page(conn, None, **within) if row.key in keys]
-        tenants = self._tenants()
-        again = work_over(rows, work, tenants, self._processors(work.table))
-        again.prepare(work.table, self._engine.dialect)
-        again.counts.update({_DARK_TENANT + tenant: 1 for tenant in tenants.dark})
-        return again
+        return self._worked(rows, work, self._tenants(), self._processors(work.table))
 
     def _sent(self, table: StoredTable, changes: Sequence[Prepared], page: Page) -> tuple[int, int]:
         """Store changes; how many rows were changed, and how many of them the database refused."""

@@ -51,7 +51,7 @@ from sqla_byok.orm.current import RUNNING, Turn, attachment_of
 from sqla_byok.orm.namesakes import Stored
 from sqla_byok.orm.plain import codec_of, driver_binary, driver_bytes
 from sqla_byok.orm.schema import sources_of
-from sqla_byok.orm.tenant_column import Digits, exactly
+from sqla_byok.orm.tenant_column import Digits, exactly, python_type
 from sqla_byok.orm.types import Encrypted, SearchHash
 
 __all__ = ["NOBODY", "Change", "Processors", "StoredRow", "StoredTable", "UnderKeys", "key_id"]
@@ -202,7 +202,7 @@ class StoredTable:
         """Whose rows there are, by the tenant column."""
         if self.tenant is None:
             return []
-        if _python_type(self.tenant) is not str:
+        if (python_type(self.tenant.type) or str) is not str:
             return [str(each) for each in conn.scalars(select(self.tenant).distinct()) if each is not None]
         # Not by the names themselves, of which the column's collation may take several for one.
         found = conn.scalars(select(Digits(self.tenant)).distinct())
@@ -244,7 +244,7 @@ class StoredTable:
         """What finds a tenant's rows, or :data:`NOBODY`'s, where a column says whose they are."""
         if self.tenant is None:
             return
-        python = _python_type(self.tenant)
+        python = python_type(self.tenant.type) or str
         if tenant == NOBODY:
             yield self.tenant.is_(None)
         elif python is str:
@@ -367,13 +367,6 @@ def _packed(values: Sequence[Any], type_: TypeEngine[Any]) -> Any:
 def _numbers(values: Sequence[int | None]) -> str:
     """An array of numbers, as PostgreSQL reads it."""
     return f"{{{','.join(['NULL' if value is None else str(value) for value in values])}}}"
-
-
-def _python_type(mine: ColumnElement[Any]) -> Any:
-    try:
-        return mine.type.python_type
-    except NotImplementedError:
-        return str
 
 
 def _bound(mine: ColumnElement[Any], value: Any) -> BindParameter[Any]:

@@ -67,6 +67,7 @@ __all__ = [
     "check_defaults",
     "exactly",
     "hold_conflicts",
+    "python_type",
     "refuse_compiled",
     "rows_of",
     "tenant_key",
@@ -134,7 +135,7 @@ def _declare(table: Any, column: Any, where: str, name: str) -> None:
         raise DeclarationError(
             f"{where}: what the database sets {name!r} to cannot be checked; set it in Python"
         )
-    if _python_type(column.type) not in _NAMES or isinstance(column.type, Encrypted):
+    if python_type(column.type) not in _NAMES or isinstance(column.type, Encrypted):
         raise DeclarationError(f"{where}: {name!r} has to be a string, an integer or a UUID")
     if column.type.bind_expression(literal("")) is not None:
         raise DeclarationError(
@@ -169,7 +170,8 @@ def tenant_key(table: Table) -> str | None:
     return _key_of(table)
 
 
-def _python_type(type_: Any) -> type[Any] | None:
+def python_type(type_: Any) -> type[Any] | None:
+    """The Python type of a column's values; None where its type does not say."""
     try:
         found: type[Any] = type_.python_type
     except NotImplementedError:
@@ -852,7 +854,7 @@ def _comes_back(type_: Any, dialect: Any, value: Any) -> bool:
 
 def _kind(type_: Any) -> type[Any]:
     """What a tenant's name is made to be stored."""
-    return UUID if isinstance(type_, Uuid) else _python_type(type_) or str
+    return UUID if isinstance(type_, Uuid) else python_type(type_) or str
 
 
 def _check_value(column: Any, value: Any, names: Collection[str]) -> None:

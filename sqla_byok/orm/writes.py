@@ -463,8 +463,7 @@ def _fill_items(clause: Any, table: Any, plan: _Plan, items: Iterable[Item], cop
             target = hash_column.key if isinstance(key, str) else hash_column
             hashed = _given_hash(hash_column, [value], given)
             filled.append((target, _bound(hash_column, value, copied) if hashed is None else hashed))
-        # Of a column that is named twice SQLAlchemy sends what comes first.
-        by_table.setdefault(column.table, {}).setdefault(column.key, value)
+        by_table.setdefault(column.table, {})[column.key] = value
         by_name[column.table] = isinstance(key, str)
     for written, values in by_table.items():
         for hash_column, hashed in _compounds(clause, written, values, given, copied):
